@@ -1,0 +1,34 @@
+# Two commands on a fresh machine that has Python 3.11 or newer and make:
+#   make demo    the main job on real Atari, a few minutes on two cores
+#   make test    all tests, at most ten minutes on two cores
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.PHONY: demo test lint format clean
+
+demo: $(VENV)/installed
+	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
+
+test: $(VENV)/installed
+	$(BIN)/python -m ruff check .
+	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/python -m ruff check .
+
+format: $(VENV)/installed
+	$(BIN)/python -m ruff format .
+
+$(VENV)/installed: setup.py requirements.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; give one by PYTHON=python3.12"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,617 @@
+"""The agent: its state, how it acts, and how it learns with and without reward.
+
+`make_agent` binds a config to pure functions. Letters: `E` environments, `B` windows,
+`T = m + n` states of a window, `m` its TD targets, `n` steps of a return, `P`
+particles, `A` actions, `D` feature dimension.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import optax
+import rlax
+
+from aps_jax import (
+    frames,
+    knn,
+    losses,
+    networks,
+    replay,
+    rewards,
+    sphere,
+    tasks,
+    types,
+)
+from aps_jax.config import AgentConfig, FinetuneConfig
+
+# `steps_left` of a task that is never redrawn; counted down once per agent step, it
+# lasts longer than any run.
+_FOREVER = jnp.iinfo(jnp.int32).max
+
+
+class AgentState(NamedTuple):
+    """All that is learned. `init` creates it, the updates alone change it."""
+
+    params: types.Params  # {"features": ..., "successor": ...}
+    target_params: types.Params  # of the successor network
+    opt_state: optax.OptState
+    distance_scale: rewards.DistanceScale  # running mean distance of the kNN reward
+    num_updates: jax.Array  # [] int32, since this stage began
+
+
+class ActorState(NamedTuple):
+    """What acting remembers of each environment."""
+
+    stack: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last.
+    task: jax.Array  # [E, D] float32, unit vectors.
+    steps_left: jax.Array  # [E] int32, agent steps until the task is redrawn.
+    lives: jax.Array  # [E] int32, lives at the step before.
+    num_steps: jax.Array  # [] int32, time steps acted; numbers the random stream.
+
+
+class Agent(NamedTuple):
+    """Pure functions of one agent; see `make_agent` for their arguments."""
+
+    init: Callable[[types.PRNGKey], AgentState]
+    init_finetune: Callable[[AgentState], AgentState]
+    init_actor: Callable[[int], ActorState]
+    act: Callable[..., tuple[ActorState, replay.Step]]
+    features: Callable[[types.Params, jax.Array], networks.Features]
+    update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
+    finetune_update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
+
+
+class Targets(NamedTuple):
+    """How the TD targets of one window are put together."""
+
+    is_valid: jax.Array  # [m] float32, 0 where the start is no transition.
+    rewarded: jax.Array  # [m, n] int32, places of the states that are summed.
+    weight: jax.Array  # [m, n] float32, 1 up to the first cut, 0 after it.
+    discount: jax.Array  # [m, n] float32, 1 after the first cut.
+    bootstrap: jax.Array  # [m] int32, place of the state that is bootstrapped from.
+
+
+def make_encoder(config: AgentConfig):
+    """Returns the encoder module that a config names."""
+    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    encoders = {
+        "small": networks.SmallEncoder,
+        "nature": networks.NatureEncoder,
+        "paper": networks.PaperEncoder,
+    }
+    return encoders[config.encoder](dtype=dtype)
+
+
+def pin_task(actor: ActorState, task: jax.Array) -> ActorState:
+    """Gives every environment one task and keeps it.
+
+    Args:
+      actor: State of `E` environments.
+      task: `[D]` float, unit vector.
+
+    Returns:
+      The state, with a task that is never redrawn.
+    """
+    return actor._replace(
+        task=jnp.broadcast_to(task[None, :], actor.task.shape),
+        steps_left=jnp.full_like(actor.steps_left, _FOREVER),
+    )
+
+
+def clip_rewards(r_t: jax.Array, bound: float) -> jax.Array:
+    """Clips rewards of any shape to [-bound, bound]; a bound of 0 leaves them alone."""
+    return jnp.clip(r_t, -bound, bound) if bound else r_t
+
+
+def lay_out_targets(
+    window: replay.Window,
+    *,
+    num_targets: int,
+    n_steps: int,
+    discount: float,
+    cut_at_task_change: bool,
+    cut_at_life_loss: bool,
+) -> Targets:
+    """Finds the states that each n-step target of a window sums and bootstraps from.
+
+    A sum ends at the end of an episode. After game over nothing is bootstrapped; at
+    the time limit, and where the task changes, the sum is cut and bootstraps there.
+
+    Args:
+      window: `T >= num_targets + n_steps` states, without batch axis.
+      num_targets: `m`, targets; they start at the window's first states.
+      n_steps: `n`, steps summed.
+      discount: Discount gamma of one step.
+      cut_at_task_change: Whether a return for one task ends where the behaviour
+        starts to follow another.
+      cut_at_life_loss: Whether a lost life counts as game over.
+
+    Returns:
+      `Targets`.
+    """
+    # An episode ends where the next frame is a reset's, whatever ended it: game over,
+    # the time limit, or a resumed run whose emulators started anew. (Of the last state
+    # the next is not known, nor needed: a cut there changes nothing.)
+    is_end = jnp.append(window.is_first[1:], False)
+    starts = jnp.arange(num_targets)
+    rewarded = starts[:, None] + 1 + jnp.arange(n_steps)[None, :]  # [m, n]
+    has_no_future = window.terminated
+    if cut_at_life_loss:
+        has_no_future = has_no_future | window.life_lost
+    is_cut = is_end[rewarded] | has_no_future[rewarded]
+    if cut_at_task_change:
+        is_other_task = jnp.any(
+            window.task[rewarded] != window.task[starts][:, None, :], axis=-1
+        )
+        is_cut = is_cut | is_other_task
+    horizon, weight = jax.vmap(losses.mask_after_cut)(is_cut)
+    step_discount = discount * (1.0 - has_no_future[rewarded].astype(jnp.float32))
+    return Targets(
+        is_valid=1.0 - is_end[starts].astype(jnp.float32),
+        rewarded=rewarded,
+        weight=weight,
+        discount=jnp.where(weight > 0.0, step_discount, 1.0),
+        bootstrap=starts + horizon,
+    )
+
+
+def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> jax.Array:
+    """Averages over the entries that count; 0 if none does."""
+    chex.assert_equal_shape([values, is_valid])
+    return jnp.sum(values * is_valid) / jnp.maximum(jnp.sum(is_valid), 1.0)
+
+
+def make_agent(
+    config: AgentConfig, finetune: FinetuneConfig, *, num_actions: int
+) -> Agent:
+    """Binds the networks, the objective and the optimisers of a config.
+
+    Args:
+      config: Networks, objective and optimiser.
+      finetune: Values of the stage with reward.
+      num_actions: `A`, actions of the game.
+
+    Returns:
+      An `Agent`:
+      `init(key)` creates the state of an untrained agent; the key is consumed.
+      `init_finetune(state)` keeps all that was learned and starts a new optimiser that
+      leaves the feature network as it is.
+      `init_actor(num_envs)` creates the memory of that many environments.
+      `act(params, actor, timestep, key, step_id, *, epsilon, explore, use_gpi)` chooses
+      an action per environment and returns the new actor and the `replay.Step` to store;
+      `explore` adds the value of the entropy reward (split form), `use_gpi` maximises
+      over further tasks.
+      `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
+      `update(state, windows, particles)` makes one reward-free update from `[B]` windows
+      of `config.window_states` states and `[P]` windows of one state.
+      `finetune_update(state, windows, task, reward_scale)` makes one update from the
+      game's reward for one task `[D]`, in units of `reward_scale`.
+      Both updates return the new state and scalar metrics.
+    """
+    m, n = config.window_targets, config.n_steps
+    is_split = config.td_form == "split"
+    feature_network = networks.FeatureNetwork(make_encoder(config), config.feature_dim)
+    successor_network = networks.SuccessorNetwork(
+        make_encoder(config),
+        num_actions,
+        config.feature_dim,
+        hidden=config.hidden_units,
+        exploration_head=is_split,
+    )
+
+    def adam(learning_rate: float) -> optax.GradientTransformation:
+        return optax.chain(
+            optax.clip_by_global_norm(config.max_gradient_norm),
+            optax.adam(learning_rate, eps=config.adam_epsilon),
+        )
+
+    def by_network(
+        features: optax.GradientTransformation, successor: optax.GradientTransformation
+    ) -> optax.GradientTransformation:
+        return optax.partition(
+            {"features": features, "successor": successor},
+            {"features": "features", "successor": "successor"},
+        )
+
+    optimizer = by_network(
+        adam(config.feature_learning_rate), adam(config.learning_rate)
+    )
+    finetune_optimizer = by_network(
+        optax.set_to_zero(), adam(finetune.finetune_learning_rate)
+    )
+
+    def init(key: types.PRNGKey) -> AgentState:
+        features_key, successor_key = jax.random.split(key)
+        observation = frames.init_stack(1)
+        task = jnp.zeros((1, 1, config.feature_dim))
+        params = {
+            "features": feature_network.init(features_key, observation),
+            "successor": successor_network.init(successor_key, observation, task),
+        }
+        return AgentState(
+            params=params,
+            # A copy, not the same arrays: donated buffers must not be aliased.
+            target_params=jax.tree.map(jnp.copy, params["successor"]),
+            opt_state=optimizer.init(params),
+            distance_scale=rewards.init_distance_scale(),
+            num_updates=jnp.zeros((), jnp.int32),
+        )
+
+    def init_finetune(state: AgentState) -> AgentState:
+        return state._replace(
+            opt_state=finetune_optimizer.init(state.params),
+            num_updates=jnp.zeros((), jnp.int32),
+        )
+
+    def init_actor(num_envs: int) -> ActorState:
+        return ActorState(
+            stack=frames.init_stack(num_envs),
+            task=jnp.zeros((num_envs, config.feature_dim)),
+            steps_left=jnp.zeros((num_envs,), jnp.int32),
+            lives=jnp.zeros((num_envs,), jnp.int32),
+            num_steps=jnp.zeros((), jnp.int32),
+        )
+
+    def features(params: types.Params, observation: jax.Array) -> networks.Features:
+        return feature_network.apply(params["features"], observation)
+
+    def successor(
+        params: types.Params, observation: jax.Array, task: jax.Array
+    ) -> networks.Successor:
+        """Applies the successor network for one task per state, without the K axis."""
+        output = successor_network.apply(params, observation, task[..., None, :])
+        return jax.tree.map(lambda x: jnp.squeeze(x, axis=task.ndim - 1), output)
+
+    def behaviour_values(output: networks.Successor, w: jax.Array) -> jax.Array:
+        """Values `[A]` of one state that include the exploration still to come."""
+        q = losses.q_values(output.psi, w)
+        if not is_split:
+            return q
+        return config.skill_weight * q + config.entropy_weight * output.exploration
+
+    def act(
+        params: types.Params,
+        actor: ActorState,
+        timestep: types.TimeStep,
+        key: types.PRNGKey,
+        *,
+        epsilon: float,
+        explore: bool,
+        use_gpi: bool,
+    ) -> tuple[ActorState, replay.Step]:
+        num_envs = timestep.frame.shape[0]
+        key = jax.random.fold_in(key, actor.num_steps)
+        task_key, candidate_key, action_key = jax.random.split(key, 3)
+
+        is_due = actor.steps_left <= 0
+        drawn = sphere.sample_uniform(task_key, (num_envs,), config.feature_dim)
+        task = jnp.where(is_due[:, None], drawn, actor.task)
+        steps_left = jnp.where(is_due, config.task_steps, actor.steps_left) - 1
+        stack = frames.push_frame(actor.stack, timestep.frame, timestep.is_first)
+
+        if use_gpi and config.gpi_tasks:
+            draw = functools.partial(
+                tasks.candidate_tasks,
+                num=config.gpi_tasks,
+                kappa=config.gpi_concentration,
+            )
+            candidates = jax.vmap(draw)(jax.random.split(candidate_key, num_envs), task)
+            output = successor_network.apply(params["successor"], stack, candidates)
+            values = jax.vmap(tasks.gpi_action_values)(output.psi, task)
+        else:
+            output = successor(params["successor"], stack, task)
+            value_function = behaviour_values if explore else _task_values
+            values = jax.vmap(value_function)(output, task)
+        # Distrax, underneath, divides integers by booleans.
+        with jax.numpy_dtype_promotion("standard"):
+            action = rlax.epsilon_greedy(epsilon).sample(action_key, values)
+
+        step = replay.Step(
+            frame=timestep.frame,
+            action=action.astype(jnp.int32),
+            reward=timestep.reward,
+            terminated=timestep.terminated,
+            is_first=timestep.is_first,
+            life_lost=(timestep.lives < actor.lives) & ~timestep.is_first,
+            task=task,
+            id=actor.num_steps * num_envs + jnp.arange(num_envs, dtype=jnp.int32),
+        )
+        actor = ActorState(
+            stack=stack,
+            task=task,
+            steps_left=steps_left,
+            lives=timestep.lives,
+            num_steps=actor.num_steps + 1,
+        )
+        return actor, step
+
+    def entropy_rewards(
+        params: types.Params,
+        distance_scale: rewards.DistanceScale,
+        h_t: jax.Array,
+        ids_t: jax.Array,
+        particles: replay.Window,
+    ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
+        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances."""
+        particle_h = features(params, particles.observation[:, 0]).h
+        distances = knn.knn_distances(
+            h_t,
+            particle_h,
+            k=config.num_neighbors,
+            query_ids=ids_t,
+            particle_ids=particles.id[:, 0],
+        )
+        distance_scale = rewards.update_distance_scale(
+            distance_scale, distances, decay=config.scale_decay
+        )
+        reward = functools.partial(
+            rewards.particle_entropy_reward,
+            sigma=distance_scale.mean,
+            c=config.distance_offset,
+            clip=config.distance_clip,
+        )
+        return jax.vmap(reward)(distances), distance_scale, distances
+
+    def td_errors(
+        output_tm1: networks.Successor,
+        a_tm1: jax.Array,
+        phi_t: jax.Array,
+        r_entropy_t: jax.Array,
+        discount_t: jax.Array,
+        output_t: networks.Successor,
+        w: jax.Array,
+    ) -> jax.Array:
+        """Returns the errors of one target in the config's form, as one vector."""
+        if is_split:
+            error = losses.split_td_error(
+                output_tm1.psi,
+                output_tm1.exploration,
+                a_tm1,
+                phi_t,
+                r_entropy_t,
+                discount_t,
+                output_t.psi,
+                output_t.exploration,
+                w,
+                skill_weight=config.skill_weight,
+                entropy_weight=config.entropy_weight,
+            )
+            return jnp.append(error.successor, error.exploration)
+        if config.td_form == "vector":
+            cumulant_t = (
+                config.skill_weight * phi_t + config.entropy_weight * r_entropy_t * w
+            )
+            return losses.vector_td_error(
+                output_tm1.psi, a_tm1, cumulant_t, discount_t, output_t.psi, w
+            )
+        r_t = rewards.intrinsic_reward(
+            rewards.skill_reward(phi_t, w),
+            r_entropy_t,
+            skill_weight=config.skill_weight,
+            entropy_weight=config.entropy_weight,
+        )
+        error = losses.scalar_td_error(
+            output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
+        )
+        return error[None]
+
+    def lay_out(windows: replay.Window, **cuts: bool) -> Targets:
+        lay_out_one = functools.partial(
+            lay_out_targets,
+            num_targets=m,
+            n_steps=n,
+            discount=config.discount,
+            **cuts,
+        )
+        return jax.vmap(lay_out_one)(windows)
+
+    def bootstrap_observations(windows: replay.Window, targets: Targets) -> jax.Array:
+        return jax.vmap(lambda x, place: x[place])(
+            windows.observation, targets.bootstrap
+        )
+
+    def skill_reward_mean(
+        phi: jax.Array, task: jax.Array, targets: Targets
+    ) -> jax.Array:
+        """Averages phi_t^T w over the states that valid targets sum."""
+
+        def of_window(phi, task, target: Targets):
+            reward = jax.vmap(jax.vmap(rewards.skill_reward, (0, None)))
+            return reward(phi[target.rewarded - 1], task[:m])
+
+        weight = targets.weight * targets.is_valid[..., None]
+        return _mean_of_valid(jax.vmap(of_window)(phi, task, targets), weight)
+
+    def pretrain_loss(
+        params: types.Params,
+        state: AgentState,
+        windows: replay.Window,
+        particles: replay.Window,
+    ) -> tuple[jax.Array, tuple[rewards.DistanceScale, dict[str, jax.Array]]]:
+        targets = lay_out(windows, cut_at_task_change=True, cut_at_life_loss=False)
+
+        # Each reached state is encoded once, for the feature loss (which needs the
+        # gradient of the first m alone), the skill reward and the entropy reward.
+        learned = features(params, windows.observation[:, 1 : m + 1])
+        frozen = jax.lax.stop_gradient(params)
+        further = features(frozen, windows.observation[:, m + 1 :])
+        reached: networks.Features = jax.lax.stop_gradient(
+            jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
+        )
+
+        w_tm1 = windows.task[:, :m]
+        is_reached = 1.0 - windows.is_first[:, 1 : m + 1].astype(jnp.float32)
+        feature_losses = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w_tm1)
+        feature_loss = _mean_of_valid(feature_losses, is_reached)
+
+        num_windows, num_reached, dim = reached.h.shape
+        flat_rewards, distance_scale, distances = entropy_rewards(
+            frozen,
+            state.distance_scale,
+            reached.h.reshape(-1, dim),
+            windows.id[:, 1:].reshape(-1),
+            particles,
+        )
+        r_entropy = flat_rewards.reshape(num_windows, num_reached)
+
+        def sum_cumulants(phi, r, target: Targets):
+            """Sums `[T-1, D]` features and `[T-1]` rewards over each target's steps."""
+            place = target.rewarded - 1  # `reached` starts at the window's state 1.
+            phi_sum, discount = jax.vmap(losses.n_step_cumulant)(
+                phi[place] * target.weight[..., None], target.discount
+            )
+            r_sum, _ = jax.vmap(losses.n_step_cumulant)(
+                r[place] * target.weight, target.discount
+            )
+            return phi_sum, r_sum, discount
+
+        phi_t, r_entropy_t, discount_t = jax.vmap(sum_cumulants)(
+            reached.phi, r_entropy, targets
+        )
+        is_finite = jnp.isfinite(distances)
+
+        w = windows.task[:, :m]
+        output_tm1 = successor(params["successor"], windows.observation[:, :m], w)
+        output_t = successor(
+            state.target_params, bootstrap_observations(windows, targets), w
+        )
+        errors = jax.vmap(jax.vmap(td_errors))(
+            output_tm1,
+            windows.action[:, :m],
+            phi_t,
+            r_entropy_t,
+            discount_t,
+            output_t,
+            w,
+        )
+        td_losses = 0.5 * jnp.sum(jnp.square(errors), axis=-1)
+        td_loss = _mean_of_valid(td_losses, targets.is_valid)
+
+        chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
+            output_tm1, windows.action[:, :m], w
+        )
+        metrics = {
+            "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
+            "reward_entropy": jnp.mean(r_entropy),
+            "cosine_phi_task": -feature_loss,
+            "loss_feature": feature_loss,
+            "loss_td": td_loss,
+            "td_error": _mean_of_valid(
+                jnp.sqrt(jnp.sum(jnp.square(errors), axis=-1)), targets.is_valid
+            ),
+            "q_value": _mean_of_valid(chosen_q, targets.is_valid),
+            "knn_distance": _mean_of_valid(
+                jnp.where(is_finite, distances, 0.0), is_finite.astype(jnp.float32)
+            ),
+            "distance_scale": distance_scale.mean,
+        }
+        return feature_loss + td_loss, (distance_scale, metrics)
+
+    def apply_gradients(
+        state: AgentState,
+        grads: types.Params,
+        transform: optax.GradientTransformation,
+    ) -> AgentState:
+        # Optax raises a Python float to the power of an integer array.
+        with jax.numpy_dtype_promotion("standard"):
+            updates, opt_state = transform.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        num_updates = state.num_updates + 1
+        return state._replace(
+            params=params,
+            target_params=optax.periodic_update(
+                params["successor"],
+                state.target_params,
+                num_updates,
+                config.target_period,
+            ),
+            opt_state=opt_state,
+            num_updates=num_updates,
+        )
+
+    def update(
+        state: AgentState, windows: replay.Window, particles: replay.Window
+    ) -> tuple[AgentState, dict[str, jax.Array]]:
+        (_, (distance_scale, metrics)), grads = jax.value_and_grad(
+            pretrain_loss, has_aux=True
+        )(state.params, state, windows, particles)
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        state = apply_gradients(state, grads, optimizer)
+        return state._replace(distance_scale=distance_scale), metrics
+
+    def finetune_loss(
+        successor_params: types.Params,
+        state: AgentState,
+        windows: replay.Window,
+        task: jax.Array,
+        reward_scale: jax.Array,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        targets = lay_out(
+            windows,
+            cut_at_task_change=False,
+            cut_at_life_loss=finetune.cut_at_life_loss,
+        )
+        rewards_t = clip_rewards(windows.reward, finetune.reward_clip) / reward_scale
+
+        def sum_rewards(r, target: Targets):
+            return jax.vmap(losses.n_step_cumulant)(
+                r[target.rewarded] * target.weight, target.discount
+            )
+
+        r_t, discount_t = jax.vmap(sum_rewards)(rewards_t, targets)
+        w = jnp.broadcast_to(
+            task[None, None, :], (*windows.action[:, :m].shape, config.feature_dim)
+        )
+        output_tm1 = successor(successor_params, windows.observation[:, :m], w)
+        output_t = successor(
+            state.target_params, bootstrap_observations(windows, targets), w
+        )
+        a_tm1 = windows.action[:, :m]
+        errors = jax.vmap(jax.vmap(losses.scalar_td_error))(
+            output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
+        )
+        loss = _mean_of_valid(0.5 * jnp.square(errors), targets.is_valid)
+        chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
+            output_tm1, a_tm1, w
+        )
+        metrics = {
+            "loss_td": loss,
+            "td_error": _mean_of_valid(jnp.abs(errors), targets.is_valid),
+            "q_value": _mean_of_valid(chosen_q, targets.is_valid),
+        }
+        return loss, metrics
+
+    def finetune_update(
+        state: AgentState,
+        windows: replay.Window,
+        task: jax.Array,
+        reward_scale: jax.Array,
+    ) -> tuple[AgentState, dict[str, jax.Array]]:
+        (_, metrics), grads = jax.value_and_grad(finetune_loss, has_aux=True)(
+            state.params["successor"], state, windows, task, reward_scale
+        )
+        metrics["gradient_norm"] = optax.global_norm(grads)
+        grads = {
+            "features": jax.tree.map(jnp.zeros_like, state.params["features"]),
+            "successor": grads,
+        }
+        return apply_gradients(state, grads, finetune_optimizer), metrics
+
+    return Agent(
+        init=init,
+        init_finetune=init_finetune,
+        init_actor=init_actor,
+        act=act,
+        features=features,
+        update=update,
+        finetune_update=finetune_update,
+    )
+
+
+def _task_values(output: networks.Successor, w: jax.Array) -> jax.Array:
+    """Values `[A]` of one state for the task alone."""
+    return losses.q_values(output.psi, w)

@@ -1,0 +1,384 @@
+"""The only importer of EnvPool: its step in this project's words, and statistics.
+
+Letters: `E` environments. EnvPool is imported when a pool is made, not before.
+
+How a pool behaves at the end of an episode (EnvPool's convention, kept as it is):
+
+  step t      action a        -> the last frame, `terminated` or `truncated`
+  step t + 1  action ignored  -> the reset frame, reward 0, `is_first`
+
+The pair (t, t + 1) is not a transition, and `t + 1` is not an agent step. Rewards,
+lives and memory of the last frame are true. Its picture may be a step old: where the
+game is over in the first two of the four emulator frames, EnvPool shows the frame of
+step t - 1 again (in 11 of 28 games of RoadRunner).
+
+An emulator's state can be neither saved nor restored: a run that resumes from a
+checkpoint continues its learning exactly, but in new episodes.
+"""
+
+import difflib
+import importlib.util
+import os
+import pathlib
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aps_jax import types
+
+_ROMS = pathlib.Path("atari", "roms")
+
+
+def games() -> tuple[str, ...]:
+    """Lists the games that the installed EnvPool can play, without importing it.
+
+    Returns:
+      Names in CamelCase and alphabetical order, such as `MontezumaRevenge`: those of
+      EnvPool's tasks, less the version suffix `-v5`.
+
+    Raises:
+      ModuleNotFoundError: if EnvPool or its package of ROMs is not installed.
+    """
+    # EnvPool registers one task per ROM file, from the first of these places that
+    # has any (envpool/registration.py, asset_base_path). Reading the folder takes a
+    # millisecond; importing EnvPool takes two seconds.
+    places = [
+        pathlib.Path(place)
+        for package in ("envpool", "envpool_assets")
+        if (spec := importlib.util.find_spec(package)) is not None
+        for place in spec.submodule_search_locations or ()
+    ]
+    if override := os.environ.get("ENVPOOL_ASSETS_PATH"):
+        places = [pathlib.Path(override)]
+    for place in places:
+        roms = sorted(rom.stem for rom in (place / _ROMS).glob("*.bin"))
+        if roms:
+            return tuple(
+                "".join(word.capitalize() for word in rom.split("_")) for rom in roms
+            )
+    raise ModuleNotFoundError(
+        "EnvPool's Atari ROMs were not found: `pip install envpool` brings them."
+    )
+
+
+def check_game(name: str) -> None:
+    """Raises an error that names the nearest games unless EnvPool has this one.
+
+    Raises:
+      ValueError: if `name` is not one of `games()`, exactly as written there.
+    """
+    known = games()
+    if name in known:
+        return
+    by_lower = {game.lower(): game for game in known}
+    wanted = name.lower().removeprefix("ale/").replace("_", "").split("-v")[0]
+    nearest = difflib.get_close_matches(wanted, by_lower, n=3, cutoff=0.0)
+    names = ", ".join(by_lower[game] for game in nearest)
+    raise ValueError(
+        f"Unknown game {name!r}; the nearest of EnvPool's {len(known)} are {names}."
+    )
+
+
+def environment_seeds(seed: int, num_envs: int, *, process_index: int = 0) -> list[int]:
+    """Draws a seed for each environment of one process of one run.
+
+    EnvPool seeds environment `i` with `seed + i` when it is given one number, so that
+    runs 0 and 1 would share all environments but one. A `SeedSequence` hashes the
+    run's seed and the process together instead.
+
+    Args:
+      seed: the run's seed, at least 0.
+      num_envs: how many seeds to draw, at least 1.
+      process_index: which process of a run on several hosts this is, at least 0.
+
+    Returns:
+      `num_envs` numbers in [0, 2^31), as EnvPool's 32-bit seeds must be.
+
+    Raises:
+      ValueError: if a number is below its least value.
+    """
+    if seed < 0 or num_envs < 1 or process_index < 0:
+        raise ValueError(
+            "seed and process_index must be at least 0 and num_envs at least 1, got "
+            f"seed={seed}, process_index={process_index}, num_envs={num_envs}."
+        )
+    sequence = np.random.SeedSequence(seed, spawn_key=(process_index,))
+    return [int(word) >> 1 for word in sequence.generate_state(num_envs, np.uint32)]
+
+
+def _num_usable_cores() -> int:
+    # EnvPool's own num_threads=0 counts the machine's cores, whatever a batch system
+    # or taskset has left to this process.
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+class AtariPool:
+    """Steps `E` copies of one game together, in EnvPool's synchronous mode.
+
+    Single grey frames of 84x84 (the larger of the last two emulator frames, pixel by
+    pixel), the game's minimal action set, unclipped rewards, and no episode ends at
+    the loss of a life. The calls are `reset` once, then `send` and `recv` in turn.
+    """
+
+    def __init__(
+        self,
+        game: str,
+        num_envs: int,
+        *,
+        seeds: Sequence[int],
+        num_threads: int = 0,
+        frame_skip: int = 4,
+        noop_max: int = 30,
+        max_frames: int = 108_000,
+        sticky: float = 0.0,
+        fire_reset: bool = False,
+        make: Callable[..., Any] | None = None,
+    ):
+        """Starts the emulators and their threads.
+
+        Args:
+          game: one of `games()`.
+          num_envs: number of environments `E`. At least 8 per thread keep synchronous
+            mode as fast as asynchronous mode, and it is deterministic.
+          seeds: a seed per environment, from `environment_seeds`.
+          num_threads: emulator threads; 0 is one per environment, up to the cores
+            that this process may use.
+          frame_skip: emulator frames per agent step, at least 1.
+          noop_max: an episode begins after 1 to `noop_max` emulator frames without
+            action, drawn uniformly, which no counter shows.
+          max_frames: emulator frames after which an episode is cut, a multiple of
+            `frame_skip`; EnvPool counts from the reset frame on, in agent steps.
+          sticky: probability of an emulator frame to repeat the action before.
+          fire_reset: whether the last frame before an episode presses FIRE, in games
+            that have it.
+          make: stands in for `envpool.make`, which is also what `None` means; the
+            name of the game is checked in the latter case only.
+
+        Raises:
+          ValueError: for an unknown game, or a number out of its range.
+        """
+        if num_envs < 1 or len(seeds) != num_envs:
+            raise ValueError(
+                "num_envs must be at least 1 and have a seed each, got "
+                f"num_envs={num_envs} and {len(seeds)} seeds."
+            )
+        if num_threads < 0:
+            raise ValueError(f"num_threads must be at least 0, got {num_threads}.")
+        if frame_skip < 1:
+            raise ValueError(f"frame_skip must be at least 1, got {frame_skip}.")
+        # EnvPool draws from [0, noop_max - 1]: undefined behaviour for 0.
+        if noop_max < 1:
+            raise ValueError(f"noop_max must be at least 1, got {noop_max}.")
+        if max_frames < frame_skip or max_frames % frame_skip != 0:
+            raise ValueError(
+                "max_frames must be a positive multiple of frame_skip, got "
+                f"max_frames={max_frames} and frame_skip={frame_skip}."
+            )
+        if not 0.0 <= sticky <= 1.0:
+            raise ValueError(f"sticky must be in [0, 1], got {sticky}.")
+        if make is None:
+            check_game(game)
+            import envpool  # Takes seconds, and pure users of this module need none.
+
+            make = envpool.make
+
+        self.game = game
+        self.num_envs = num_envs
+        self._env_ids = np.arange(num_envs, dtype=np.int32)
+        self._pool = make(
+            f"{game}-v5",
+            env_type="gymnasium",
+            num_envs=num_envs,
+            batch_size=num_envs,  # Synchronous: recv waits for all environments.
+            num_threads=num_threads or min(num_envs, _num_usable_cores()),
+            thread_affinity_offset=-1,  # Threads are not pinned to cores.
+            seed=[int(seed) for seed in seeds],
+            max_episode_steps=max_frames // frame_skip,  # In agent steps.
+            stack_num=1,  # Single frames; `frames.push_frame` makes the stacks.
+            frame_skip=frame_skip,
+            noop_max=noop_max,
+            # True would play up to 30 uncounted no-ops after every life.
+            episodic_life=False,
+            zero_discount_on_life_loss=False,
+            reward_clip=False,
+            use_fire_reset=fire_reset,
+            img_height=84,
+            img_width=84,
+            mode=-1,  # The game's own default mode and difficulty.
+            difficulty=-1,
+            full_action_space=False,
+            repeat_action_probability=sticky,
+            use_inter_area_resize=True,
+            gray_scale=True,
+            render_mode="rgb_array",  # Costs nothing until `render` is called.
+        )
+        self.num_actions = int(self._pool.action_space.n)
+        self._is_in_flight = False
+
+    def reset(self) -> types.TimeStep:
+        """Begins a new episode in every environment.
+
+        Returns:
+          The reset frames, as `recv` would return them: every row is `is_first`.
+        """
+        self._check_call("reset", in_flight=False)
+        observation, info = self._pool.reset()
+        never = np.zeros(self.num_envs, np.bool_)
+        return self._to_time_step(observation, never, never, info)
+
+    def send(self, actions: types.Array) -> None:
+        """Hands over the next actions; the emulators start, and the call returns.
+
+        Args:
+          actions: `[E]` int32, each in [0, num_actions). The action of a row that
+            ended an episode in the last time step is ignored.
+
+        Raises:
+          RuntimeError: if the answer to the actions before was not yet received. (In
+            flight together, EnvPool would let one overwrite the other silently.)
+          ValueError: if an action is not one of the game's.
+        """
+        self._check_call("send", in_flight=False)
+        chex.assert_shape(actions, (self.num_envs,))
+        chex.assert_type(actions, int)
+        actions = np.asarray(jax.device_get(actions), np.int32)
+        # EnvPool looks the action up without a check of its bounds.
+        if actions.min() < 0 or actions.max() >= self.num_actions:
+            raise ValueError(
+                f"Actions must be in [0, {self.num_actions}), got {actions}."
+            )
+        self._pool.send(actions)  # Copies them, so the caller's array is free again.
+        self._is_in_flight = True
+
+    def recv(self) -> types.TimeStep:
+        """Waits for what the actions sent have led to.
+
+        Returns:
+          A `TimeStep` whose row `i` is environment `i`. Its arrays belong to the
+          caller: EnvPool gives every batch memory of its own, which lives as long as
+          an array that shows it, and does not write to it again (seen in
+          `StateBufferQueue::Wait`, and tested).
+        """
+        self._check_call("recv", in_flight=True)
+        observation, _, terminated, truncated, info = self._pool.recv()
+        self._is_in_flight = False
+        return self._to_time_step(observation, terminated, truncated, info)
+
+    def render(self, index: int) -> np.ndarray:
+        """Draws environment `index` in colour, as it stands, without changing it.
+
+        Returns:
+          `[210, 160, 3]` uint8 (taller in the few games with a taller screen).
+        """
+        self._check_call("render", in_flight=False)
+        if not 0 <= index < self.num_envs:
+            raise ValueError(f"index must be in [0, {self.num_envs}), got {index}.")
+        return self._pool.render(env_ids=index)[0]
+
+    def close(self) -> None:
+        """Ends the emulators and their threads; the pool is of no use afterwards."""
+        if self._pool is not None:
+            self._pool.close()
+        # EnvPool's own close() leaves the threads alone; losing the last reference
+        # joins them.
+        self._pool = None
+
+    def _check_call(self, name: str, *, in_flight: bool) -> None:
+        """Raises a RuntimeError unless the pool is in the state that a call needs."""
+        if self._pool is None:
+            raise RuntimeError(f"{name}() was called on a closed pool.")
+        if self._is_in_flight != in_flight:
+            needs = "needs a send() before it" if in_flight else "must wait for recv()"
+            raise RuntimeError(f"{name}() {needs}.")
+
+    def _to_time_step(
+        self,
+        observation: np.ndarray,
+        terminated: np.ndarray,
+        truncated: np.ndarray,
+        info: dict[str, Any],
+    ) -> types.TimeStep:
+        """Says one of EnvPool's answers in this project's words."""
+        is_done = terminated | truncated
+        # The time limit hides a game over in the same step from `terminated`, never
+        # from `info`. `info["reward"]` is the one that no option clips.
+        is_game_over = info["terminated"] != 0
+        step = types.TimeStep(
+            frame=observation[:, 0],
+            reward=info["reward"],
+            terminated=is_done & is_game_over,
+            truncated=is_done & ~is_game_over,
+            is_first=info["elapsed_step"] == 0,
+            lives=info["lives"],
+            ram=info["ram"],
+        )
+        # In synchronous mode the rows come in the order of the actions sent, which is
+        # that of the environments; asynchronous mode would return any order.
+        if np.array_equal(info["env_id"], self._env_ids):
+            return step
+        order = np.argsort(info["env_id"])
+        if not np.array_equal(info["env_id"][order], self._env_ids):
+            raise RuntimeError(
+                f"Expected one row per environment, got rows of {info['env_id']}."
+            )
+        return types.TimeStep(*(field[order] for field in step))
+
+
+class EpisodeStats(NamedTuple):
+    """Returns and lengths of the episodes of `E` environments.
+
+    A reset in the midst of an episode drops the episode: it is not counted.
+    """
+
+    running_return: jax.Array  # [E] float32, unclipped reward since the reset.
+    running_length: jax.Array  # [E] int32, agent steps since the reset.
+    last_return: jax.Array  # [E] float32, of the last whole episode; NaN before.
+    last_length: jax.Array  # [E] float32, agent steps; NaN before an episode ends.
+    num_episodes: jax.Array  # [E] int32, episodes that have ended.
+
+
+def init_episode_stats(num_envs: int) -> EpisodeStats:
+    """Returns the statistics of `num_envs` environments before their first reset."""
+    return EpisodeStats(
+        running_return=jnp.zeros(num_envs, jnp.float32),
+        running_length=jnp.zeros(num_envs, jnp.int32),
+        last_return=jnp.full(num_envs, jnp.nan, jnp.float32),
+        last_length=jnp.full(num_envs, jnp.nan, jnp.float32),
+        num_episodes=jnp.zeros(num_envs, jnp.int32),
+    )
+
+
+def update_episode_stats(stats: EpisodeStats, step: types.TimeStep) -> EpisodeStats:
+    """Counts one time step of every environment.
+
+    A reset frame begins an episode and is no agent step; the step that is terminated
+    or truncated belongs to the episode that it ends.
+
+    Args:
+      stats: statistics up to time t-1.
+      step: the environments' time step t.
+
+    Returns:
+      Statistics up to time t.
+    """
+    chex.assert_equal_shape([stats.running_return, step.reward, step.is_first])
+    chex.assert_equal_shape([step.is_first, step.terminated, step.truncated])
+
+    running_return = jnp.where(step.is_first, 0.0, stats.running_return + step.reward)
+    running_length = jnp.where(step.is_first, 0, stats.running_length + 1)
+    is_last = step.terminated | step.truncated
+    return EpisodeStats(
+        running_return=running_return,
+        running_length=running_length,
+        last_return=jnp.where(is_last, running_return, stats.last_return),
+        last_length=jnp.where(
+            is_last, running_length.astype(jnp.float32), stats.last_length
+        ),
+        num_episodes=stats.num_episodes + is_last.astype(jnp.int32),
+    )

@@ -1,0 +1,373 @@
+"""Distances from queries to their k nearest particles.
+
+No reward, no state. Exact: few particles are chosen by a cheap lower bound of their
+distance, and these are measured again by subtraction, which loses no digits however close
+together or far from the origin the points are. In three forms:
+
+- few features: the bound is the squared distance itself, unrolled over the features;
+- many features: the bound is a matrix product, and a query whose candidates it cannot
+  prove complete is compared again from nearby (`_search_by_product`);
+- many queries or particles: tiles of both, so that memory does not grow with them.
+
+Letters: `N` queries, `M` particles, `D` feature dimension, `k` neighbours, `C` candidates.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aps_jax.types import Array
+
+# Up to this many features, subtracting beats a matrix product, and is exact.
+_MAX_UNROLLED_FEATURES = 16
+
+# Entries of the largest array that is not an input: tiles are made to fit it.
+_WORKSPACE = 2**22
+
+# Candidates beyond k, so that the bound of the last one exceeds the k-th distance.
+_NUM_SPARE_CANDIDATES = 4
+
+# Queries compared again at a time.
+_NUM_RETRIED_QUERIES = 64
+
+# Relative error of a squared distance that needs no second comparison: 2e-6 of the
+# distance, far below the 1e-5 that is asked of the reward.
+_TOLERANCE = 4e-6
+
+# Up to this many neighbours, repeated minima beat XLA's `top_k` on a CPU.
+_MAX_REPEATED_MINIMA = 32
+
+
+def knn_distances(
+    queries: Array,
+    particles: Array,
+    *,
+    k: int,
+    query_ids: Array | None = None,
+    particle_ids: Array | None = None,
+    tile_size: int | None = None,
+) -> jax.Array:
+    """Computes the Euclidean distances from each query to its k nearest particles.
+
+    The relative error is at most a few units in the last place of float32, whatever the mean
+    and the spread of the points. The gradient is the unit vector from the particle to the
+    query, and zero where they coincide. A query or particle that is not a number makes
+    the distances that depend on it NaN.
+
+    Args:
+      queries: `[N, D]` float32, components below 1e18.
+      particles: `[M, D]` float32, likewise.
+      k: number of neighbours, in [1, M].
+      query_ids: `[N]` int32, or None. A particle whose id equals the query's is the
+        query itself, and is no neighbour of it.
+      particle_ids: `[M]` int32, or None; given if and only if `query_ids` are.
+      tile_size: number of particles compared at a time, which bounds the memory used;
+        None chooses one. Does not change the result.
+
+    Returns:
+      `[N, k]` float32, ascending; +inf in the last places if fewer than k particles are
+      not the query itself. The distance to the k-th neighbour is at index k-1.
+
+    Raises:
+      ValueError: if `k` or `tile_size` is out of range, or only one side has ids.
+    """
+    chex.assert_rank([queries, particles], 2)
+    chex.assert_type([queries, particles], jnp.float32)
+    chex.assert_equal_shape_suffix([queries, particles], 1)
+    num_particles = particles.shape[0]
+    if not 1 <= k <= num_particles:
+        raise ValueError(f"k must be in [1, {num_particles}], got {k}.")
+    if tile_size is not None and tile_size < 1:
+        raise ValueError(f"tile_size must be at least 1, got {tile_size}.")
+    if (query_ids is None) != (particle_ids is None):
+        raise ValueError("query_ids and particle_ids must be given together.")
+    if query_ids is not None:
+        chex.assert_type([query_ids, particle_ids], jnp.int32)
+        chex.assert_equal_shape([queries[:, 0], query_ids])
+        chex.assert_equal_shape([particles[:, 0], particle_ids])
+
+    ids = None if query_ids is None else (query_ids, particle_ids)
+    return _distances(k, tile_size, queries, particles, ids)
+
+
+class _Neighbours(NamedTuple):
+    """Particles in the order of a squared distance or of a lower bound of it."""
+
+    squares: jax.Array  # [N, C] float32, +inf where there is no particle.
+    indices: jax.Array  # [N, C] int32, of particles.
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _distances(k, tile_size, queries, particles, ids):
+    """`knn_distances` with a derivative that leaves out the search."""
+    return jnp.sqrt(_search(k, tile_size, queries, particles, ids).squares)
+
+
+@_distances.defjvp
+def _distances_jvp(k, tile_size, primals, tangents):
+    queries, particles, ids = primals
+    queries_dot, particles_dot, _ = tangents
+    squares, indices = _search(k, tile_size, queries, particles, ids)
+    distances = jnp.sqrt(squares)
+    has_slope = (distances > 0) & (distances < jnp.inf)
+    inverse = jnp.where(has_slope, 1 / jnp.where(has_slope, distances, 1.0), 0.0)
+    directions = (queries[:, None, :] - particles[indices]) * inverse[:, :, None]
+    differences_dot = queries_dot[:, None, :] - particles_dot[indices]
+    return distances, jnp.sum(directions * differences_dot, axis=-1)
+
+
+def _search(k, tile_size, queries, particles, ids) -> _Neighbours:
+    """Finds the k nearest particles, for a tile of the queries at a time."""
+    num_queries, dim = queries.shape
+    num_particles = particles.shape[0]
+    num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
+    if tile_size is None:
+        tile_size = max(_WORKSPACE // 2**10, 4 * num_candidates)
+    tile_size = min(max(tile_size, num_candidates), num_particles)
+    query_tile_size = max(_WORKSPACE // max(tile_size, num_candidates * dim), 1)
+
+    search = _search_by_subtraction
+    if dim > _MAX_UNROLLED_FEATURES:
+        search = _search_by_product
+    query_ids, particle_ids = (None, None) if ids is None else ids
+
+    def search_tile(queries_and_ids):
+        tile, tile_ids = queries_and_ids
+        return search(tile, particles, tile_ids, particle_ids, k, tile_size)
+
+    if num_queries <= query_tile_size:
+        return search_tile((queries, query_ids))
+    num_tiles = math.ceil(num_queries / query_tile_size)
+    query_tile_size = math.ceil(num_queries / num_tiles)
+    tiles = jax.tree.map(
+        # What is compared for the rows that fill up the last tile is thrown away.
+        lambda x: jnp.resize(x, (num_tiles, query_tile_size, *x.shape[1:])),
+        (queries, query_ids),
+    )
+    neighbours = jax.lax.map(search_tile, tiles)
+    return jax.tree.map(
+        lambda x: x.reshape(num_tiles * query_tile_size, k)[:num_queries], neighbours
+    )
+
+
+def _search_by_subtraction(
+    queries, particles, query_ids, particle_ids, k, tile_size
+) -> _Neighbours:
+    """Finds the k nearest particles by their distances, unrolled over the features."""
+
+    def squares_to(tile):
+        return sum(
+            jnp.square(queries[:, d][:, None] - tile[:, d][None, :])
+            for d in range(queries.shape[1])
+        )
+
+    return _smallest_over_tiles(
+        squares_to, particles, query_ids, particle_ids, num=k, tile_size=tile_size
+    )
+
+
+def _search_by_product(
+    queries, particles, query_ids, particle_ids, k, tile_size
+) -> _Neighbours:
+    """Finds the k nearest particles by a matrix product, and checks that they are.
+
+    `norm(q)^2 + norm(p)^2 - 2 q^T p` loses the digits that the terms have in common. So
+    the points are taken relative to a centre, the bound of the rounding error is subtracted,
+    and the C particles of the smallest such bounds are measured by subtraction. If the
+    k-th distance found is below the C-th bound, no other particle can be nearer. A query
+    for which this fails lies in a cluster that is small against its distance from the
+    centre: it becomes the centre of a new comparison, for itself and for the queries near
+    it, which settles it and nearly always them.
+    """
+    num_candidates = min(k + _NUM_SPARE_CANDIDATES, particles.shape[0])
+
+    def search_from(centre, queries, query_ids):
+        bounds = _smallest_over_tiles(
+            functools.partial(_product_bounds, queries, centre),
+            particles,
+            query_ids,
+            particle_ids,
+            num=num_candidates,
+            tile_size=tile_size,
+        )
+        differences = queries[:, None, :] - particles[bounds.indices]
+        squares = jnp.sum(jnp.square(differences), axis=-1)
+        squares = jnp.where(bounds.squares == jnp.inf, jnp.inf, squares)
+        order = _smallest_indices(squares, k)
+        nearest = _Neighbours(
+            squares=jnp.take_along_axis(squares, order, axis=-1),
+            indices=jnp.take_along_axis(bounds.indices, order, axis=-1),
+        )
+        if num_candidates == particles.shape[0]:
+            return nearest, jnp.ones(queries.shape[0], bool)
+        excess = nearest.squares[:, -1] * (1 - _TOLERANCE) - bounds.squares[:, -1]
+        # Not `excess <= 0`: infinity less infinity, and other NaN, must not be retried.
+        return nearest, ~(excess > 0)
+
+    num_retried = min(_NUM_RETRIED_QUERIES, queries.shape[0])
+
+    def has_unsettled(state):
+        _, is_settled = state
+        return ~jnp.all(is_settled)
+
+    def retry(state):
+        nearest, is_settled = state
+        centre = queries[jnp.argmin(is_settled)]
+        squares = jnp.sum(jnp.square(queries - centre[None, :]), axis=-1)
+        # The centre comes first, at distance 0, whose bounds are exact: it is settled.
+        rows = _smallest_indices(
+            jnp.where(is_settled, jnp.inf, squares)[None, :], num_retried
+        )[0]
+        row_ids = None if query_ids is None else query_ids[rows]
+        again, is_settled_again = search_from(centre, queries[rows], row_ids)
+        # Rows settled before only fill up the number, and may lie far from this centre.
+        is_kept = is_settled[rows]
+        nearest = jax.tree.map(
+            lambda x, y: x.at[rows].set(jnp.where(is_kept[:, None], x[rows], y)),
+            nearest,
+            again,
+        )
+        is_settled_again = is_settled_again.at[0].set(True)
+        return nearest, is_settled.at[rows].set(is_kept | is_settled_again)
+
+    # A mean of differences: a plain sum of many equal offsets would lose their digits.
+    reference = particles[0]
+    centre = reference + jnp.mean(particles - reference[None, :], axis=0)
+    state = search_from(centre, queries, query_ids)
+    nearest, _ = jax.lax.while_loop(has_unsettled, retry, state)
+    return nearest
+
+
+def _product_bounds(queries, centre, particles) -> jax.Array:
+    """Bounds the squared distances from below by a matrix product, `[N, M]`.
+
+    Rounding moves `norm(q)^2 + norm(p)^2 - 2 q^T p` by at most `gamma` times the sum of
+    the squared norms. In the worst case gamma is near 2 D units of rounding; sums of D
+    terms whose rounding errors are not all of one sign stay within a multiple of sqrt(D)
+    (Higham and Mary 2019, https://doi.org/10.1137/18M1226312).
+    """
+    queries = queries - centre[None, :]
+    particles = particles - centre[None, :]
+    unit = 2.0**-24
+    gamma = (16 + 4 * math.sqrt(queries.shape[1])) * unit
+    query_squares = (1 - gamma) * jnp.sum(jnp.square(queries), axis=-1)
+    particle_squares = (1 - gamma) * jnp.sum(jnp.square(particles), axis=-1)
+    # Without `HIGHEST`, GPUs and TPUs would round the factors to 10 bits or fewer.
+    products = jnp.matmul(queries, particles.T, precision=jax.lax.Precision.HIGHEST)
+    return query_squares[:, None] + particle_squares[None, :] - 2 * products
+
+
+def _smallest_over_tiles(
+    squares_to: Callable[[jax.Array], jax.Array],
+    particles: jax.Array,
+    query_ids: jax.Array | None,
+    particle_ids: jax.Array | None,
+    *,
+    num: int,
+    tile_size: int,
+) -> _Neighbours:
+    """Finds the `num` particles of the smallest squares, one tile after the other."""
+    num_particles = particles.shape[0]
+    offsets = np.arange(0, num_particles, tile_size)
+    # The last tile starts earlier if it would not be full, and leaves out what the
+    # one before it had: padding the particles would copy them.
+    starts = np.minimum(offsets, num_particles - tile_size)
+
+    def search_tile(start, offset):
+        tile = jax.lax.dynamic_slice_in_dim(particles, start, tile_size)
+        squares = squares_to(tile)
+        if num_particles % tile_size:
+            is_repeated = start + jnp.arange(tile_size, dtype=jnp.int32) < offset
+            squares = jnp.where(is_repeated[None, :], jnp.inf, squares)
+        if particle_ids is not None:
+            tile_ids = jax.lax.dynamic_slice_in_dim(particle_ids, start, tile_size)
+            is_self = query_ids[:, None] == tile_ids[None, :]
+            squares = jnp.where(is_self, jnp.inf, squares)
+        indices = _smallest_indices(squares, num)
+        return _Neighbours(
+            squares=jnp.take_along_axis(squares, indices, axis=-1),
+            indices=start + indices,
+        )
+
+    def merge_tile(best, start_and_offset):
+        both = jax.tree.map(
+            lambda x, y: jnp.concatenate([x, y], axis=-1),
+            best,
+            search_tile(*start_and_offset),
+        )
+        indices = _smallest_indices(both.squares, num)
+        best = jax.tree.map(lambda x: jnp.take_along_axis(x, indices, axis=-1), both)
+        return best, None
+
+    best = search_tile(jnp.int32(0), jnp.int32(0))
+    if len(offsets) == 1:
+        return best
+    rest = (jnp.asarray(starts[1:], jnp.int32), jnp.asarray(offsets[1:], jnp.int32))
+    best, _ = jax.lax.scan(merge_tile, best, rest)
+    return best
+
+
+def _smallest_indices(values: jax.Array, k: int) -> jax.Array:
+    """Finds the columns of the k smallest values of each row, smallest first.
+
+    NaN counts as the smallest value, so that it is chosen and seen.
+    """
+    # Finite, so that +inf is left to mark what `_repeated_minima` has taken.
+    values = jnp.minimum(values, jnp.finfo(values.dtype).max)
+    values = jnp.where(jnp.isnan(values), -jnp.inf, values)
+    if k > _MAX_REPEATED_MINIMA:
+        return _top_k(values, k=k)
+    return jax.lax.platform_dependent(
+        values,
+        cpu=functools.partial(_smallest_of_blocks, k=k),
+        default=functools.partial(_top_k, k=k),
+    )
+
+
+def _top_k(values: jax.Array, *, k: int) -> jax.Array:
+    _, indices = jax.lax.top_k(-values, k)
+    return indices
+
+
+def _smallest_of_blocks(values: jax.Array, *, k: int) -> jax.Array:
+    """Finds the smallest values among the k blocks that have the smallest minima.
+
+    They are all there: each of the k smallest values lies in one of these blocks. XLA
+    finds minima of rows many times faster on a CPU than it selects from them.
+    """
+    num_rows, num_columns = values.shape
+    block_size = math.isqrt(num_columns // k)
+    if block_size < 2:
+        return _repeated_minima(values, k=k)
+    num_blocks = math.ceil(num_columns / block_size)
+    padding = num_blocks * block_size - num_columns
+    values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=jnp.inf)
+    # Block g holds columns g, g + num_blocks, g + 2 num_blocks, ...: this shape keeps the
+    # rows of the reduction contiguous.
+    minima = jnp.min(values.reshape(num_rows, block_size, num_blocks), axis=1)
+    blocks = _repeated_minima(minima, k=k)
+    members = num_blocks * jnp.arange(block_size, dtype=jnp.int32)
+    columns = (blocks[:, :, None] + members[None, None, :]).reshape(num_rows, -1)
+    chosen = _repeated_minima(jnp.take_along_axis(values, columns, axis=1), k=k)
+    return jnp.take_along_axis(columns, chosen, axis=1)
+
+
+def _repeated_minima(values: jax.Array, *, k: int) -> jax.Array:
+    """Finds the columns of the k smallest values by taking the minimum k times."""
+    num_columns = values.shape[1]
+    columns = jnp.arange(num_columns, dtype=jnp.int32)[None, :]
+
+    def take_minimum(values, _):
+        is_minimum = values == jnp.min(values, axis=1, keepdims=True)
+        # Two minima, because XLA does not vectorise `argmin` on a CPU.
+        index = jnp.min(jnp.where(is_minimum, columns, num_columns), axis=1)
+        return jnp.where(columns == index[:, None], jnp.inf, values), index
+
+    _, indices = jax.lax.scan(take_minimum, values, length=k)
+    return indices.T

@@ -1,0 +1,262 @@
+"""Encoders, the feature network and the successor-feature network, as Flax modules.
+
+An encoder is any module from an observation `[..., *observation_shape]` to a vector
+`[..., H]`; the networks know nothing else of it, so images and one-hot states are
+served alike. Parameters are float32, whatever the compute dtype and the form of the
+convolutions.
+
+Letters: `...` any number of leading dimensions (batch `B`, time `T`, environments
+`E`), `H` width of the encoder's output, `K` tasks, `A` actions, `D` feature dimension.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aps_jax import convolutions, sphere
+
+_PIXEL_RANGE = 255.0  # The largest uint8; images are scaled to [0, 1].
+# Standard deviation of the heads relative to LeCun's: |Q| starts well below the
+# rewards, which are near 1, and no action is preferred by much at first.
+_HEAD_SCALE = 0.1
+
+_kernel_init = nn.initializers.he_normal()
+_head_init = nn.initializers.variance_scaling(
+    _HEAD_SCALE**2, "fan_in", "truncated_normal"
+)
+
+
+class Features(NamedTuple):
+    """What the feature network says about one state."""
+
+    h: jax.Array  # [..., D] not normalised: the space of the particle entropy.
+    phi: jax.Array  # [..., D] h scaled to the unit sphere.
+
+
+class Successor(NamedTuple):
+    """What the successor network predicts for one state under each task."""
+
+    psi: jax.Array  # [..., K, A, D] successor features.
+    exploration: jax.Array | None  # [..., K, A] value of the entropy reward, or None.
+
+
+class ConvLayer(nn.Module):
+    """Convolves, adds a bias and activates; its parameters are those of `nn.Conv`."""
+
+    features: int
+    side: int
+    stride: int
+    activation: Callable[[jax.Array], jax.Array]
+    convolution: convolutions.Convolution
+    dtype: jnp.dtype
+    scale: float = 1.0
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        shape = (self.side, self.side, images.shape[-1], self.features)
+        kernel = self.param("kernel", _kernel_init, shape)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,))
+        # The scale acts on the few weights instead of the many pixels.
+        kernel = (kernel * self.scale).astype(self.dtype)
+        images = self.convolution(images.astype(self.dtype), kernel, stride=self.stride)
+        bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
+        return self.activation(images + bias)
+
+
+def _flatten_leading(observation: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
+    """Returns images as `[B, H, W, C]` and the leading dimensions they had."""
+    if observation.ndim < 3:
+        raise ValueError(f"images must be [..., H, W, C], got {observation.shape}.")
+    leading = observation.shape[:-3]
+    num_images = int(np.prod(leading, dtype=int))
+    return observation.reshape(num_images, *observation.shape[-3:]), leading
+
+
+class NatureEncoder(nn.Module):
+    """Encodes images as DQN does: 32 8x8/4, 64 4x4/2, 64 3x3/1, then 512, all ReLU.
+
+    Mnih et al. 2015, https://doi.org/10.1038/nature14236.
+    """
+
+    hidden: int = 512
+    dtype: jnp.dtype = jnp.float32
+    convolution: convolutions.Convolution = convolutions.convolve
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
+        images, leading = _flatten_leading(observation)
+        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
+        for index, (features, side, stride) in enumerate(layers):
+            images = ConvLayer(
+                features,
+                side,
+                stride,
+                activation=nn.relu,
+                convolution=self.convolution,
+                dtype=self.dtype,
+                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
+                name=f"conv_{index}",
+            )(images)
+        flat = images.reshape(images.shape[0], -1)
+        dense = nn.Dense(
+            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
+        )
+        hidden = nn.relu(dense(flat)).astype(jnp.float32)
+        return hidden.reshape(*leading, self.hidden)
+
+
+class PaperEncoder(nn.Module):
+    """Encodes images as APS does: four 3x3 layers of 32 ELUs, strides 2-1-1-1, flat.
+
+    The linear layer after it is the network's own (APS, appendix, after DrQ's
+    continuous-control encoder), https://arxiv.org/abs/2108.13956.
+    """
+
+    dtype: jnp.dtype = jnp.float32
+    convolution: convolutions.Convolution = convolutions.convolve
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., 39200]`."""
+        images, leading = _flatten_leading(observation)
+        for index, stride in enumerate((2, 1, 1, 1)):
+            images = ConvLayer(
+                32,
+                3,
+                stride,
+                activation=nn.elu,
+                convolution=self.convolution,
+                dtype=self.dtype,
+                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
+                name=f"conv_{index}",
+            )(images)
+        flat = images.astype(jnp.float32)
+        return flat.reshape(*leading, int(np.prod(images.shape[1:])))
+
+
+class SmallEncoder(nn.Module):
+    """Encodes images cheaply: 32 and 64 ReLUs of 5x5/5, then a hidden layer.
+
+    The encoder of data-efficient Rainbow (van Hasselt et al. 2019,
+    https://arxiv.org/abs/1906.05243), but zeros are padded to whole windows (84 to
+    85, 17 to 20) where that crops: cropping sees 75 of the 84 rows, and Breakout's
+    paddle is at row 76.
+    """
+
+    hidden: int = 256
+    dtype: jnp.dtype = jnp.float32
+    convolution: convolutions.Convolution = convolutions.convolve
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
+        images, leading = _flatten_leading(observation)
+        for index, features in enumerate((32, 64)):
+            _, height, width, _ = images.shape
+            images = jnp.pad(
+                images, ((0, 0), (0, -height % 5), (0, -width % 5), (0, 0))
+            )
+            images = ConvLayer(
+                features,
+                5,
+                5,
+                activation=nn.relu,
+                convolution=self.convolution,
+                dtype=self.dtype,
+                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
+                name=f"conv_{index}",
+            )(images)
+        flat = images.reshape(images.shape[0], -1)
+        dense = nn.Dense(
+            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
+        )
+        hidden = nn.relu(dense(flat)).astype(jnp.float32)
+        return hidden.reshape(*leading, self.hidden)
+
+
+class MlpEncoder(nn.Module):
+    """Encodes vectors, such as the maze's one-hot states, by ReLU layers."""
+
+    hidden: Sequence[int] = (256,)
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Maps `[..., X]` float to `[..., hidden[-1]]`."""
+        for index, width in enumerate(self.hidden):
+            dense = nn.Dense(width, kernel_init=_kernel_init, name=f"hidden_{index}")
+            observation = nn.relu(dense(observation))
+        return observation
+
+
+class FeatureNetwork(nn.Module):
+    """Maps an observation to its features h and phi (APS, section 4.2).
+
+    phi is a point of the unit sphere; at h = 0 both phi and its gradient are finite.
+    """
+
+    encoder: nn.Module
+    feature_dim: int
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> Features:
+        """Returns `Features` of an observation `[..., *observation_shape]`."""
+        encoded = self.encoder(observation)
+        h = nn.Dense(self.feature_dim, name="h")(encoded)
+        return Features(h=h, phi=sphere.normalize(h))
+
+
+class SuccessorNetwork(nn.Module):
+    """Predicts psi(s, a, w) for K tasks w at once, after one pass of the encoder.
+
+    The hidden layer sees state and task as one concatenated input would, its product
+    with the state computed once for all tasks:
+
+        psi = W relu(W_s encoder(s) + W_w w + b).
+
+    Universal successor features, https://arxiv.org/abs/1906.05030.
+    """
+
+    encoder: nn.Module
+    num_actions: int
+    feature_dim: int
+    hidden: int = 512
+    exploration_head: bool = False
+
+    @nn.compact
+    def __call__(self, observation: jax.Array, tasks: jax.Array) -> Successor:
+        """Predicts for each task.
+
+        Args:
+          observation: `[..., *observation_shape]`, whatever the encoder takes.
+          tasks: `[..., K, D]` float with the same leading dimensions.
+
+        Returns:
+          `Successor`, with `exploration` None unless `exploration_head`.
+        """
+        encoded = self.encoder(observation)  # [..., H]
+        chex.assert_type(tasks, float)
+        chex.assert_shape(tasks, (*encoded.shape[:-1], None, self.feature_dim))
+
+        from_state = nn.Dense(self.hidden, kernel_init=_kernel_init, name="from_state")(
+            encoded
+        )
+        from_task = nn.Dense(
+            self.hidden, use_bias=False, kernel_init=_kernel_init, name="from_task"
+        )(tasks)
+        hidden = nn.relu(from_state[..., None, :] + from_task)  # [..., K, hidden]
+        psi = nn.Dense(
+            self.num_actions * self.feature_dim, kernel_init=_head_init, name="psi"
+        )(hidden)
+        psi = psi.reshape(*psi.shape[:-1], self.num_actions, self.feature_dim)
+        if not self.exploration_head:
+            return Successor(psi=psi, exploration=None)
+        exploration = nn.Dense(
+            self.num_actions, kernel_init=_head_init, name="exploration"
+        )(hidden)
+        return Successor(psi=psi, exploration=exploration)

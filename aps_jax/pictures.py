@@ -1,0 +1,124 @@
+"""Pictures of a run: its learning curves and its games."""
+
+import math
+import pathlib
+from collections.abc import Sequence
+
+import numpy as np
+
+from aps_jax import metrics, scores
+
+_GIF_MILLISECONDS = 70  # an agent step lasts 4/60 s; browsers round to 10 ms
+
+
+def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
+    """Writes pictures `[H, W, 3]` uint8 as a gif that plays at the game's speed.
+
+    Raises:
+      ValueError: There is no picture.
+    """
+    from PIL import Image  # Pure users of the module's curves need no imaging library.
+
+    if not pictures:
+        raise ValueError("A gif needs at least one picture.")
+    images = [Image.fromarray(picture) for picture in pictures]
+    # One palette for the whole game (of its most colourful picture), or colours flicker.
+    richest = max(images[:: max(1, len(images) // 50)], key=_num_colors)
+    palette = richest.quantize(colors=128)
+    frames = [image.quantize(palette=palette, dither=0) for image in images]
+    frames[0].save(
+        path,
+        save_all=True,
+        append_images=frames[1:],
+        duration=_GIF_MILLISECONDS,
+        loop=0,
+        optimize=False,
+    )
+
+
+def _num_colors(image) -> int:
+    return len(image.getcolors(maxcolors=1 << 24) or ())
+
+
+def save_learning_curves(
+    path: pathlib.Path,
+    *,
+    game: str,
+    pretrain_csv: pathlib.Path | None,
+    finetune_csvs: dict[str, pathlib.Path],
+) -> None:
+    """Draws how a run went: scores above, the reward-free signals below.
+
+    Args:
+      path: The png to write.
+      game: The game, whose random and human scores are drawn.
+      pretrain_csv: Metrics of the pretraining, if there was one.
+      finetune_csvs: Metrics of each fine-tuning by the name of its arm.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
+    figure.suptitle(f"APS on {game}")
+    reference = scores.find_reference_scores(game)
+    for axis in axes[0]:
+        axis.set_ylabel("score (points)")
+        if reference is not None:
+            axis.axhline(reference.random, color="grey", ls=":", label="random")
+    _draw_pretraining(axes, pretrain_csv)
+    axis = axes[0][1]
+    axis.set_title("fine-tuning: games while learning, and evaluations")
+    axis.set_xlabel("frames with reward")
+    for index, (arm, csv_path) in enumerate(finetune_csvs.items()):
+        columns = metrics.read_metrics(csv_path)
+        color = f"C{index}"
+        _line(axis, columns, "episode_return", color=color, alpha=0.5, label=arm)
+        frames, means = _known(columns, "eval_return_mean")
+        axis.plot(frames, means, "o", color=color, label=f"{arm}, evaluated")
+    if reference is not None and _is_near(axis, reference.human):
+        axis.axhline(reference.human, color="black", ls="--", label="human")
+    axis.legend(fontsize="small")
+    axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_pretraining(axes, pretrain_csv: pathlib.Path | None) -> None:
+    axes[0][0].set_title("pretraining: score, which the agent never sees")
+    axes[1][0].set_title("pretraining: both halves of its reward")
+    axes[1][1].set_title("pretraining: distances to the nearest particles")
+    for axis in (axes[0][0], *axes[1]):
+        axis.set_xlabel("frames without reward")
+    if pretrain_csv is None:
+        return
+    columns = metrics.read_metrics(pretrain_csv)
+    _line(axes[0][0], columns, "episode_return", color="C0", label="games")
+    _line(axes[1][0], columns, "reward_skill", color="C1", label="skill phi^T w")
+    _line(axes[1][0], columns, "reward_entropy", color="C2", label="entropy")
+    _line(axes[1][1], columns, "knn_distance", color="C3", label="mean of k nearest")
+    _line(axes[1][1], columns, "distance_scale", color="C4", label="running mean")
+    for axis in axes[1]:
+        axis.legend(fontsize="small")
+
+
+def _known(
+    columns: dict[str, list[float]], name: str
+) -> tuple[list[float], list[float]]:
+    pairs = [
+        (frame, value)
+        for frame, value in zip(columns["frames"], columns[name], strict=True)
+        if not math.isnan(value)
+    ]
+    return [frame for frame, _ in pairs], [value for _, value in pairs]
+
+
+def _line(axis, columns: dict[str, list[float]], name: str, **style) -> None:
+    axis.plot(*_known(columns, name), **style)
+
+
+def _is_near(axis, value: float) -> bool:
+    """Whether drawing `value` would not squeeze the curves into a corner."""
+    low, high = axis.get_ylim()
+    return low - 3 * (high - low) <= value <= high + 3 * (high - low)

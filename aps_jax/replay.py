@@ -1,0 +1,144 @@
+"""Replay of single frames on the device: added in place, sampled as stacked windows.
+
+The ring is Flashbax's trajectory buffer. Letters: `E` environments, `B` windows, `T`
+states of a window, `L = T + STACK_SIZE - 1` its frames, `D` feature dimension.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flashbax.buffers import trajectory_buffer
+
+from aps_jax import frames, types
+from aps_jax.config import STACK_SIZE
+
+ReplayState = trajectory_buffer.TrajectoryBufferState
+
+FRAME_SHAPE = (84, 84)
+
+
+class Step(NamedTuple):
+    """One agent step of one environment, as stored (leading axes are added outside).
+
+    `action` and `task` were chosen after seeing `frame`; the other fields tell how
+    `frame` was reached. 7,095 bytes at D = 5, of which 7,056 are the frame.
+    """
+
+    frame: jax.Array  # [84, 84] uint8
+    action: jax.Array  # [] int32
+    reward: jax.Array  # [] float32, unclipped game reward.
+    terminated: jax.Array  # [] bool, game over.
+    is_first: jax.Array  # [] bool, a reset frame: the step before it ended a game.
+    life_lost: jax.Array  # [] bool, fewer lives than one step before.
+    task: jax.Array  # [D] float32
+    id: jax.Array  # [] int32, differs between steps of a run.
+
+
+class Window(NamedTuple):
+    """`T` consecutive agent steps with their stacked observations.
+
+    Fields other than `observation` are those of `Step`, time on the leading axis.
+    """
+
+    observation: jax.Array  # [T, 84, 84, STACK_SIZE] uint8, newest frame last.
+    action: jax.Array  # [T] int32
+    reward: jax.Array  # [T] float32
+    terminated: jax.Array  # [T] bool
+    is_first: jax.Array  # [T] bool
+    life_lost: jax.Array  # [T] bool
+    task: jax.Array  # [T, D] float32
+    id: jax.Array  # [T] int32
+
+
+class Replay(NamedTuple):
+    """The verbs of a replay; `make_replay` binds its sizes."""
+
+    init: Callable[[], ReplayState]
+    add: Callable[[ReplayState, Step], ReplayState]
+    sample: Callable[..., Window]
+    num_bytes: int  # of the ring, counted from the shapes.
+
+
+def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
+    """Makes a replay for `size` agent steps of `num_envs` environments together.
+
+    Args:
+      num_envs: `E`, environments that add a step together.
+      size: Agent steps held; rounded down to a multiple of `num_envs`.
+      feature_dim: `D` of the stored task vectors.
+
+    Returns:
+      A `Replay` of pure functions. `init()` allocates the ring; `add(state, step)` takes
+      a `Step` with leading axis `[E]` and is in place where the state is donated;
+      `sample(state, key, num_windows=B, num_states=T)` returns a `Window` with leading
+      axis `[B]`, windows uniform over all that lie in the ring. The key is consumed.
+
+    Raises:
+      ValueError: The replay would hold less than one step of each environment.
+    """
+    length = size // num_envs
+    if length < 1:
+        raise ValueError(f"size must be at least num_envs, got {size} and {num_envs}.")
+    example = Step(
+        frame=jnp.zeros(FRAME_SHAPE, jnp.uint8),
+        action=jnp.zeros((), jnp.int32),
+        reward=jnp.zeros((), jnp.float32),
+        terminated=jnp.zeros((), bool),
+        is_first=jnp.zeros((), bool),
+        life_lost=jnp.zeros((), bool),
+        task=jnp.zeros((feature_dim,), jnp.float32),
+        id=jnp.zeros((), jnp.int32),
+    )
+
+    def init() -> ReplayState:
+        return trajectory_buffer.init(example, num_envs, length)
+
+    def add(state: ReplayState, step: Step) -> ReplayState:
+        return trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
+
+    def sample(
+        state: ReplayState, key: types.PRNGKey, *, num_windows: int, num_states: int
+    ) -> Window:
+        # Flashbax broadcasts [B, 1] against [L]; it is meant, so it is allowed here.
+        with jax.numpy_rank_promotion("allow"):
+            steps = trajectory_buffer.sample(
+                state,
+                key,
+                batch_size=num_windows,
+                sequence_length=num_states + STACK_SIZE - 1,
+                period=1,
+            ).experience
+        return jax.vmap(stack_window)(steps)
+
+    num_bytes = sum(x.nbytes for x in jax.tree.leaves(example)) * num_envs * length
+    return Replay(init, add, sample, num_bytes)
+
+
+def num_stored(state: ReplayState) -> int:
+    """Returns how many agent steps of each environment the ring holds (on the host)."""
+    length = state.experience.id.shape[1]
+    return length if bool(state.is_full) else int(state.current_index)
+
+
+def stack_window(steps: Step) -> Window:
+    """Rebuilds the stacked observations of a window of single frames.
+
+    As EnvPool's own `stack_num=4`: no stack reaches over a reset, at and after which the
+    reset frame fills the places of the frames that do not exist.
+
+    Args:
+      steps: A `Step` with leading axis `[L]`, `L = T + STACK_SIZE - 1` in time order.
+
+    Returns:
+      The `Window` of the last `T` steps.
+    """
+    places = frames.stack_places(steps.is_first)  # [T, STACK_SIZE]
+    stacks = steps.frame[places]  # [T, STACK_SIZE, 84, 84]
+    fields = {
+        name: value[STACK_SIZE - 1 :]
+        for name, value in steps._asdict().items()
+        if name != "frame"
+    }
+    return Window(observation=jnp.moveaxis(stacks, 1, -1), **fields)

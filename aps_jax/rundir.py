@@ -1,0 +1,202 @@
+"""A run's folder: whose it is, what it holds, and how its JSON files are written."""
+
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+from aps_jax import config as config_lib
+
+CONFIG_NAME = "config.json"
+RESULT_NAME = "result.json"
+CHECKPOINTS_NAME = "checkpoints"
+SCHEMA = 1
+
+# Where a run of several stages keeps each.
+STAGE_FOLDERS = {"pretrain": "pretrain", "finetune": "pretrained"}
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "rlax", "flashbax", "numpy", "envpool")
+
+
+def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+    """Writes a JSON file whole or not at all."""
+    temporary = path.with_name(path.name + ".tmp")
+    with temporary.open("w") as file:
+        file.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """Reads a JSON file that holds an object.
+
+    Raises:
+      ValueError: The file is missing, unreadable or no JSON object.
+    """
+    try:
+        values = json.loads(path.read_text())
+    except OSError as error:
+        raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
+    except ValueError as error:
+        raise ValueError(f"{path} is not valid JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{path} does not hold a JSON object.")
+    return values
+
+
+def versions() -> dict[str, str]:
+    """Returns the versions of Python and of the packages that shape a result."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def git_commit() -> str | None:
+    """Returns the commit of the source tree, marked if changed; None outside git."""
+    root = pathlib.Path(__file__).resolve().parent.parent
+    command = ["git", "-C", str(root), "describe", "--always", "--abbrev=40", "--dirty"]
+    try:
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip() or None
+
+
+def open_run(
+    workdir: pathlib.Path, *, stage: str, config: config_lib.Config, **facts: Any
+) -> bool:
+    """Makes a folder this run's own, or finds that it already is.
+
+    Args:
+      workdir: The folder; it is created if it does not exist.
+      stage: Name of the stage.
+      config: The run's config.
+      **facts: What else a later user of the folder must know, as JSON values.
+
+    Returns:
+      Whether the folder already held this very run, which is then continued.
+
+    Raises:
+      ValueError: The folder holds another run, or something else, or is no folder.
+    """
+    facts = {"stage": stage, "config": config_lib.to_dict(config), **facts}
+    if workdir.exists() and not workdir.is_dir():
+        raise ValueError(f"{workdir} is a file; a run needs a folder of its own.")
+    path = workdir / CONFIG_NAME
+    if path.exists():
+        found = read_json(path)
+        differences = _differences(found, facts)
+        if differences:
+            raise ValueError(
+                f"{workdir} holds another run ({'; '.join(differences)}). Give another "
+                "--workdir, or the same flags to continue that run."
+            )
+        return True
+    if workdir.is_dir() and any(workdir.iterdir()):
+        raise ValueError(
+            f"{workdir} is not empty and holds no {CONFIG_NAME}: not a run's folder. "
+            "Give another --workdir."
+        )
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(
+            path,
+            {
+                "schema": SCHEMA,
+                **facts,
+                "versions": versions(),
+                "git_commit": git_commit(),
+                "command": sys.argv,
+            },
+        )
+    except OSError as error:
+        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
+    return False
+
+
+def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:
+    """Reads whose folder this is.
+
+    Returns:
+      All that `config.json` says, and the config in it.
+
+    Raises:
+      ValueError: It is no run's folder, with what is there instead.
+    """
+    path = workdir / CONFIG_NAME
+    if not path.exists():
+        if not workdir.exists():
+            there = "does not exist"
+        elif not workdir.is_dir():
+            there = "is a file"
+        else:
+            names = sorted(entry.name for entry in workdir.iterdir())
+            there = "holds " + (", ".join(names[:8]) if names else "nothing")
+        raise ValueError(
+            f"{workdir} is not a run's folder: it has no {CONFIG_NAME}; it {there}."
+        )
+    facts = read_json(path)
+    if facts.get("schema") != SCHEMA:
+        raise ValueError(
+            f"{path} has schema {facts.get('schema')}, this version reads {SCHEMA}."
+        )
+    try:
+        return facts, config_lib.from_dict(facts["config"])
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        raise ValueError(f"{path} does not hold a valid config: {error}") from error
+
+
+def find_result(workdir: pathlib.Path) -> dict[str, Any] | None:
+    """Returns what a finished run's `result.json` holds, None before it is finished."""
+    path = workdir / RESULT_NAME
+    return read_json(path) if path.exists() else None
+
+
+def find_stage(workdir: pathlib.Path, stage: str) -> pathlib.Path:
+    """Returns the folder of a stage: `workdir` itself, or one in a run of several.
+
+    Raises:
+      ValueError: There is none, with what is there instead.
+    """
+    facts, _ = read_run(workdir)
+    if facts.get("stage") == stage:
+        return workdir
+    inner = workdir / STAGE_FOLDERS[stage]
+    if (inner / CONFIG_NAME).exists():
+        return inner
+    raise ValueError(
+        f"{workdir} holds a run of stage {facts.get('stage')!r}, and none of stage "
+        f"{stage!r}."
+    )
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Says in words where two descriptions of a run differ."""
+    left, right = _flatten(found), _flatten(wanted)
+    ignored = {"schema", "versions", "git_commit", "command"}
+    return [
+        f"{name.split('.')[-1]} is {left.get(name)!r} there and {right.get(name)!r} here"
+        for name in sorted(set(left) | set(right))
+        if name.split(".")[0] not in ignored and left.get(name) != right.get(name)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat

@@ -1,0 +1,629 @@
+"""The stages of a run: pretraining without reward, and fine-tuning with it."""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any, NamedTuple, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aps_jax import agent as agent_lib
+from aps_jax import (
+    checkpoint,
+    envs,
+    evaluation,
+    loop,
+    metrics,
+    replay,
+    resources,
+    rundir,
+    tasks,
+)
+from aps_jax import config as config_lib
+from aps_jax import progress as progress_lib
+from aps_jax.config import FRAME_SKIP
+
+PRETRAIN = "pretrain"
+FINETUNE = "finetune"
+
+
+class Trained(NamedTuple):
+    """An agent out of a folder, with all that is needed to use it."""
+
+    config: config_lib.Config
+    agent: agent_lib.Agent
+    state: agent_lib.AgentState
+    num_actions: int
+    facts: dict[str, Any]  # of the checkpoint
+
+
+def pretrain(
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    *,
+    constructor: loop.MakePool = envs.AtariPool,
+    progress: progress_lib.Progress | None = None,
+) -> dict[str, Any]:
+    """Pretrains an agent on a game whose reward it never sees.
+
+    APS, Alg. 1, https://arxiv.org/abs/2108.13956. The same call continues a run that was
+    interrupted, and returns at once if the run is finished.
+
+    Args:
+      config: The run's values.
+      workdir: Folder of this stage; made if it does not exist.
+      constructor: Makes the environments, as `envs.AtariPool`.
+      progress: Where to show progress; nowhere by default.
+
+    Returns:
+      What `result.json` holds. The newest checkpoint holds the agent.
+
+    Raises:
+      ValueError: The folder holds another run.
+      FloatingPointError: A loss or reward is not finite; nothing is saved after it.
+    """
+    started = time.monotonic()
+    resources.check_memory(config, is_pretraining=True)
+    values, learner = config.pretrain, config.learner
+    num_envs = values.num_envs
+    pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
+    try:
+        is_known = rundir.open_run(
+            workdir, stage=PRETRAIN, config=config, num_actions=pool.num_actions
+        )
+        if is_known and (result := rundir.find_result(workdir)) is not None:
+            return result
+        agent = agent_lib.make_agent(
+            learner, config.finetune, num_actions=pool.num_actions
+        )
+        ring = replay.make_replay(
+            num_envs=num_envs,
+            size=values.replay_size,
+            feature_dim=learner.feature_dim,
+        )
+        session = loop.Session(
+            pool=pool,
+            state=loop.init_state(agent, config.seed),
+            memory=loop.init_memory(
+                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+            ),
+            sums=loop.put(
+                metrics.init_sums(
+                    loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+                )
+            ),
+        )
+        act = loop.make_act(
+            agent,
+            ring,
+            loop.stream_key(config.seed, loop.Stream.PRETRAIN_ACT),
+            epsilon=values.pretrain_epsilon,
+            explore=True,
+        )
+        learn = loop.make_pretrain_learn(
+            agent,
+            ring,
+            learner,
+            loop.stream_key(config.seed, loop.Stream.PRETRAIN_LEARN),
+        )
+        schedule = loop.Schedule(
+            start=max(values.warmup_agent_steps, learner.window_length * num_envs),
+            samples_per_step=values.samples_per_step,
+            batch_size=learner.batch_size,
+        )
+        with _Recorder(workdir, metrics.PRETRAIN_COLUMNS, session) as recorder:
+            recorder.resume()
+            total = -(-values.pretrain_agent_steps // num_envs)
+            if progress is not None:
+                progress.start(
+                    PRETRAIN,
+                    total=total * num_envs * FRAME_SKIP,
+                    done=session.agent_steps * FRAME_SKIP,
+                )
+            while session.iteration < total:
+                session.step(act, learn, schedule)
+                is_last = session.iteration == total
+                recorder.record(config.report, is_last=is_last, progress=progress)
+            result = {
+                **_describe(config, PRETRAIN),
+                "pretrain_frames": session.agent_steps * FRAME_SKIP,
+                "updates": int(jax.device_get(session.state.num_updates)),
+                "last_metrics": loop.without_nan(recorder.last_row),
+                **_rate(session.agent_steps, started),
+            }
+    finally:
+        pool.close()
+    rundir.write_json(workdir / rundir.RESULT_NAME, result)
+    return result
+
+
+def finetune(
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    init: pathlib.Path | None,
+    *,
+    constructor: loop.MakePool = envs.AtariPool,
+    progress: progress_lib.Progress | None = None,
+) -> dict[str, Any]:
+    """Infers the task from rewards, adapts at once, then learns from the reward.
+
+    The agent plays under random tasks, `w` is found by linear regression of the
+    rewards on the features of the states reached, and TD learning goes on with `w` and
+    the features fixed (APS, Sec. 4.4, https://arxiv.org/abs/2108.13956). The same call
+    continues a run that was interrupted.
+
+    Args:
+      config: The run's values.
+      workdir: Folder of this stage; made if it does not exist.
+      init: Folder of a pretraining whose agent is taken over whole; None starts from
+        an untrained agent with the same budget.
+      constructor: Makes the environments, as `envs.AtariPool`.
+      progress: Where to show progress; nowhere by default.
+
+    Returns:
+      What `result.json` holds.
+
+    Raises:
+      ValueError: The folder holds another run, or `init` does not fit.
+      FloatingPointError: A loss is not finite; nothing is saved after it.
+    """
+    started = time.monotonic()
+    resources.check_memory(config, is_pretraining=False)
+    values, learner = config.finetune, config.learner
+    num_envs = values.finetune_num_envs
+    pool = loop.make_pool(config, num_envs, loop.Stream.FINETUNE_ACT, constructor)
+    try:
+        agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
+        pretrain_frames = 0
+        if init is None:
+            state = loop.init_state(agent, config.seed)
+        else:
+            trained = load_pretrained(init)
+            check_fits(trained, init, config, pool.num_actions)
+            state = trained.state
+            pretrain_frames = trained.facts["agent_steps"] * FRAME_SKIP
+        is_known = rundir.open_run(
+            workdir,
+            stage=FINETUNE,
+            config=config,
+            num_actions=pool.num_actions,
+            init=None if init is None else str(init),
+        )
+        if is_known and (result := rundir.find_result(workdir)) is not None:
+            return result
+        ring = replay.make_replay(
+            num_envs=num_envs,
+            # Rounded up, so that nothing is overwritten.
+            size=-(-values.finetune_agent_steps // num_envs) * num_envs,
+            feature_dim=learner.feature_dim,
+        )
+        session = loop.Session(
+            pool=pool,
+            state=loop.put(jax.jit(agent.init_finetune)(state)),
+            memory=loop.init_memory(
+                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+            ),
+            sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
+        )
+        with _Recorder(workdir, metrics.FINETUNE_COLUMNS, session) as recorder:
+            facts = recorder.resume()
+            inferred = (
+                _Inferred.from_facts(facts["inferred"])
+                if facts.get("inferred")
+                else _infer(config, agent, ring, session, recorder, progress)
+            )
+            recorder.facts["inferred"] = inferred.to_facts()
+            if progress is not None:
+                progress.say(inferred.text())
+            returns, evaluations = _learn_task(
+                config,
+                agent,
+                ring,
+                session,
+                recorder,
+                inferred,
+                is_pretrained=init is not None,
+                constructor=constructor,
+                progress=progress,
+            )
+        result = {
+            **_describe(config, FINETUNE),
+            "pretrain_frames": pretrain_frames,
+            "finetune_agent_steps": session.agent_steps,
+            "init": None if init is None else str(init),
+            **_score(config, returns),
+            "evaluations": evaluations,
+            "task": inferred.to_facts(),
+            "updates": int(jax.device_get(session.state.num_updates)),
+            **_rate(session.agent_steps, started),
+        }
+    finally:
+        pool.close()
+    rundir.write_json(workdir / rundir.RESULT_NAME, result)
+    return result
+
+
+@dataclasses.dataclass(frozen=True)
+class _Inferred:
+    """An inferred task as plain values; float32 survives JSON bit for bit."""
+
+    task: list[float]
+    scale: float
+    intercept: float
+    r_squared: float
+    num_samples: int
+    num_nonzero: int
+    is_fallback: bool
+    agent_steps: int  # after which it was inferred
+
+    def to_facts(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_facts(cls, facts: dict[str, Any]) -> "_Inferred":
+        return cls(**facts)
+
+    def text(self) -> str:
+        seen = f"{self.num_samples:,} rewards, {self.num_nonzero:,} of them not 0"
+        if self.is_fallback:
+            return f"No task could be inferred from {seen}: a random task is used."
+        return (
+            f"Task inferred from {seen}: R^2 {self.r_squared:.3f}, norm of w "
+            f"{self.scale:.3g}."
+        )
+
+
+def _infer(
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    session: loop.Session,
+    recorder: "_Recorder",
+    progress: progress_lib.Progress | None,
+) -> _Inferred:
+    """Plays under random tasks until the budget or the games are used up; regresses."""
+    values = config.finetune
+    act = loop.make_act(
+        agent,
+        ring,
+        loop.stream_key(config.seed, loop.Stream.INFER_ACT),
+        epsilon=config.pretrain.pretrain_epsilon,
+        explore=True,
+        regress_clip=values.reward_clip,
+    )
+    total = -(-values.infer_agent_steps // session.pool.num_envs)
+    if progress is not None:
+        progress.start(
+            "infer",
+            total=total * session.pool.num_envs * FRAME_SKIP,
+            done=session.agent_steps * FRAME_SKIP,
+        )
+    num_games = recorder.facts.get("infer_games", 0)
+    while session.iteration < total and num_games < values.infer_episodes:
+        session.step(act)
+        num_games += session.num_finished
+        recorder.facts["infer_games"] = num_games
+        recorder.record(config.report, is_last=False, progress=progress)
+
+    fallback_key = loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK)
+    found = jax.device_get(
+        tasks.infer_task(
+            session.memory.regression,
+            fallback_task=jax.random.normal(
+                fallback_key, (config.learner.feature_dim,)
+            ),
+            ridge=values.ridge,
+        )
+    )
+    return _Inferred(
+        task=[float(value) for value in found.task],
+        scale=float(found.scale),
+        intercept=float(found.intercept),
+        r_squared=float(found.r_squared),
+        num_samples=int(found.num_samples),
+        num_nonzero=int(found.num_nonzero),
+        is_fallback=bool(found.is_fallback),
+        agent_steps=session.agent_steps,
+    )
+
+
+def _learn_task(
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    session: loop.Session,
+    recorder: "_Recorder",
+    inferred: _Inferred,
+    *,
+    is_pretrained: bool,
+    constructor: loop.MakePool,
+    progress: progress_lib.Progress | None,
+) -> tuple[np.ndarray, list[dict[str, Any]]]:
+    """Learns the inferred task and evaluates on the way.
+
+    Returns:
+      The scores of the last evaluation, and a summary of each.
+    """
+    values = config.finetune
+    num_envs = session.pool.num_envs
+    task = jnp.asarray(inferred.task, jnp.float32)
+    # An untrained psi is in no unit, so the scratch arm learns in the reward's own.
+    scale = inferred.scale if is_pretrained else 1.0
+    act = loop.make_act(
+        agent,
+        ring,
+        loop.stream_key(config.seed, loop.Stream.FINETUNE_ACT),
+        epsilon=values.finetune_epsilon,
+        explore=False,
+    )
+    learn = loop.make_finetune_learn(
+        agent,
+        ring,
+        config.learner,
+        loop.stream_key(config.seed, loop.Stream.FINETUNE_LEARN),
+        task=task,
+        reward_scale=jnp.float32(scale),
+    )
+    schedule = loop.Schedule(
+        start=max(inferred.agent_steps, config.learner.window_length * num_envs),
+        samples_per_step=values.finetune_samples_per_step,
+        batch_size=config.learner.batch_size,
+    )
+    session.memory = session.memory._replace(
+        actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
+    )
+    first = -(-inferred.agent_steps // num_envs)
+    total = -(-values.finetune_agent_steps // num_envs)
+    count = config.evaluation.evaluations
+    # Evenly spaced from zero-shot to the end; one evaluation means the last alone.
+    points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
+    points = points if count > 1 else [total]
+    evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
+    returns = np.zeros(0)
+
+    def evaluate_if_due() -> None:
+        nonlocal returns
+        is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
+        if session.iteration not in points or is_done:
+            return
+        returns = evaluation.evaluate(
+            config,
+            agent,
+            session.state.params,
+            task,
+            # psi of other tasks is as good as that of w before learning, not after.
+            use_gpi=session.iteration == first,
+            constructor=constructor,
+            progress=progress,
+        ).returns
+        summary = evaluation.summary(config, returns)
+        evaluations.append(
+            {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
+        )
+        recorder.write({**session.row(), **summary})
+        if progress is not None:
+            progress.start(
+                FINETUNE,
+                total=total * num_envs * FRAME_SKIP,
+                done=session.agent_steps * FRAME_SKIP,
+            )
+
+    evaluate_if_due()
+    while session.iteration < total:
+        session.step(act, learn, schedule)
+        is_last = session.iteration == total
+        if is_last:
+            recorder.save()
+        else:
+            recorder.record(config.report, is_last=False, progress=progress)
+        evaluate_if_due()
+    return returns, evaluations
+
+
+class _Recorder:
+    """Writes a stage's rows and checkpoints, and takes the stage up from the last."""
+
+    def __init__(
+        self, workdir: pathlib.Path, columns: tuple[str, ...], session: loop.Session
+    ):
+        self._workdir = workdir
+        self._columns = columns
+        self._session = session
+        self._checkpointer = checkpoint.Checkpointer(workdir / rundir.CHECKPOINTS_NAME)
+        self._writer: metrics.MetricsWriter | None = None
+        self.facts: dict[str, Any] = {}
+        self.last_row: dict[str, float] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        if self._writer is not None:
+            self._writer.close()
+        self._checkpointer.close()
+
+    def resume(self) -> dict[str, Any]:
+        """Takes the session to the newest checkpoint, if there is one.
+
+        Returns:
+          The facts of that checkpoint; empty for a new run.
+        """
+        session, number = self._session, self._checkpointer.latest()
+        if number is not None:
+            self.facts = self._checkpointer.restore_facts(number)
+            session.state = self._checkpointer.restore(number, "agent", session.state)
+            session.memory, session.sums = self._checkpointer.restore(
+                number, "loop", (session.memory, session.sums)
+            )
+            session.iteration = self.facts["agent_steps"] // session.pool.num_envs
+        self._writer = metrics.MetricsWriter(
+            self._workdir, self._columns, resume_agent_steps=session.agent_steps
+        )
+        return self.facts
+
+    def record(
+        self,
+        values: config_lib.ReportConfig,
+        *,
+        is_last: bool,
+        progress: progress_lib.Progress | None,
+    ) -> None:
+        """Writes a row and a checkpoint where they are due, and shows progress."""
+        steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
+        if loop.is_due(values.report_agent_steps, steps, num_envs) or is_last:
+            self.write(self._session.row())
+        if loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last:
+            self.save()
+        if progress is not None:
+            progress.tick(steps * FRAME_SKIP, self.last_row.get("episode_return"))
+
+    def write(self, row: dict[str, float]) -> None:
+        """Writes one row of metrics."""
+        self.last_row = row
+        self._writer.write(row)
+
+    def save(self) -> None:
+        """Begins to write a checkpoint of the session."""
+        session = self._session
+        self.facts["agent_steps"] = session.agent_steps
+        self._checkpointer.save(
+            session.agent_steps,
+            session.state,
+            (session.memory, session.sums),
+            self.facts,
+        )
+
+
+def load_pretrained(workdir: pathlib.Path) -> Trained:
+    """Loads the newest agent of a pretraining.
+
+    Args:
+      workdir: Folder of a pretraining, or of a run that began with one.
+
+    Raises:
+      ValueError: There is none, or its checkpoint does not fit its own config.
+    """
+    return _load(rundir.find_stage(workdir, PRETRAIN), is_finetuned=False)
+
+
+def load_finetuned(workdir: pathlib.Path) -> Trained:
+    """Loads the newest agent of a fine-tuning, whose facts hold the inferred task.
+
+    Raises:
+      ValueError: There is none, or its checkpoint does not fit its own config.
+    """
+    trained = _load(rundir.find_stage(workdir, FINETUNE), is_finetuned=True)
+    if not trained.facts.get("inferred"):
+        raise ValueError(f"The run in {workdir} has not inferred a task yet.")
+    return trained
+
+
+def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
+    facts, config = rundir.read_run(folder)
+    num_actions = facts["num_actions"]
+    checkpointer = checkpoint.Checkpointer(folder / rundir.CHECKPOINTS_NAME)
+    try:
+        number = checkpointer.latest()
+        if number is None:
+            raise ValueError(f"The run in {folder} has no checkpoint yet.")
+        agent = agent_lib.make_agent(
+            config.learner, config.finetune, num_actions=num_actions
+        )
+
+        def init(key):
+            state = agent.init(key)
+            return agent.init_finetune(state) if is_finetuned else state
+
+        template = jax.eval_shape(init, jax.random.key(0))
+        state = checkpointer.restore(number, "agent", template)
+        return Trained(
+            config, agent, state, num_actions, checkpointer.restore_facts(number)
+        )
+    finally:
+        checkpointer.close()
+
+
+# What a pretrained agent must share with the run that takes it over.
+_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form")
+
+
+def check_fits(
+    trained: Trained,
+    folder: pathlib.Path,
+    config: config_lib.Config,
+    num_actions: int,
+) -> None:
+    """Checks that a run can take over a pretrained agent.
+
+    Raises:
+      ValueError: Game, actions or network differ; the message shows both sides.
+    """
+    there = {"game": trained.config.game, "num_actions": trained.num_actions}
+    here = {"game": config.game, "num_actions": num_actions}
+    for name in _SHARED:
+        there[name] = getattr(trained.config.learner, name)
+        here[name] = getattr(config.learner, name)
+    differences = [
+        f"{name} is {there[name]!r} there and {here[name]!r} here"
+        for name in there
+        if there[name] != here[name]
+    ]
+    if differences:
+        raise ValueError(
+            f"The agent in {folder} does not fit this run: {'; '.join(differences)}."
+        )
+
+
+def _describe(config: config_lib.Config, stage: str) -> dict[str, Any]:
+    return {
+        "schema": rundir.SCHEMA,
+        "stage": stage,
+        "game": config.game,
+        "agent": config.agent,
+        "seed": config.seed,
+        "preset": config.preset,
+    }
+
+
+def evaluation_result(
+    config: config_lib.Config, returns: np.ndarray, *, checkpoint: str, started: float
+) -> dict[str, Any]:
+    """Returns what `result.json` holds of an evaluation alone.
+
+    Args:
+      config: The run's values, the protocol among them.
+      returns: `[episodes]`, unclipped scores.
+      checkpoint: Whose agent played.
+      started: `time.monotonic()` at the beginning.
+    """
+    seconds = time.monotonic() - started
+    return {
+        **_describe(config, "evaluate"),
+        "checkpoint": checkpoint,
+        **_score(config, returns),
+        "wall_seconds": round(seconds, 3),
+        "device": jax.devices()[0].platform,
+        "git_commit": rundir.git_commit(),
+    }
+
+
+def _score(config: config_lib.Config, returns: np.ndarray) -> dict[str, Any]:
+    summary = loop.without_nan(evaluation.summary(config, returns))
+    return {
+        "returns": [float(value) for value in returns],
+        "return_mean": summary["eval_return_mean"],
+        "human_normalized_score": summary["eval_human_normalized"],
+        "protocol": evaluation.protocol(config),
+    }
+
+
+def _rate(agent_steps: int, started: float) -> dict[str, Any]:
+    seconds = time.monotonic() - started
+    return {
+        "wall_seconds": round(seconds, 3),
+        "frames_per_second": round(agent_steps * FRAME_SKIP / seconds, 1),
+        "device": jax.devices()[0].platform,
+        "git_commit": rundir.git_commit(),
+    }

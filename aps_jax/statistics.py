@@ -1,0 +1,303 @@
+"""Aggregate scores over games and seeds, with stratified bootstrap intervals.
+
+The estimators of rliable, Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, in
+NumPy. A group of scores is a sequence of arrays, one for each game, whose last axis
+holds the runs (seeds) of that game; games may have different numbers of runs. Leading
+axes, where there are any, are bootstrap resamples, so that one function gives both the
+estimate and its resampled twins.
+
+Letters: `G` games, `R` runs of one game, `S` resamples, `T` thresholds.
+"""
+
+import importlib.metadata
+import types
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+Scores = Sequence[np.ndarray]
+
+
+class Estimate(NamedTuple):
+    """A point estimate and the ends of its interval, in the unit of the statistic.
+
+    The ends are NaN where the data hold no information about the spread between runs.
+    """
+
+    value: np.ndarray | float
+    low: np.ndarray | float
+    high: np.ndarray | float
+
+
+class Rliable(NamedTuple):
+    """The parts of the rliable library that are used here."""
+
+    library: types.ModuleType
+    metrics: types.ModuleType
+    version: str
+
+
+def mean(scores: Scores) -> np.ndarray:
+    """Computes the mean over games of each game's mean over runs.
+
+    Args:
+      scores: `G` arrays `[..., R]`; `R` may differ between games.
+
+    Returns:
+      `[...]`, in the unit of the scores.
+    """
+    return _game_means(scores).mean(axis=-1)
+
+
+def median(scores: Scores) -> np.ndarray:
+    """Computes the median over games of each game's mean over runs.
+
+    Args:
+      scores: `G` arrays `[..., R]`; `R` may differ between games.
+
+    Returns:
+      `[...]`, in the unit of the scores.
+    """
+    return np.median(_game_means(scores), axis=-1)
+
+
+def interquartile_mean(scores: Scores) -> np.ndarray:
+    """Computes the mean of the middle half of all runs of all games.
+
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: of n runs, `int(n / 4)` are
+    dropped at either end. Runs are pooled, so a game with more runs weighs more.
+
+    Args:
+      scores: `G` arrays `[..., R]`; `R` may differ between games.
+
+    Returns:
+      `[...]`, in the unit of the scores.
+    """
+    pooled = np.sort(np.concatenate(scores, axis=-1), axis=-1)
+    num_runs = pooled.shape[-1]
+    num_dropped = num_runs // 4
+    return pooled[..., num_dropped : num_runs - num_dropped].mean(axis=-1)
+
+
+def optimality_gap(scores: Scores, *, threshold: float = 1.0) -> np.ndarray:
+    """Computes how far runs fall short of `threshold` on average; 0 is best.
+
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264:
+    `threshold - mean(min(score, threshold))`, games weighing equally.
+
+    Args:
+      scores: `G` arrays `[..., R]`; `R` may differ between games.
+      threshold: The score beyond which more is not counted; 1 is human.
+
+    Returns:
+      `[...]`, in the unit of the scores.
+    """
+    return threshold - mean([np.minimum(game, threshold) for game in scores])
+
+
+def superhuman_count(scores: Scores) -> np.ndarray:
+    """Counts the games whose mean over runs is at least 1, the human score.
+
+    Args:
+      scores: `G` arrays `[..., R]`, human-normalised.
+
+    Returns:
+      `[...]` int.
+    """
+    return np.sum(_game_means(scores) >= 1.0, axis=-1)
+
+
+def probability_of_improvement(scores_x: Scores, scores_y: Scores) -> np.ndarray:
+    """Computes how likely a run of X beats a run of Y in a game drawn at random.
+
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: the mean over games of
+    `P(x > y) + P(x = y) / 2` over all pairs of runs (Mann and Whitney's U over its
+    largest value). 0.5 says that neither is better.
+
+    Args:
+      scores_x: `G` arrays `[..., R]`.
+      scores_y: `G` arrays `[..., R']` of the same games in the same order.
+
+    Returns:
+      `[...]` in [0, 1].
+
+    Raises:
+      ValueError: The numbers of games differ.
+    """
+    if len(scores_x) != len(scores_y):
+        raise ValueError(
+            "X and Y must hold the same games, got "
+            f"{len(scores_x)} and {len(scores_y)} games."
+        )
+    by_game = []
+    for x, y in zip(scores_x, scores_y, strict=True):
+        pairs_x, pairs_y = x[..., :, np.newaxis], y[..., np.newaxis, :]
+        wins = (pairs_x > pairs_y) + 0.5 * (pairs_x == pairs_y)
+        by_game.append(wins.mean(axis=(-2, -1)))
+    return np.mean(by_game, axis=0)
+
+
+def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
+    """Computes the share of runs that score more than each threshold.
+
+    The run-score distribution of rliable, Sec. 4.2, https://arxiv.org/abs/2108.13264,
+    games weighing equally.
+
+    Args:
+      scores: `G` arrays `[..., R]`; `R` may differ between games.
+      thresholds: `[T]`, in the unit of the scores.
+
+    Returns:
+      `[..., T]` in [0, 1], never rising with the threshold.
+    """
+    shares = [
+        (game[..., np.newaxis, :] > thresholds[:, np.newaxis]).mean(axis=-1)
+        for game in scores
+    ]
+    return np.mean(shares, axis=0)
+
+
+def bootstrap(
+    statistic: Callable[..., np.ndarray],
+    *groups: Scores,
+    seed: int,
+    num_resamples: int = 10_000,
+    confidence: float = 0.95,
+) -> Estimate:
+    """Estimates a statistic with its stratified bootstrap percentile interval.
+
+    rliable, Sec. 4.1, https://arxiv.org/abs/2108.13264: the runs of each game are drawn
+    with replacement from that game's runs, in each group independently; games are never
+    redrawn, so the interval tells what other seeds would give on the same games.
+
+    A game with a single run would be redrawn unchanged, and an interval of width zero
+    would claim certainty. The ends are then NaN.
+
+    Args:
+      statistic: Maps each group, `G` arrays `[..., R]`, to `[...]` or `[..., T]`.
+      *groups: Scores `[R]` of each game, for one group or for several to compare.
+      seed: Root of the resampling; equal seeds give equal intervals.
+      num_resamples: Resamples `S` behind the interval.
+      confidence: Probability that the interval aims at.
+
+    Returns:
+      The statistic of the scores themselves, and the interval's ends in its shape.
+
+    Raises:
+      ValueError: A group is empty, a game has no run, a score is not finite,
+        `num_resamples` is not positive, or `confidence` is not in (0, 1).
+    """
+    if num_resamples < 1:
+        raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
+    if not 0.0 < confidence < 1.0:
+        raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
+    groups = tuple([np.asarray(game, np.float64) for game in group] for group in groups)
+    for group in groups:
+        _check_group(group)
+
+    value = statistic(*groups)
+    if any(game.size < 2 for group in groups for game in group):
+        unknown = np.full(np.shape(value), np.nan)
+        return Estimate(value, unknown, unknown)
+    rng = np.random.default_rng(seed)
+    resampled = [
+        [game[rng.integers(game.size, size=(num_resamples, game.size))] for game in g]
+        for g in groups
+    ]
+    tail = 50.0 * (1.0 - confidence)
+    low, high = np.percentile(statistic(*resampled), [tail, 100.0 - tail], axis=0)
+    return Estimate(value, low, high)
+
+
+def import_rliable() -> Rliable:
+    """Imports the rliable library, an optional dependency.
+
+    Raises:
+      RuntimeError: It is not installed, or does not import on this Python.
+    """
+    try:
+        from rliable import library, metrics
+    except ImportError as error:
+        raise RuntimeError(
+            "rliable is not installed; pip install 'rliable>=1.2' 'pandas<3'."
+        ) from error
+    except Exception as error:
+        # With pandas 3, rliable's dependency arch 7 fails with a TypeError on import.
+        raise RuntimeError(
+            f"rliable is installed but does not import here ({error!r}); it needs "
+            "pip install 'pandas<3'."
+        ) from error
+    return Rliable(library, metrics, importlib.metadata.version("rliable"))
+
+
+def estimates_of_rliable(
+    rliable: Rliable, scores: Scores, *, seed: int, num_resamples: int = 2_000
+) -> dict[str, Estimate]:
+    """Computes mean, median, IQM and optimality gap with the rliable library itself.
+
+    A second opinion on this module from the field's own code. rliable draws from
+    NumPy's global generator, whose state is put back afterwards.
+
+    Args:
+      rliable: From `import_rliable`.
+      scores: `G` arrays `[R]`; rliable needs the same `R` in every game.
+      seed: Root of rliable's resampling.
+      num_resamples: Resamples behind its intervals.
+
+    Returns:
+      Its estimates, by the names of this module's functions.
+
+    Raises:
+      ValueError: Games have different numbers of runs, or fewer than two.
+    """
+    sizes = sorted({len(game) for game in scores})
+    if len(sizes) != 1 or sizes[0] < 2:
+        raise ValueError(
+            "rliable needs the same number of runs, at least 2, in every game; got "
+            f"{', '.join(map(str, sizes))}."
+        )
+    metrics = rliable.metrics
+
+    def all_four(matrix: np.ndarray) -> np.ndarray:
+        return np.array(
+            [
+                metrics.aggregate_mean(matrix),
+                metrics.aggregate_median(matrix),
+                metrics.aggregate_iqm(matrix),
+                metrics.aggregate_optimality_gap(matrix),
+            ]
+        )
+
+    state = np.random.get_state()
+    try:
+        np.random.seed(seed)
+        points, intervals = rliable.library.get_interval_estimates(
+            {"runs": np.stack(scores, axis=-1)}, all_four, reps=num_resamples
+        )
+    finally:
+        np.random.set_state(state)
+    names = ("mean", "median", "interquartile_mean", "optimality_gap")
+    return {
+        name: Estimate(value, low, high)
+        for name, value, (low, high) in zip(
+            names, points["runs"], intervals["runs"].T, strict=True
+        )
+    }
+
+
+def _game_means(scores: Scores) -> np.ndarray:
+    """Returns `[..., G]`, the mean over runs of each game."""
+    return np.stack([game.mean(axis=-1) for game in scores], axis=-1)
+
+
+def _check_group(group: Scores) -> None:
+    if not group:
+        raise ValueError("A group must hold at least one game.")
+    for game in group:
+        if game.ndim != 1 or not game.size:
+            raise ValueError(
+                f"Each game needs a vector of at least one run, got {game.shape}."
+            )
+        if not np.all(np.isfinite(game)):
+            raise ValueError(f"Scores must be finite, got {game}.")

@@ -1,0 +1,147 @@
+"""Flags that the scripts share, made from the config's fields; the only reader of them.
+
+Every option of `aps_jax.config.Config` is a flag of the same name. A flag that is not
+given takes its value from the preset.
+"""
+
+import logging as python_logging
+import pathlib
+import sys
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+from absl import app, flags, logging
+
+from aps_jax import config as config_lib
+from aps_jax import envs, resources
+
+_PRESET_HELP = (
+    "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
+    "two cores, a small encoder), gpu (the paper's quantities, many environments), or "
+    "paper."
+)
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Folder of this run: made, or continued if it is this very run."
+)
+_PRESET = flags.DEFINE_enum("preset", "paper", list(config_lib.PRESETS), _PRESET_HELP)
+_REQUIRE_ACCELERATOR = flags.DEFINE_bool(
+    "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
+)
+
+
+def _define_option(name: str, field: Any) -> flags.FlagHolder:
+    help_text = field.metadata["help"]
+    if field.metadata["choices"] is not None:
+        return flags.DEFINE_enum(name, None, field.metadata["choices"], help_text)
+    define = {
+        bool: flags.DEFINE_bool,
+        int: flags.DEFINE_integer,
+        float: flags.DEFINE_float,
+        str: flags.DEFINE_string,
+    }[field.type]
+    return define(name, None, help_text)
+
+
+_OPTIONS = {
+    name: _define_option(name, field)
+    for name, (_, field) in config_lib.option_fields().items()
+    if name != "preset"
+}
+
+# What `--helpshort` shows of the flags here; `--helpfull` shows all.
+SHORT = ("game", "seed", "agent", "preset", "workdir", "require_accelerator")
+
+
+def given_options() -> dict[str, Any]:
+    """Returns the options that the command line gives, by name."""
+    given = {name: holder.value for name, holder in _OPTIONS.items()}
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Config:
+    """Builds the config that the flags describe.
+
+    Args:
+      base: What the flags change; the preset's config by default.
+
+    Raises:
+      ValueError: A value is out of bounds, the game is unknown, or `base` and
+        `--preset` are both given.
+    """
+    if base is not None and _PRESET.present:
+        raise ValueError(
+            "--preset cannot be given here: the values come from the run in the "
+            "folder that is named. Give single options instead."
+        )
+    if base is None:
+        base = config_lib.preset_config(_PRESET.value)
+    config = config_lib.apply_options(base, **given_options())
+    envs.check_game(config.game)
+    if _REQUIRE_ACCELERATOR.value:
+        resources.check_accelerator()
+    return config
+
+
+def workdir_from_flags() -> pathlib.Path:
+    """Returns the run's folder.
+
+    Raises:
+      ValueError: `--workdir` was not given.
+    """
+    if not _WORKDIR.value:
+        raise ValueError("--workdir=DIR is needed: the folder of this run.")
+    return pathlib.Path(_WORKDIR.value)
+
+
+def reject_words(argv: Sequence[str]) -> None:
+    """Checks that the command line has flags alone; absl would let words pass.
+
+    Raises:
+      ValueError: It has other words.
+    """
+    if len(argv) > 1:
+        raise ValueError(
+            f"Unexpected words {' '.join(argv[1:])!r}: every value needs a flag, such "
+            "as --game=Pong."
+        )
+
+
+def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) -> None:
+    """Runs a script's main; an error of the user's is one line and exit code 2.
+
+    Args:
+      main: Takes the words of the command line that are no flags, program name first.
+      short: Flags of this module that `--helpshort` shows for the script.
+    """
+    # Orbax and absl report every file they touch; a script's own lines are enough.
+    logging.set_verbosity(logging.ERROR)
+    python_logging.getLogger("jax").setLevel(python_logging.ERROR)
+    warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
+    for name in short:
+        flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
+
+    def guarded(argv: Sequence[str]) -> None:
+        try:
+            main(argv)
+        except (ValueError, FloatingPointError, OSError) as error:
+            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                raise
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            print(
+                f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr
+            )
+            sys.exit(2)
+
+    app.run(guarded)
+
+
+_SHOW_TRACEBACK = flags.DEFINE_bool(
+    "showtraceback", False, "Show where in the program an error arose."
+)

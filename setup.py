@@ -1,0 +1,37 @@
+"""Installs aps_jax, its experiment scripts and what they need."""
+
+import pathlib
+
+import setuptools
+
+_ROOT = pathlib.Path(__file__).resolve().parent
+
+
+def _requirements() -> list[str]:
+    lines = (_ROOT / "requirements.txt").read_text().splitlines()
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+setuptools.setup(
+    name="aps_jax",
+    version="0.1.0",
+    description="APS: Active Pretraining with Successor Features, in JAX on Atari.",
+    long_description=(_ROOT / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=["aps_jax", "experiments"],
+    package_data={"aps_jax": ["data/*"]},
+    install_requires=_requirements(),
+    extras_require={
+        # What the tests compare with, and the linter.
+        "dev": [
+            "distrax>=0.1.9",
+            "hypothesis>=6.170",
+            "ruff>=0.17",
+            "scipy>=1.17",
+        ],
+        # Rows of the benchmark that compare with PyTorch; never needed otherwise.
+        "benchmark": ["torch>=2.9"],
+    },
+)
