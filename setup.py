@@ -26,7 +26,6 @@ setuptools.setup(
     extras_require={
         # What the tests compare with, and the linter.
         "dev": [
-            "distrax>=0.1.9",
             "hypothesis>=6.170",
             "ruff>=0.17",
             "scipy>=1.17",

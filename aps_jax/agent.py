@@ -10,10 +10,10 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import chex
+import distrax
 import jax
 import jax.numpy as jnp
 import optax
-import rlax
 
 from aps_jax import (
     frames,
@@ -306,9 +306,10 @@ def make_agent(
             output = successor(params["successor"], stack, task)
             value_function = behaviour_values if explore else _task_values
             values = jax.vmap(value_function)(output, task)
-        # Distrax, underneath, divides integers by booleans.
+        # Distrax divides integers by booleans. (RLax points to it for this policy.)
         with jax.numpy_dtype_promotion("standard"):
-            action = rlax.epsilon_greedy(epsilon).sample(action_key, values)
+            policy = distrax.EpsilonGreedy(values, epsilon)
+            action = policy.sample(seed=action_key)
 
         step = replay.Step(
             frame=timestep.frame,
@@ -539,7 +540,7 @@ def make_agent(
         (_, (distance_scale, metrics)), grads = jax.value_and_grad(
             pretrain_loss, has_aux=True
         )(state.params, state, windows, particles)
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(state, grads, optimizer)
         return state._replace(distance_scale=distance_scale), metrics
 
@@ -594,7 +595,7 @@ def make_agent(
         (_, metrics), grads = jax.value_and_grad(finetune_loss, has_aux=True)(
             state.params["successor"], state, windows, task, reward_scale
         )
-        metrics["gradient_norm"] = optax.global_norm(grads)
+        metrics["gradient_norm"] = optax.tree.norm(grads)
         grads = {
             "features": jax.tree.map(jnp.zeros_like, state.params["features"]),
             "successor": grads,

@@ -75,8 +75,7 @@ def check_game(name: str) -> None:
     if name in known:
         return
     by_lower = {game.lower(): game for game in known}
-    wanted = name.lower().removeprefix("ale/").replace("_", "").split("-v")[0]
-    nearest = difflib.get_close_matches(wanted, by_lower, n=3, cutoff=0.0)
+    nearest = difflib.get_close_matches(name.lower(), by_lower, n=3, cutoff=0.0)
     names = ", ".join(by_lower[game] for game in nearest)
     raise ValueError(
         f"Unknown game {name!r}; the nearest of EnvPool's {len(known)} are {names}."

@@ -27,7 +27,9 @@ from aps_jax.types import Array
 # Up to this many features, subtracting beats a matrix product, and is exact.
 _MAX_UNROLLED_FEATURES = 16
 
-# Entries of the largest array that is not an input: tiles are made to fit it.
+# Particles compared at a time, and entries of the largest array that is not an input: it
+# is the number of queries compared at a time that is made to fit.
+_TILE_SIZE = 4096
 _WORKSPACE = 2**22
 
 # Candidates beyond k, so that the bound of the last one exceeds the k-th distance.
@@ -55,8 +57,8 @@ def knn_distances(
 ) -> jax.Array:
     """Computes the Euclidean distances from each query to its k nearest particles.
 
-    The relative error is at most a few units in the last place of float32, whatever the mean
-    and the spread of the points. The gradient is the unit vector from the particle to the
+    The relative error is a few units in the last place of float32, and with many features
+    at worst 5e-6, whatever the mean and the spread of the points. The gradient is the unit vector from the particle to the
     query, and zero where they coincide. A query or particle that is not a number makes
     the distances that depend on it NaN.
 
@@ -128,7 +130,7 @@ def _search(k, tile_size, queries, particles, ids) -> _Neighbours:
     num_particles = particles.shape[0]
     num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
     if tile_size is None:
-        tile_size = max(_WORKSPACE // 2**10, 4 * num_candidates)
+        tile_size = _TILE_SIZE
     tile_size = min(max(tile_size, num_candidates), num_particles)
     query_tile_size = max(_WORKSPACE // max(tile_size, num_candidates * dim), 1)
 
@@ -161,14 +163,20 @@ def _search_by_subtraction(
 ) -> _Neighbours:
     """Finds the k nearest particles by their distances, unrolled over the features."""
 
-    def squares_to(tile):
+    def squares_to(queries, particles):
         return sum(
-            jnp.square(queries[:, d][:, None] - tile[:, d][None, :])
+            jnp.square(queries[:, d][:, None] - particles[:, d][None, :])
             for d in range(queries.shape[1])
         )
 
     return _smallest_over_tiles(
-        squares_to, particles, query_ids, particle_ids, num=k, tile_size=tile_size
+        squares_to,
+        queries,
+        particles,
+        query_ids,
+        particle_ids,
+        num=k,
+        tile_size=tile_size,
     )
 
 
@@ -189,7 +197,8 @@ def _search_by_product(
 
     def search_from(centre, queries, query_ids):
         bounds = _smallest_over_tiles(
-            functools.partial(_product_bounds, queries, centre),
+            functools.partial(_product_bounds, centre),
+            queries,
             particles,
             query_ids,
             particle_ids,
@@ -244,7 +253,7 @@ def _search_by_product(
     return nearest
 
 
-def _product_bounds(queries, centre, particles) -> jax.Array:
+def _product_bounds(centre, queries, particles) -> jax.Array:
     """Bounds the squared distances from below by a matrix product, `[N, M]`.
 
     Rounding moves `norm(q)^2 + norm(p)^2 - 2 q^T p` by at most `gamma` times the sum of
@@ -264,7 +273,8 @@ def _product_bounds(queries, centre, particles) -> jax.Array:
 
 
 def _smallest_over_tiles(
-    squares_to: Callable[[jax.Array], jax.Array],
+    squares_to: Callable[[jax.Array, jax.Array], jax.Array],
+    queries: jax.Array,
     particles: jax.Array,
     query_ids: jax.Array | None,
     particle_ids: jax.Array | None,
@@ -273,7 +283,7 @@ def _smallest_over_tiles(
     tile_size: int,
 ) -> _Neighbours:
     """Finds the `num` particles of the smallest squares, one tile after the other."""
-    num_particles = particles.shape[0]
+    num_queries, num_particles = queries.shape[0], particles.shape[0]
     offsets = np.arange(0, num_particles, tile_size)
     # The last tile starts earlier if it would not be full, and leaves out what the
     # one before it had: padding the particles would copy them.
@@ -281,7 +291,7 @@ def _smallest_over_tiles(
 
     def search_tile(start, offset):
         tile = jax.lax.dynamic_slice_in_dim(particles, start, tile_size)
-        squares = squares_to(tile)
+        squares = squares_to(queries, tile)
         if num_particles % tile_size:
             is_repeated = start + jnp.arange(tile_size, dtype=jnp.int32) < offset
             squares = jnp.where(is_repeated[None, :], jnp.inf, squares)
@@ -305,11 +315,12 @@ def _smallest_over_tiles(
         best = jax.tree.map(lambda x: jnp.take_along_axis(x, indices, axis=-1), both)
         return best, None
 
-    best = search_tile(jnp.int32(0), jnp.int32(0))
     if len(offsets) == 1:
-        return best
-    rest = (jnp.asarray(starts[1:], jnp.int32), jnp.asarray(offsets[1:], jnp.int32))
-    best, _ = jax.lax.scan(merge_tile, best, rest)
+        return search_tile(jnp.int32(0), jnp.int32(0))
+    shape = (num_queries, num)
+    nothing = _Neighbours(jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))
+    tiles = (jnp.asarray(starts, jnp.int32), jnp.asarray(offsets, jnp.int32))
+    best, _ = jax.lax.scan(merge_tile, nothing, tiles)
     return best
 
 

@@ -206,7 +206,7 @@ def sample_reward(
     chex.assert_rank(boxes, 2)
     chex.assert_equal_shape([boxes[0], maze.is_free])
 
-    free = boxes * maze.is_free.astype(boxes.dtype)
+    free = jnp.where(maze.is_free[None, :], boxes, 0.0)
     logits = jnp.where(jnp.any(free > 0, axis=1), 0.0, -jnp.inf)
     chosen = jax.random.categorical(key, logits, shape=(num_boxes,))
     return jnp.sum(free[chosen], axis=0)
@@ -287,6 +287,7 @@ def greedy_return(maze: Maze, action_values: jax.Array, reward: jax.Array) -> ja
     """
     chex.assert_rank([action_values, reward], [3, 1])
     chex.assert_equal_shape([action_values[0], maze.next_cell])
+    reward = jnp.asarray(reward)  # NumPy arrays take no traced index.
 
     def act(cell: jax.Array, values: jax.Array) -> tuple[jax.Array, jax.Array]:
         cell = step(maze, cell, jnp.argmax(values[cell]))

@@ -116,12 +116,6 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
     return Replay(init, add, sample, num_bytes)
 
 
-def num_stored(state: ReplayState) -> int:
-    """Returns how many agent steps of each environment the ring holds (on the host)."""
-    length = state.experience.id.shape[1]
-    return length if bool(state.is_full) else int(state.current_index)
-
-
 def stack_window(steps: Step) -> Window:
     """Rebuilds the stacked observations of a window of single frames.
 

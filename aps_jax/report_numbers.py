@@ -252,6 +252,7 @@ def _group(runs: Sequence[run_results.Run]) -> tuple[Method, ...]:
             agent,
             arms.index(arm) if arm in arms else len(arms),
             arm,
+            str(groups[key][0].settings.get("preset")),
             settings,
         )
 

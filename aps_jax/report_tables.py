@@ -65,8 +65,9 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
     console = rich.console.Console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
+    columns = console.width
     for table in tables(built):
-        for part in _split_columns(table, console.width):
+        for part in _split_columns(table, columns):
             shown = rich.table.Table(
                 title=part.title, title_justify="left", box=rich.box.SIMPLE_HEAD
             )
@@ -78,7 +79,9 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
                 )
             for row in part.rows:
                 shown.add_row(*map(rich.text.Text, row))
+            console.width = max(columns, sum(_widths(part)) + _CELL_PADDING)
             console.print(shown)
+            console.width = columns
             for note in part.notes:
                 console.print(rich.text.Text(note, style="dim"))
     for notice in built.notices:
@@ -90,10 +93,7 @@ def _split_columns(table: Table, width: int) -> list[Table]:
 
     A number that is cut off reads as another number, so none ever is.
     """
-    widths = [
-        max(len(row[index]) for row in (table.columns, *table.rows)) + _CELL_PADDING
-        for index in range(len(table.columns))
-    ]
+    widths = _widths(table)
     parts: list[list[int]] = [[]]
     for index in range(1, len(widths)):
         used = widths[0] + sum(widths[other] for other in parts[-1])
@@ -108,6 +108,14 @@ def _split_columns(table: Table, width: int) -> list[Table]:
             table.notes if number == len(parts) else (),
         )
         for number, part in enumerate(parts, start=1)
+    ]
+
+
+def _widths(table: Table) -> list[int]:
+    """Returns how many columns of text each column of a table needs."""
+    return [
+        max(len(row[index]) for row in (table.columns, *table.rows)) + _CELL_PADDING
+        for index in range(len(table.columns))
     ]
 
 
@@ -312,12 +320,16 @@ def _summary_table(built: report_numbers.Report) -> Table:
         ("method", "games", *_SUMMARY_COLUMNS),
         tuple(rows),
         (
-            "0 is random play, 100 is human; a smaller optimality gap is better. "
-            f"[95 % stratified bootstrap interval, {built.num_resamples:,} resamples]",
+            (
+                "0 is random play, 100 is human; a smaller optimality gap is better. "
+                f"[95 % stratified bootstrap interval, {built.num_resamples:,} resamples]"
+            ),
             *_protocol_notes(built),
-            "Published systems: computed from their cells on the games of these runs. "
-            "They print one mean per game, so theirs have no interval and their IQM is "
-            "over games, not runs.",
+            (
+                "Published systems: computed from their cells on the games of these runs. "
+                "They print one mean per game, so theirs have no interval and their IQM is "
+                "over games, not runs."
+            ),
         ),
     )
 
@@ -345,8 +357,10 @@ def _printed_table(built: report_numbers.Report) -> Table:
         "printed at or above human",
     )
     notes = (
-        "Computed from the published cells of the 26 Atari-100k games, in percent; "
-        "beside it what the table of the APS talk prints, where that is recorded.",
+        (
+            "Computed from the published cells of the 26 Atari-100k games, in percent; "
+            "beside it what the table of the APS talk prints, where that is recorded."
+        ),
         "One mean per game: the IQM is over games, not runs.",
     )
     return Table("Published systems, 26 games", columns, tuple(rows), notes)
@@ -372,9 +386,11 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
             ("", "games", "P(improvement)", "gain in mean", "gain in IQM"),
             tuple(rows),
             (
-                "P(improvement): that a run of the one beats a run of the other in a "
-                "game drawn at random; 0.5 says that neither is better. Gains are "
-                "points of percent of the human-normalised score. [95 % intervals]",
+                (
+                    "P(improvement): that a run of the one beats a run of the other in a "
+                    "game drawn at random; 0.5 says that neither is better. Gains are "
+                    "points of percent of the human-normalised score. [95 % intervals]"
+                ),
             ),
         )
     ]
@@ -401,8 +417,10 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
                 ("game", "", "gain (points)", "P(improvement)"),
                 tuple(gains),
                 (
-                    "1.00 [1.00, 1.00]: every run of the one beat every run of the "
-                    "other, which with few seeds is no certainty.",
+                    (
+                        "1.00 [1.00, 1.00]: every run of the one beat every run of the "
+                        "other, which with few seeds is no certainty."
+                    ),
                 ),
             )
         )

@@ -18,6 +18,7 @@ class TDForm(enum.Enum):
     VECTOR = "vector"
     SPLIT = "split"
     OFF_POLICY = "off_policy"
+    OFF_SCALAR = "off_scalar"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,6 +51,9 @@ class AgentConfig:
     num_particles: int = 256
     distance_decay: float = 0.99
     unit_values: bool = True
+    whiten: float = 0.0
+    exploration_loss: float = 1.0
+    whiten_ridge: float = 1e-2
 
 
 class Networks(NamedTuple):
@@ -74,7 +78,7 @@ def make_networks(config: AgentConfig) -> Networks:
             num_actions=maze.NUM_ACTIONS,
             feature_dim=config.feature_dim,
             hidden=config.hidden,
-            exploration_head=config.td_form in (TDForm.SPLIT, TDForm.OFF_POLICY),
+            exploration_head=config.td_form not in (TDForm.SCALAR, TDForm.VECTOR),
         ),
     )
 
@@ -172,7 +176,11 @@ def make_pretrain(world: maze.Maze, config: AgentConfig) -> Callable:
             succ = d.successor
             if c.td_form is TDForm.OFF_POLICY:
                 succ = losses.vector_td_error(psi0, a, phi, gamma, psi1, w)
-            return 0.5 * jnp.sum(succ**2) + 0.5 * d.exploration**2
+            if c.td_form is TDForm.OFF_SCALAR:
+                succ = losses.scalar_td_error(
+                    psi0, a, rewards.skill_reward(phi, w), gamma, psi1, w
+                )
+            return 0.5 * jnp.sum(succ**2) + 0.5 * c.exploration_loss * d.exploration**2
 
         total = 0.0
         for a in range(A):
@@ -230,7 +238,18 @@ def make_pretrain(world: maze.Maze, config: AgentConfig) -> Callable:
             0.0,
         )
         w_table = w_table / jnp.sum(jnp.where(ok, safe**c.feature_exponent, 0.0))
-        fresh = sphere.sample_uniform(k_upd, (c.num_updates, K), D)
+        fresh = sphere.sample_uniform(k_upd, (c.num_updates * K,), D)
+        seen = (jnp.sum(replay, axis=1) > 0).astype(jnp.float32)  # [S]
+        phi0 = nets.features.apply(state.feature_params, all_cells).phi
+        mean = seen @ phi0 / jnp.sum(seen)
+        cent = (phi0 - mean) * seen[:, None]
+        cov = cent.T @ cent
+        cov = cov + c.whiten_ridge * jnp.trace(cov) / D * jnp.eye(D)
+        k_r, k_m = jax.random.split(jax.random.fold_in(k_upd, 1))
+        noise = jax.random.normal(k_r, (S, c.num_updates * K))
+        white = sphere.normalize(jnp.linalg.solve(cov, cent.T @ noise).T)
+        use = jax.random.uniform(k_m, (c.num_updates * K, 1)) < c.whiten
+        fresh = jnp.where(use, white, fresh).reshape(c.num_updates, K, D)
 
         def update(state, inputs):
             j, w = inputs

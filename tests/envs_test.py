@@ -387,10 +387,17 @@ def test_seed_arguments_out_of_range_are_refused(arguments):
 def test_games_are_read_from_the_folder_of_roms(tmp_path, monkeypatch):
     roms = tmp_path / "atari" / "roms"
     roms.mkdir(parents=True)
+    for letter in "hbfdgaec":  # Enough for a folder not to be in order by accident.
+        (roms / f"game_{letter}.bin").touch()
     for name in ("up_n_down.bin", "pong.bin", "tic_tac_toe_3d.bin", "notes.txt"):
         (roms / name).touch()
     monkeypatch.setenv("ENVPOOL_ASSETS_PATH", str(tmp_path))
-    assert envs.games() == ("Pong", "TicTacToe3d", "UpNDown")
+    assert envs.games() == (
+        *(f"Game{letter}" for letter in "ABCDEFGH"),
+        "Pong",
+        "TicTacToe3d",
+        "UpNDown",
+    )
 
 
 def test_games_without_roms_are_an_error(tmp_path, monkeypatch):
@@ -411,18 +418,22 @@ def test_games_without_envpool_are_an_error(monkeypatch):
     [
         ("Pnog", "Pong"),
         ("pong", "Pong"),
+        ("QBERT", "Qbert"),
         ("ALE/Pong-v5", "Pong"),
         ("MsPacman-v4", "MsPacman"),
         ("montezuma_revenge", "MontezumaRevenge"),
         ("MontezumasRevenge", "MontezumaRevenge"),
         ("Brakout", "Breakout"),
         ("Upndown", "UpNDown"),
-        ("", ""),
+        ("", "Zaxxon"),
     ],
 )
 def test_unknown_game_is_refused_with_the_nearest_names(name, nearest):
-    with pytest.raises(ValueError, match=rf"{name!r}; the nearest .* are {nearest}"):
+    with pytest.raises(ValueError, match=rf"{name!r}; the nearest") as raised:
         envs.check_game(name)
+    named = str(raised.value).removesuffix(".").split(" are ")[1].split(", ")
+    assert named[0] == nearest
+    assert len(set(named)) == 3 and set(named) < set(envs.games())
 
 
 def test_known_games_pass():

@@ -20,10 +20,8 @@ def median(scores):
 def interquartile_mean(scores):
     """Sorts all runs, and drops a quarter (rounded down) at either end one by one."""
     runs = sorted(float(run) for game in scores for run in game)
-    for _ in range(int(0.25 * len(runs))):
-        runs = runs[1:]
-        runs = runs[:-1]
-        # The count to drop was fixed before anything was dropped.
+    for _ in range(int(0.25 * len(runs))):  # The range is fixed before any is dropped.
+        del runs[0], runs[-1]
     return sum(runs) / len(runs)
 
 

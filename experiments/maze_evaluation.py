@@ -1,0 +1,379 @@
+"""Tests a pretrained maze agent: zero-shot, few-shot, and what its score is made of.
+
+All returns are exact: the maze is a table, and so are the successor features of one
+task. A score is (return - random) / (optimal - random), so 0 is random play and 1 the
+best that any policy can do in the steps of one episode.
+
+Letters: `S` cells, `A` actions, `D` feature dimension, `R` reward functions, `N` sizes
+of the reward sample, `K` candidate tasks, `T` steps of an episode, `F` episodes.
+"""
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from aps_jax import losses, maze, sphere, tasks
+from experiments import maze_agent
+
+
+@dataclasses.dataclass(frozen=True)
+class TestConfig:
+    """What is asked of a pretrained agent."""
+
+    num_rewards: int = 50
+    sample_sizes: tuple[int, ...] = (10, 30, 100, 300)
+    num_candidates: int = 10
+    kappa: float = 5.0
+    intercept: bool = True
+    ridge: float = 1e-3
+    few_shot_rewards: int = 4
+    few_shot_episodes: int = 20
+    few_shot_inference_episodes: int = 3
+    few_shot_updates: int = 20
+    few_shot_learning_rate: float = 3e-4
+
+    def __post_init__(self) -> None:
+        if self.num_rewards < 1:
+            raise ValueError(f"num_rewards must be positive, got {self.num_rewards}.")
+        if self.few_shot_episodes < self.few_shot_inference_episodes:
+            raise ValueError(
+                f"of {self.few_shot_episodes} few-shot episodes "
+                f"{self.few_shot_inference_episodes} are for inference."
+            )
+
+
+class ZeroShot(NamedTuple):
+    """Scores of acting on the inferred task without learning, means over rewards."""
+
+    alone: jax.Array  # [N + 1] greedy in psi(s, a, w)^T w; last: all cells rewarded.
+    improved: jax.Array  # [N + 1] with generalised policy improvement.
+    bound: jax.Array  # [N + 1] acting optimally on the inferred reward.
+    fallbacks: jax.Array  # [N + 1] share of rewards for which no task was inferred.
+    r_squared: jax.Array  # [N + 1] of the regression.
+
+
+class Example(NamedTuple):
+    """One reward function and what the agent made of it."""
+
+    reward: jax.Array  # [S]
+    inferred: jax.Array  # [S] reward that the inferred task stands for.
+    policy: jax.Array  # [S] int32, greedy actions.
+    score: jax.Array  # [], of that policy.
+
+
+def _table(policy_values: jax.Array, horizon: int) -> jax.Array:
+    """Repeats the values `[S, A]` of a stationary policy for every step to go."""
+    return jnp.broadcast_to(policy_values, (horizon, *policy_values.shape))
+
+
+def _score(world: maze.Maze, values: jax.Array, reward: jax.Array) -> jax.Array:
+    """Scores being greedy in `values` `[T, S, A]`."""
+    horizon = values.shape[0]
+    return maze.normalized_return(
+        maze.greedy_return(world, values, reward),
+        maze.random_return(world, reward, horizon=horizon),
+        maze.optimal_return(world, reward, horizon=horizon),
+    )
+
+
+def _task_values(
+    nets: maze_agent.Networks, params: dict, observations: jax.Array, w: jax.Array
+) -> jax.Array:
+    """Computes `psi(s, a, w)^T w` `[S, A]` of every cell for one task `[D]`."""
+    shape = (observations.shape[0], 1, w.shape[0])
+    psi = nets.successor.apply(params, observations, jnp.broadcast_to(w, shape)).psi
+    return jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
+
+
+def _infer(
+    phi: jax.Array, reward: jax.Array, mask: jax.Array, key: jax.Array, c: TestConfig
+) -> tasks.InferredTask:
+    """Regresses the samples' rewards `[M]` on their features `[M, D]`."""
+    dim = phi.shape[1]
+    moments = tasks.update_regression_moments(
+        tasks.init_regression_moments(dim), phi, reward, mask
+    )
+    return tasks.infer_task(
+        moments,
+        fallback_task=sphere.sample_uniform(key, (), dim),
+        ridge=c.ridge,
+        intercept=c.intercept,
+    )
+
+
+def zero_shot(
+    key: jax.Array,
+    world: maze.Maze,
+    boxes: jax.Array,
+    result: maze_agent.Pretrained,
+    agent_config: maze_agent.AgentConfig,
+    config: TestConfig,
+) -> tuple[ZeroShot, Example]:
+    """Scores the agent on random rewards; the example is the first of them.
+
+    The reward samples are cells drawn from the last tenth of pretraining, that is from
+    what the agent does under random tasks; a larger sample contains the smaller ones.
+    The last size is every free cell once, visited or not.
+
+    Args:
+      key: is consumed.
+      world: the maze.
+      boxes: `[P, S]`, as `maze.box_masks` makes them.
+      result: the pretrained agent.
+      agent_config: what it was pretrained with.
+      config: the test.
+    """
+    nets = maze_agent.make_networks(agent_config)
+    horizon = agent_config.episode_length
+    num_cells = world.is_free.shape[0]
+    observations = maze.observe(world, jnp.arange(num_cells))
+    phi = nets.features.apply(result.feature_params, observations).phi
+    num_recent = max(1, result.visits.shape[0] // 10)
+    recent = jnp.sum(result.visits[-num_recent:], axis=0)
+    most = max(config.sample_sizes)
+
+    def evaluate(w: jax.Array, key: jax.Array, reward: jax.Array):
+        candidates = tasks.candidate_tasks(
+            key, w, num=config.num_candidates, kappa=config.kappa
+        )
+        shape = (num_cells, *candidates.shape)
+        psi = nets.successor.apply(
+            result.successor_params, observations, jnp.broadcast_to(candidates, shape)
+        ).psi
+        alone = jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
+        improved = jax.vmap(tasks.gpi_action_values, (0, None))(psi, w)
+        inferred = jnp.sum(phi * w[None, :], axis=1)
+        planned = maze.optimal_action_values(world, inferred, horizon=horizon)
+        return (
+            _score(world, _table(alone, horizon), reward),
+            _score(world, _table(improved, horizon), reward),
+            _score(world, planned, reward),
+            jnp.argmax(improved, axis=1),
+        )
+
+    def one_reward(key: jax.Array):
+        k_reward, k_cells, k_task, k_candidates = jax.random.split(key, 4)
+        reward = maze.sample_reward(k_reward, world, boxes)
+        cells = jax.random.categorical(k_cells, jnp.log(recent), shape=(most,))
+        inferred = [
+            _infer(phi[cells], reward[cells], jnp.arange(most) < size, k_task, config)
+            for size in config.sample_sizes
+        ]
+        inferred.append(_infer(phi, reward, world.is_free, k_task, config))
+        inferred = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inferred)
+        alone, improved, bound, policies = jax.lax.map(
+            lambda w: evaluate(w, k_candidates, reward), inferred.task
+        )
+        scores = ZeroShot(
+            alone=alone,
+            improved=improved,
+            bound=bound,
+            fallbacks=inferred.is_fallback.astype(jnp.float32),
+            r_squared=inferred.r_squared,
+        )
+        last = jax.tree.map(lambda leaf: leaf[-1], inferred)
+        example = Example(
+            reward=reward,
+            inferred=last.intercept
+            + last.scale * jnp.sum(phi * last.task[None, :], axis=1),
+            policy=policies[-1].astype(jnp.int32),
+            score=improved[-1],
+        )
+        return scores, example
+
+    scores, examples = jax.lax.map(
+        one_reward, jax.random.split(key, config.num_rewards)
+    )
+    first = jax.tree.map(lambda leaf: leaf[0], examples)
+    return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), scores), first
+
+
+def feature_bound(
+    world: maze.Maze, rewards: jax.Array, *, feature_dim: int, horizon: int
+) -> jax.Array:
+    """Scores the best linear features of `feature_dim`, with optimal planning.
+
+    The features are the constant and the leading principal components of the reward
+    functions themselves, which no agent knows: no other features of this dimension
+    explain them with a smaller squared error.
+
+    Args:
+      world: the maze.
+      rewards: `[R, S]` float.
+      feature_dim: `D`, number of components besides the constant.
+      horizon: steps of an episode.
+
+    Returns:
+      `[]`, mean score over the rewards.
+    """
+    free = world.is_free.astype(jnp.float32)
+    mean = jnp.sum(rewards, axis=1, keepdims=True) / jnp.sum(free)
+    centred = (rewards - mean) * free[None, :]
+    _, components = jnp.linalg.eigh(centred.T @ centred)  # Ascending.
+    leading = components[:, -feature_dim:]
+    believed = centred @ leading @ leading.T
+
+    def one(believed: jax.Array, reward: jax.Array) -> jax.Array:
+        values = maze.optimal_action_values(world, believed, horizon=horizon)
+        return _score(world, values, reward)
+
+    return jnp.mean(jax.vmap(one)(believed, rewards))
+
+
+def discount_bound(
+    world: maze.Maze, rewards: jax.Array, *, discount: float, horizon: int
+) -> jax.Array:
+    """Scores the optimal stationary policy of the discounted problem, mean over R."""
+
+    def one(reward: jax.Array) -> jax.Array:
+        values = maze.optimal_action_values(
+            world, reward, horizon=10 * horizon, discount=discount
+        )
+        return _score(world, _table(values[-1], horizon), reward)
+
+    return jnp.mean(jax.vmap(one)(rewards))
+
+
+def few_shot(
+    key: jax.Array,
+    world: maze.Maze,
+    boxes: jax.Array,
+    feature_params: dict,
+    successor_params: dict,
+    agent_config: maze_agent.AgentConfig,
+    config: TestConfig,
+) -> jax.Array:
+    """Fine-tunes on rewards, and scores the greedy policy after every episode.
+
+    The first episodes follow random tasks; then the task is inferred from all
+    transitions met so far, and is kept. From then on `psi^T w` learns the game reward by
+    Q-learning with frozen features, on every distinct transition met, while acting
+    epsilon-greedily. Called with fresh parameters this is the from-scratch arm.
+
+    Args:
+      key: is consumed.
+      world: the maze.
+      boxes: `[P, S]`, as `maze.box_masks` makes them.
+      feature_params: of the feature network, pretrained or fresh.
+      successor_params: of the successor network, pretrained or fresh.
+      agent_config: of both networks.
+      config: the test.
+
+    Returns:
+      `[F + 1]`, mean over rewards of the score after 0, 1, ... episodes. Before the
+      inference it is the score of a random task.
+    """
+    nets = maze_agent.make_networks(agent_config)
+    num_cells, num_actions = world.next_cell.shape
+    horizon, dim = agent_config.episode_length, agent_config.feature_dim
+    observations = maze.observe(world, jnp.arange(num_cells))
+    phi = nets.features.apply(feature_params, observations).phi
+    gamma = jnp.float32(agent_config.discount)
+    optimiser = optax.adam(config.few_shot_learning_rate)
+
+    def values(params: dict, w: jax.Array) -> jax.Array:
+        return _task_values(nets, params, observations, w)
+
+    def play(key: jax.Array, params: dict, w: jax.Array) -> jax.Array:
+        """Returns which transitions `[S, A]` one epsilon-greedy episode met."""
+        greedy = jnp.argmax(values(params, w), axis=1)
+        explore, drawn = maze_agent.random_actions(
+            key, (horizon,), agent_config.epsilon
+        )
+
+        def act(cell, inputs):
+            explores, random = inputs
+            action = jnp.where(explores, random, greedy[cell]).astype(jnp.int32)
+            return maze.step(world, cell, action), (cell, action)
+
+        _, (cells, actions) = jax.lax.scan(act, world.start, (explore, drawn))
+        return jnp.zeros((num_cells, num_actions), bool).at[cells, actions].set(True)
+
+    def loss(params, target_params, w, reward, met):
+        def psi_of(params):
+            task = jnp.broadcast_to(w, (num_cells, 1, dim))
+            return nets.successor.apply(params, observations, task).psi[:, 0]
+
+        psi_tm1, psi = psi_of(params), psi_of(target_params)
+        error = jax.vmap(losses.scalar_td_error, (0, None, 0, None, 0, None))
+        total = jnp.float32(0)
+        for action in range(num_actions):
+            reached = world.next_cell[:, action]
+            errors = error(
+                psi_tm1,
+                jnp.int32(action),
+                (1 - gamma) * reward[reached],
+                gamma,
+                psi[reached],
+                w,
+            )
+            total += jnp.sum(jnp.square(errors) * met[:, action])
+        return 0.5 * total / jnp.maximum(jnp.sum(met), 1)
+
+    def one_reward(key: jax.Array) -> jax.Array:
+        k_reward, k_task, k_episodes = jax.random.split(key, 3)
+        reward = maze.sample_reward(k_reward, world, boxes)
+
+        def score(params, w):
+            return _score(world, _table(values(params, w), horizon), reward)
+
+        def episode(carry, inputs):
+            params, target_params, opt_state, met, w = carry
+            index, key = inputs
+            k_play, k_fallback = jax.random.split(key)
+            met = met | play(k_play, params, w)
+
+            # What was reached, once for every transition that reaches it.
+            reached = world.next_cell.reshape(-1)
+            inferred = _infer(
+                phi[reached], reward[reached], met.reshape(-1), k_fallback, config
+            )
+            is_last = index + 1 == config.few_shot_inference_episodes
+            is_random = index + 1 < config.few_shot_inference_episodes
+            w = jnp.where(is_last, inferred.task, w)
+            w = jnp.where(is_random, sphere.sample_uniform(k_fallback, (), dim), w)
+            # In the units of psi^T w, which pretraining learnt for a unit task.
+            unit_reward = (reward - inferred.intercept) / inferred.scale
+            weight = met.astype(jnp.float32)
+
+            def update(carry, _):
+                params, target_params, opt_state = carry
+                grads = jax.grad(loss)(params, target_params, w, unit_reward, weight)
+                updates, opt_state = optimiser.update(grads, opt_state)
+                params = optax.apply_updates(params, updates)
+                return (params, target_params, opt_state), None
+
+            (learnt, _, learnt_opt), _ = jax.lax.scan(
+                update,
+                (params, target_params, opt_state),
+                None,
+                length=config.few_shot_updates,
+            )
+            params, opt_state = jax.tree.map(
+                lambda new, old: jnp.where(is_random, old, new),
+                (learnt, learnt_opt),
+                (params, opt_state),
+            )
+            # The target network is renewed once an episode.
+            return (params, params, opt_state, met, w), score(params, w)
+
+        w = sphere.sample_uniform(k_task, (), dim)
+        carry = (
+            successor_params,
+            successor_params,
+            optimiser.init(successor_params),
+            jnp.zeros((num_cells, num_actions), bool),
+            w,
+        )
+        first = score(successor_params, w)
+        num = config.few_shot_episodes
+        _, scores = jax.lax.scan(
+            episode, carry, (jnp.arange(num), jax.random.split(k_episodes, num))
+        )
+        return jnp.concatenate([first[None], scores])
+
+    keys = jax.random.split(key, config.few_shot_rewards)
+    return jnp.mean(jax.lax.map(one_reward, keys), axis=0)

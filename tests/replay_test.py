@@ -1,0 +1,128 @@
+"""Tests of aps_jax.replay against a list of everything that was added."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aps_jax import frames, replay
+
+
+def random_step(rng, num_envs, time, is_first=None):
+    """A step whose frame, id and reward all say which one it is."""
+    number = time * num_envs + np.arange(num_envs)
+    frame = np.zeros((num_envs, 84, 84), np.uint8)
+    frame[:, 0, 0], frame[:, 0, 1] = number % 256, number // 256
+    return replay.Step(
+        frame=frame,
+        action=rng.integers(0, 6, num_envs).astype(np.int32),
+        reward=number.astype(np.float32),
+        terminated=rng.random(num_envs) < 0.1,
+        is_first=rng.random(num_envs) < 0.15 if is_first is None else is_first,
+        life_lost=rng.random(num_envs) < 0.2,
+        task=rng.normal(size=(num_envs, 3)).astype(np.float32),
+        id=number.astype(np.int32),
+    )
+
+
+def filled(num_envs, size, num_steps, seed=0):
+    """Adds steps to a ring and to a list."""
+    rng = np.random.default_rng(seed)
+    ring = replay.make_replay(num_envs=num_envs, size=size, feature_dim=3)
+    state, steps = ring.init(), []
+    add = jax.jit(ring.add, donate_argnums=0)
+    for time in range(num_steps):
+        first = np.ones(num_envs, bool) if time == 0 else None
+        steps.append(random_step(rng, num_envs, time, first))
+        state = add(state, steps[-1])
+    return ring, state, steps
+
+
+def sample(ring, state, seed, *, num_windows, num_states, pixels=False):
+    """Samples jitted; without pixels XLA leaves the work of stacking out."""
+
+    def draw(state, key):
+        window = ring.sample(state, key, num_windows=num_windows, num_states=num_states)
+        return window if pixels else window._replace(observation=None)
+
+    return jax.device_get(jax.jit(draw)(state, jax.random.key(seed)))
+
+
+# Half full, exactly full, just past the end, and several times around.
+@pytest.mark.parametrize("num_steps", [10, 20, 21, 67])
+@pytest.mark.parametrize("num_states", [1, 5])
+def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
+    num_envs, length = 2, 20
+    ring, state, steps = filled(num_envs, num_envs * length, num_steps)
+    windows = sample(ring, state, 1, num_windows=300, num_states=num_states)
+    ids = np.asarray(windows.id)
+    envs, times = ids % num_envs, ids // num_envs
+    np.testing.assert_array_equal(np.diff(times, axis=1), 1)
+    np.testing.assert_array_equal(envs, np.repeat(envs[:, :1], num_states, axis=1))
+    # Every place that leaves room for the stack's history is drawn, and no other.
+    oldest = max(0, num_steps - length)
+    starts = set(range(oldest + 3, num_steps - num_states + 1))
+    assert set(times[:, 0]) == starts
+    for name in ("action", "reward", "terminated", "is_first", "life_lost", "task"):
+        expected = [
+            [getattr(steps[t], name)[e] for t, e in zip(ts, es, strict=True)]
+            for ts, es in zip(times, envs, strict=True)
+        ]
+        np.testing.assert_array_equal(getattr(windows, name), expected)
+
+
+def test_stacks_equal_those_that_acting_saw():
+    num_envs, num_states = 2, 6
+    ring, state, steps = filled(num_envs, 60, 45)
+    seen, stack = [], frames.init_stack(num_envs)
+    for step in steps:
+        stack = frames.push_frame(stack, step.frame, step.is_first)
+        seen.append(np.asarray(stack))
+    windows = sample(ring, state, 0, num_windows=40, num_states=num_states, pixels=True)
+    assert windows.observation.shape == (40, num_states, 84, 84, 4)
+    for observation, ids in zip(windows.observation, windows.id, strict=True):
+        for pixels, number in zip(observation, ids, strict=True):
+            time, env = divmod(int(number), num_envs)
+            np.testing.assert_array_equal(pixels, seen[time][env])
+
+
+def test_sampling_is_uniform_and_follows_its_key():
+    ring, state, _ = filled(2, 40, 20)
+    windows = sample(ring, state, 3, num_windows=6800, num_states=1)
+    counts = np.bincount(np.asarray(windows.id)[:, 0], minlength=40)[6:]
+    # 34 places, 200 expected in each: a chi-square of 33 degrees of freedom is below
+    # 63.9 with probability 0.999.
+    assert np.sum((counts - 200.0) ** 2 / 200.0) < 63.9
+    again = sample(ring, state, 3, num_windows=6800, num_states=1)
+    np.testing.assert_array_equal(windows.id, again.id)
+    other = sample(ring, state, 4, num_windows=6800, num_states=1)
+    assert np.any(np.asarray(windows.id) != np.asarray(other.id))
+
+
+def test_a_step_takes_one_percent_more_than_its_frame_at_most():
+    ring = replay.make_replay(num_envs=8, size=1_000_000, feature_dim=5)
+    assert 7056 <= ring.num_bytes / 1_000_000 <= 1.01 * 7056
+    state = jax.eval_shape(ring.init)
+    stored = sum(
+        np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize
+        for leaf in jax.tree.leaves(state.experience)
+    )
+    assert stored == ring.num_bytes
+
+
+def test_adding_is_in_place():
+    ring = replay.make_replay(num_envs=4, size=4000, feature_dim=5)
+    state = jax.eval_shape(ring.init)
+    step = jax.eval_shape(lambda: random_step(np.random.default_rng(0), 4, 0))
+    step = step._replace(task=jax.ShapeDtypeStruct((4, 5), jnp.float32))
+    compiled = jax.jit(ring.add, donate_argnums=0).lower(state, step).compile()
+    memory = compiled.memory_analysis()
+    assert memory.alias_size_in_bytes >= ring.num_bytes
+    assert memory.temp_size_in_bytes <= 0.01 * ring.num_bytes
+
+
+def test_size_is_rounded_down_to_whole_steps_of_all_environments():
+    ring = replay.make_replay(num_envs=3, size=11, feature_dim=1)
+    assert ring.init().experience.id.shape == (3, 3)
+    with pytest.raises(ValueError, match="at least num_envs, got 2 and 3"):
+        replay.make_replay(num_envs=3, size=2, feature_dim=1)
