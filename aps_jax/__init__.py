@@ -1,0 +1,83 @@
+"""APS in JAX: pure losses, rewards and tasks that other agents can import.
+
+These names need neither EnvPool nor flags nor a GPU, and do no work at import. The
+stages, the environments and the agent are imported by their modules' names.
+"""
+
+from aps_jax.knn import knn_distances
+from aps_jax.losses import (
+    SplitTDError,
+    feature_loss,
+    mask_after_cut,
+    n_step_cumulant,
+    n_step_target,
+    q_values,
+    scalar_td_error,
+    split_td_error,
+    vector_td_error,
+)
+from aps_jax.networks import (
+    FeatureNetwork,
+    Features,
+    MlpEncoder,
+    NatureEncoder,
+    PaperEncoder,
+    SmallEncoder,
+    Successor,
+    SuccessorNetwork,
+)
+from aps_jax.rewards import (
+    DistanceScale,
+    init_distance_scale,
+    intrinsic_reward,
+    particle_entropy_reward,
+    skill_reward,
+    update_distance_scale,
+)
+from aps_jax.sphere import normalize, sample_uniform, sample_von_mises_fisher
+from aps_jax.tasks import (
+    InferredTask,
+    RegressionMoments,
+    candidate_tasks,
+    gpi_action_values,
+    infer_task,
+    init_regression_moments,
+    update_regression_moments,
+)
+
+__all__ = (
+    "DistanceScale",
+    "FeatureNetwork",
+    "Features",
+    "InferredTask",
+    "MlpEncoder",
+    "NatureEncoder",
+    "PaperEncoder",
+    "RegressionMoments",
+    "SmallEncoder",
+    "SplitTDError",
+    "Successor",
+    "SuccessorNetwork",
+    "candidate_tasks",
+    "feature_loss",
+    "gpi_action_values",
+    "infer_task",
+    "init_distance_scale",
+    "init_regression_moments",
+    "intrinsic_reward",
+    "knn_distances",
+    "mask_after_cut",
+    "n_step_cumulant",
+    "n_step_target",
+    "normalize",
+    "particle_entropy_reward",
+    "q_values",
+    "sample_uniform",
+    "sample_von_mises_fisher",
+    "scalar_td_error",
+    "skill_reward",
+    "split_td_error",
+    "update_distance_scale",
+    "update_regression_moments",
+    "vector_td_error",
+)

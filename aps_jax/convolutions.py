@@ -1,129 +1,370 @@
 """Forms of a convolution that agree in value and differ in speed, and their choice.
 
-Every form computes the same valid (unpadded) strided correlation, the "convolution"
-of deep learning,
+Every form computes the same unpadded strided correlation, the "convolution" of deep
+learning,
 
     y[b, i, j, o] = sum_{u, v, c} x[b, s i + u, s j + v, c] kernel[u, v, c, o],
 
-with stride `s`, so a checkpoint made with one form works with every other. `choose`
-is the only place that decides which form a backend uses.
+with stride `s`, and its gradients, so a checkpoint made with one form works with every
+other. `choose_plan` is the only place that decides which form a backend uses.
 
-Letters: `B` batch, `H`/`W` height and width, `C`/`O` channels in and out, `P`/`Q`
-kernel height and width.
+Letters: `B` batch, `H`/`W` height and width of the images, `h`/`w` of the result,
+`C`/`O` channels in and out, `P`/`Q` height and width of the kernel.
 """
 
-from collections.abc import Callable
-from typing import TypeAlias
+import functools
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, TypeAlias
 
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
+Array: TypeAlias = jax.Array | np.ndarray
 Convolution: TypeAlias = Callable[..., jax.Array]
+Activation: TypeAlias = Callable[[jax.Array], jax.Array]
+
+_DIMENSIONS = ("NHWC", "HWIO", "NHWC")
+
+# What the gathered windows of one chunk of images may take. The matrix products run
+# at their full speed while their operands stay in a core's share of the cache, and
+# small chunks cost little, so this is of the order of the second-level caches.
+_CHUNK_BYTES = 4 * 2**20
+# Above this, gathering the windows of a single image costs more than the product.
+_GATHER_BYTES = 2**20
 
 
-def convolve_xla(images: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """Convolves by XLA's own operation.
+class LayerShape(NamedTuple):
+    """What a convolutional layer is before it sees its parameters."""
+
+    features: int  # O, channels out.
+    side: int  # P = Q, height and width of the kernel.
+    stride: int  # Pixels between neighbouring outputs, in both directions.
+    is_padded: bool = False  # Zeros up to whole strides below and on the right.
+
+
+class LayerWeights(NamedTuple):
+    """The parameters of one layer, in the layout of `flax.linen.Conv`."""
+
+    kernel: jax.Array  # [P, Q, C, O] float32.
+    bias: jax.Array  # [O] float32.
+
+
+class Plan(NamedTuple):
+    """How a backend computes a stack of layers; never what it computes."""
+
+    forms: tuple[Convolution, ...]  # One per layer.
+    chunk_size: int | None  # Images that pass all layers together; None: the batch.
+
+
+def _check_operands(images: Array, kernel: Array) -> None:
+    """Refuses operands that no form takes."""
+    chex.assert_rank([images, kernel], 4)
+    chex.assert_type(kernel, float)
+    chex.assert_equal(images.shape[3], kernel.shape[2])
+
+
+def convolve_xla(images: Array, kernel: Array, *, stride: int) -> jax.Array:
+    """Convolves by XLA's own operation and its own gradients.
 
     Args:
-      images: `[B, H, W, C]` float.
-      kernel: `[P, Q, C, O]` of the same dtype.
-      stride: pixels between neighbouring outputs, the same in both directions.
+      images: `[B, H, W, C]` of the kernel's dtype, or uint8, which is converted.
+      kernel: `[P, Q, C, O]` float.
+      stride: pixels between neighbouring outputs, at least 1.
 
     Returns:
-      `[B, (H - P) // stride + 1, (W - Q) // stride + 1, O]`.
+      `[B, (H - P) // stride + 1, (W - Q) // stride + 1, O]` of the kernel's dtype.
     """
-    chex.assert_rank([images, kernel], 4)
-    chex.assert_type([images, kernel], float)
+    _check_operands(images, kernel)
 
+    return _xla_forward(images.astype(kernel.dtype), kernel, (stride, stride))
+
+
+def _xla_forward(images, kernel, strides, padding=((0, 0), (0, 0))) -> jax.Array:
+    """Applies XLA's convolution in the one layout that every backend does well."""
     return jax.lax.conv_general_dilated(
-        images,
-        kernel,
-        window_strides=(stride, stride),
-        padding="VALID",
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        images, kernel, strides, padding, dimension_numbers=_DIMENSIONS
     )
 
 
-def convolve_patches(images: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """Convolves by gathering every window into a row of one matrix product (im2col).
-
-    Args and result as in `convolve_xla`.
-    """
-    chex.assert_rank([images, kernel], 4)
-    chex.assert_type([images, kernel], float)
-
-    rows, columns, channels, features = kernel.shape
-    batch, height, width, _ = images.shape
+def _gather_windows(images: Array, rows: int, columns: int, stride: int) -> jax.Array:
+    """Gathers the window of every output: `[B, H, W, C] -> [B, h, w, P * Q * C]`."""
+    batch, height, width, channels = images.shape
     out_height = (height - rows) // stride + 1
     out_width = (width - columns) // stride + 1
-    shifted = [
+    # Pixels that always move together are seen as one, so that long runs are copied:
+    # whole strides where they fill the kernel, 2 x 16 numbers a row for 8x8/4.
+    if columns % stride == 0:
+        run = stride
+        whole_width = width // stride * stride
+        images = images[:, :, :whole_width].reshape(
+            batch, height, whole_width // stride, stride * channels
+        )
+    else:
+        run = 1
+    step = stride // run
+    windows = [
         jax.lax.slice(
             images,
             (0, u, v, 0),
             (
                 batch,
                 u + stride * (out_height - 1) + 1,
-                v + stride * (out_width - 1) + 1,
-                channels,
+                v + step * (out_width - 1) + 1,
+                images.shape[3],
             ),
-            (1, stride, stride, 1),
+            (1, stride, step, 1),
         )
         for u in range(rows)
-        for v in range(columns)
+        for v in range(columns // run)
     ]
-    patches = jnp.concatenate(shifted, axis=-1)  # [B, h, w, P * Q * C]
-    return patches @ kernel.reshape(rows * columns * channels, features)
+    return jnp.concatenate(windows, axis=-1)
 
 
-def convolve_blocks(images: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """Convolves disjoint windows by a reshape and a matrix product.
-
-    Args and result as in `convolve_xla`; pixels after the last whole window are
-    dropped.
-
-    Raises:
-      ValueError: if the kernel's sides differ from the stride.
-    """
-    chex.assert_rank([images, kernel], 4)
-    chex.assert_type([images, kernel], float)
-    rows, columns, channels, features = kernel.shape
-    if (rows, columns) != (stride, stride):
-        raise ValueError(
-            f"kernel sides must equal the stride, got {rows}x{columns} and {stride}."
-        )
-
-    batch, height, width, _ = images.shape
-    out_height, out_width = height // stride, width // stride
-    images = images[:, : out_height * stride, : out_width * stride]
-    blocks = images.reshape(batch, out_height, rows, out_width, columns * channels)
-    blocks = blocks.swapaxes(2, 3)  # [B, h, w, P, Q * C]
-    blocks = blocks.reshape(batch, out_height, out_width, rows * columns * channels)
-    return blocks @ kernel.reshape(rows * columns * channels, features)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _windows_product(images: Array, kernel: Array, stride: int) -> jax.Array:
+    rows, columns, _, features = kernel.shape
+    # Gathered as bytes where images are bytes, and converted after.
+    windows = _gather_windows(images, rows, columns, stride).astype(kernel.dtype)
+    return windows @ kernel.reshape(-1, features)
 
 
-def choose(backend: str, kernel_shape: tuple[int, ...], stride: int) -> Convolution:
-    """Chooses the form for one layer on one backend.
-
-    Args:
-      backend: as `jax.default_backend()` names it.
-      kernel_shape: `(P, Q, C, O)`.
-      stride: of the layer.
-
-    Returns:
-      One of this module's forms.
-    """
-    if backend != "cpu":
-        return convolve_xla
-    if kernel_shape[:2] == (stride, stride):
-        return convolve_blocks
-    return convolve_patches
+def _windows_product_forward(images, kernel, stride):
+    return _windows_product(images, kernel, stride), (images, kernel)
 
 
-def convolve(images: jax.Array, kernel: jax.Array, *, stride: int) -> jax.Array:
-    """Convolves by the form that `choose` gives for the default backend.
+def _windows_product_backward(stride, residuals, cotangent):
+    images, kernel = residuals
+    rows, columns, _, features = kernel.shape
+    gather = functools.partial(
+        _gather_windows, rows=rows, columns=columns, stride=stride
+    )
+    windows = gather(images).astype(kernel.dtype)
+    windows = windows.reshape(-1, windows.shape[-1])
+    # [O, P * Q * C], and kept so: XLA would merge the transposition into the product,
+    # and the product in the other orientation is three times slower on CPUs.
+    kernel_grad = jax.lax.optimization_barrier(
+        cotangent.reshape(-1, features).T @ windows
+    )
+    kernel_grad = kernel_grad.T.reshape(kernel.shape)
+    if not jnp.issubdtype(images.dtype, jnp.floating):
+        return np.zeros(images.shape, jax.dtypes.float0), kernel_grad
+    (images_grad,) = jax.linear_transpose(gather, images)(
+        cotangent @ kernel.reshape(-1, features).T
+    )
+    return images_grad, kernel_grad
+
+
+_windows_product.defvjp(_windows_product_forward, _windows_product_backward)
+
+
+def convolve_windows(images: Array, kernel: Array, *, stride: int) -> jax.Array:
+    """Convolves by gathering each window into a row of a matrix product (im2col).
+
+    Its gradients are matrix products too: the kernel's of the result's gradient with
+    the windows gathered anew, the images' scattered back. Where the kernel's side
+    equals the stride, gathering is a transposition. First-order reverse-mode
+    differentiation only.
 
     Args and result as in `convolve_xla`.
     """
-    form = choose(jax.default_backend(), kernel.shape, stride)
-    return form(images, kernel, stride=stride)
+    _check_operands(images, kernel)
+
+    return _windows_product(images, kernel, stride)
+
+
+@jax.custom_vjp
+def _forward_only(images: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _xla_forward(images, kernel, (1, 1))
+
+
+def _forward_only_forward(images, kernel):
+    return _forward_only(images, kernel), (images, kernel)
+
+
+def _forward_only_backward(residuals, cotangent):
+    images, kernel = residuals
+    rows, columns, _, _ = kernel.shape
+    images_grad = _xla_forward(
+        cotangent,
+        kernel[::-1, ::-1].swapaxes(2, 3),
+        (1, 1),
+        ((rows - 1, rows - 1), (columns - 1, columns - 1)),
+    )
+    # The kernel's gradient correlates images and cotangent over the batch: channels
+    # take the place of the batch. Transposed in memory, not in the dimension numbers,
+    # for which XLA's CPU backend has no fast path inside of loops.
+    kernel_grad = _xla_forward(
+        jax.lax.optimization_barrier(images.transpose(3, 1, 2, 0)),  # [C, H, W, B]
+        jax.lax.optimization_barrier(cotangent.transpose(1, 2, 0, 3)),  # [h, w, B, O]
+        (1, 1),
+    )
+    return images_grad, kernel_grad.transpose(1, 2, 0, 3)
+
+
+_forward_only.defvjp(_forward_only_forward, _forward_only_backward)
+
+
+def convolve_forward_only(images: Array, kernel: Array, *, stride: int) -> jax.Array:
+    """Convolves by XLA's operation, both gradients written as forward convolutions.
+
+    XLA's CPU backend computes a forward convolution well and its gradients badly,
+    inside of loops by a factor of 50. First-order reverse-mode differentiation only.
+
+    Args and result as in `convolve_xla`, with a stride of 1.
+
+    Raises:
+      ValueError: if the stride is not 1.
+    """
+    if stride != 1:
+        raise ValueError(f"stride must be 1, got {stride}.")
+    _check_operands(images, kernel)
+
+    return _forward_only(images.astype(kernel.dtype), kernel)
+
+
+def _output_side(side: int, layer: LayerShape) -> int:
+    """Returns how many outputs a layer makes of a row of `side` pixels."""
+    if layer.is_padded:
+        side += -side % layer.stride
+    return (side - layer.side) // layer.stride + 1
+
+
+def choose_plan(
+    backend: str, image_shape: tuple[int, int, int], layers: Sequence[LayerShape]
+) -> Plan:
+    """Chooses forms and chunk size for one backend.
+
+    Accelerators take XLA's own convolutions (cuDNN) on the whole batch. On CPUs,
+    `experiments.bench_encoders` measures what this rule is made of: matrix products
+    of gathered windows, a few images at a time, but no windows where those of a
+    single image would take more than `_GATHER_BYTES`.
+
+    Args:
+      backend: as `jax.default_backend()` names it.
+      image_shape: `(H, W, C)`.
+      layers: from the image on.
+
+    Returns:
+      The plan, for float32; half as wide types fit all the better.
+    """
+    if backend != "cpu":
+        return Plan(forms=(convolve_xla,) * len(layers), chunk_size=None)
+    height, width, channels = image_shape
+    forms = []
+    largest = 1
+    for layer in layers:
+        height, width = _output_side(height, layer), _output_side(width, layer)
+        num_bytes = 4 * height * width * layer.side**2 * channels
+        use_windows = layer.stride > 1 or num_bytes <= _GATHER_BYTES
+        forms.append(convolve_windows if use_windows else convolve_forward_only)
+        largest = max(largest, num_bytes)
+        channels = layer.features
+    return Plan(forms=tuple(forms), chunk_size=max(1, _CHUNK_BYTES // largest))
+
+
+def _with_gradient_of_output(
+    value: Activation, slope: Callable[[jax.Array], jax.Array]
+) -> Activation:
+    """Returns an activation whose slope is computed from its output alone.
+
+    A stack of layers then keeps one array per layer for its gradient, which the next
+    layer needs anyway.
+    """
+
+    @jax.custom_vjp
+    def activation(x: jax.Array) -> jax.Array:
+        return value(x)
+
+    def forward(x):
+        y = value(x)
+        return y, y
+
+    def backward(y, cotangent):
+        return (cotangent * slope(y),)
+
+    activation.defvjp(forward, backward)
+    return activation
+
+
+# max(x, 0), with slope 0 at 0.
+relu: Activation = _with_gradient_of_output(
+    lambda x: jnp.maximum(x, 0.0), lambda y: (y > 0.0).astype(y.dtype)
+)
+# x above 0 and e^x - 1 below. Not by expm1: its relative accuracy near 0 serves
+# nothing here and takes as long as a convolution on CPUs.
+elu: Activation = _with_gradient_of_output(
+    lambda x: jnp.where(x > 0.0, x, jnp.exp(jnp.minimum(x, 0.0)) - 1.0),
+    lambda y: jnp.where(y > 0.0, jnp.ones_like(y), y + 1.0),
+)
+
+
+def _in_chunks(
+    function: Callable[[jax.Array], jax.Array], images: jax.Array, size: int | None
+) -> jax.Array:
+    """Applies a function of a batch to chunks of it, one after the other."""
+    batch = images.shape[0]
+    if size is None or batch <= size:
+        return function(images)
+    num_chunks = batch // size
+    split = num_chunks * size
+    chunks = images[:split].reshape(num_chunks, size, *images.shape[1:])
+    results = jax.lax.map(function, chunks)
+    results = results.reshape(split, *results.shape[2:])
+    if split == batch:
+        return results
+    return jnp.concatenate([results, function(images[split:])])
+
+
+def apply_layers(
+    images: Array,
+    weights: Sequence[LayerWeights],
+    *,
+    layers: Sequence[LayerShape],
+    activation: Activation,
+    dtype: jnp.dtype,
+    plan: Plan,
+) -> jax.Array:
+    """Applies convolutional layers, each `activation(convolution + bias)`.
+
+    Args:
+      images: `[B, H, W, C]` uint8, or float, which receives a gradient.
+      weights: one per layer.
+      layers: one per layer.
+      activation: follows every layer.
+      dtype: of the computation; the parameters' gradients are summed in their own.
+      plan: one form per layer.
+
+    Returns:
+      `[B, h, w, O]` of `dtype`.
+
+    Raises:
+      ValueError: if an image is smaller than a kernel.
+    """
+    chex.assert_rank(images, 4)
+    chex.assert_equal(len(weights), len(layers))
+    chex.assert_equal(len(plan.forms), len(layers))
+    height, width = images.shape[1:3]
+    for layer in layers:
+        height, width = _output_side(height, layer), _output_side(width, layer)
+        if min(height, width) < 1:
+            raise ValueError(f"images of {images.shape[1:]} are too small for {layer}.")
+
+    def apply_to_chunk(chunk: jax.Array) -> jax.Array:
+        if jnp.issubdtype(chunk.dtype, jnp.floating):
+            chunk = chunk.astype(dtype)
+        for layer, layer_weights, form in zip(layers, weights, plan.forms):
+            if layer.is_padded:
+                rows, columns = (
+                    -chunk.shape[1] % layer.stride,
+                    -chunk.shape[2] % layer.stride,
+                )
+                chunk = jnp.pad(chunk, ((0, 0), (0, rows), (0, columns), (0, 0)))
+            # Cast here: in a loop over chunks the gradient is summed before the cast.
+            kernel = layer_weights.kernel.astype(dtype)
+            bias = layer_weights.bias.astype(dtype).reshape(1, 1, 1, -1)
+            chunk = activation(form(chunk, kernel, stride=layer.stride) + bias)
+        return chunk
+
+    return _in_chunks(apply_to_chunk, jnp.asarray(images), plan.chunk_size)

@@ -94,6 +94,10 @@ def knn_distances(
         chex.assert_equal_shape([queries[:, 0], query_ids])
         chex.assert_equal_shape([particles[:, 0], particle_ids])
 
+    # Not NumPy arrays, which traced indices cannot index.
+    queries, particles, query_ids, particle_ids = jax.tree.map(
+        jnp.asarray, (queries, particles, query_ids, particle_ids)
+    )
     ids = None if query_ids is None else (query_ids, particle_ids)
     return _distances(k, tile_size, queries, particles, ids)
 
@@ -248,6 +252,8 @@ def _search_by_product(
     # A mean of differences: a plain sum of many equal offsets would lose their digits.
     reference = particles[0]
     centre = reference + jnp.mean(particles - reference[None, :], axis=0)
+    # One particle that is not a number must show, and not spoil the choice of others.
+    centre = jnp.where(jnp.isfinite(centre), centre, 0.0)
     state = search_from(centre, queries, query_ids)
     nearest, _ = jax.lax.while_loop(has_unsettled, retry, state)
     return nearest

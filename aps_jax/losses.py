@@ -184,7 +184,7 @@ def scalar_td_error(
     w = jax.lax.stop_gradient(w)
     q_tm1, q_t = q_values(psi_tm1, w), q_values(psi_t, w)
     target_tm1 = jax.lax.stop_gradient(r_t + discount_t * jnp.max(q_t))
-    return target_tm1 - q_tm1[a_tm1]
+    return target_tm1 - _at(q_tm1, a_tm1)
 
 
 def vector_td_error(
@@ -222,8 +222,8 @@ def vector_td_error(
     chex.assert_equal_shape([cumulant_t, w])
 
     a_t = jnp.argmax(q_values(psi_t, w))
-    target_tm1 = jax.lax.stop_gradient(cumulant_t + discount_t * psi_t[a_t])
-    return target_tm1 - psi_tm1[a_tm1]
+    target_tm1 = jax.lax.stop_gradient(cumulant_t + discount_t * _at(psi_t, a_t))
+    return target_tm1 - _at(psi_tm1, a_tm1)
 
 
 def split_td_error(
@@ -279,9 +279,16 @@ def split_td_error(
     chex.assert_equal_shape([phi_t, w])
 
     a_t = jnp.argmax(skill_weight * q_values(psi_t, w) + entropy_weight * exploration_t)
-    successor = jax.lax.stop_gradient(phi_t + discount_t * psi_t[a_t])
-    exploration = jax.lax.stop_gradient(r_entropy_t + discount_t * exploration_t[a_t])
-    return SplitTDError(
-        successor=successor - psi_tm1[a_tm1],
-        exploration=exploration - exploration_tm1[a_tm1],
+    successor = jax.lax.stop_gradient(phi_t + discount_t * _at(psi_t, a_t))
+    exploration = jax.lax.stop_gradient(
+        r_entropy_t + discount_t * _at(exploration_t, a_t)
     )
+    return SplitTDError(
+        successor=successor - _at(psi_tm1, a_tm1),
+        exploration=exploration - _at(exploration_tm1, a_tm1),
+    )
+
+
+def _at(values: Array, action: Array) -> jax.Array:
+    """Takes the entry of an action, of NumPy values too if the action is traced."""
+    return jnp.asarray(values)[action]

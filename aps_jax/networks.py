@@ -9,14 +9,14 @@ Letters: `...` any number of leading dimensions (batch `B`, time `T`, environmen
 `E`), `H` width of the encoder's output, `K` tasks, `A` actions, `D` feature dimension.
 """
 
-from collections.abc import Callable, Sequence
-from typing import NamedTuple
+import math
+from collections.abc import Sequence
+from typing import ClassVar, NamedTuple
 
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from aps_jax import convolutions, sphere
 
@@ -45,36 +45,68 @@ class Successor(NamedTuple):
     exploration: jax.Array | None  # [..., K, A] value of the entropy reward, or None.
 
 
-class ConvLayer(nn.Module):
-    """Convolves, adds a bias and activates; its parameters are those of `nn.Conv`."""
+class ConvParameters(nn.Module):
+    """Holds the parameters of one convolutional layer, under the names of `nn.Conv`."""
 
-    features: int
-    side: int
-    stride: int
-    activation: Callable[[jax.Array], jax.Array]
-    convolution: convolutions.Convolution
-    dtype: jnp.dtype
-    scale: float = 1.0
+    shape: convolutions.LayerShape
+    channels: int
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        shape = (self.side, self.side, images.shape[-1], self.features)
-        kernel = self.param("kernel", _kernel_init, shape)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,))
-        # The scale acts on the few weights instead of the many pixels.
-        kernel = (kernel * self.scale).astype(self.dtype)
-        images = self.convolution(images.astype(self.dtype), kernel, stride=self.stride)
-        bias = bias.astype(self.dtype).reshape(1, 1, 1, -1)
-        return self.activation(images + bias)
+    def __call__(self) -> convolutions.LayerWeights:
+        features, side = self.shape.features, self.shape.side
+        kernel_shape = (side, side, self.channels, features)
+        return convolutions.LayerWeights(
+            kernel=self.param("kernel", _kernel_init, kernel_shape),
+            bias=self.param("bias", nn.initializers.zeros, (features,)),
+        )
 
 
-def _flatten_leading(observation: jax.Array) -> tuple[jax.Array, tuple[int, ...]]:
-    """Returns images as `[B, H, W, C]` and the leading dimensions they had."""
+def _convolve_and_flatten(
+    observation: jax.Array,
+    layers: Sequence[convolutions.LayerShape],
+    *,
+    activation: convolutions.Activation,
+    dtype: jnp.dtype,
+    plan: convolutions.Plan | None,
+) -> jax.Array:
+    """Passes images through layers `conv_0`, `conv_1`, ... of the calling module.
+
+    Args:
+      observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255.
+      layers: from the image on.
+      activation: follows every layer.
+      dtype: of the computation.
+      plan: None leaves the choice to `convolutions.choose_plan`.
+
+    Returns:
+      `[..., h * w * O]` of `dtype`.
+
+    Raises:
+      ValueError: if the observation is no image, or one too small for the layers.
+    """
     if observation.ndim < 3:
         raise ValueError(f"images must be [..., H, W, C], got {observation.shape}.")
-    leading = observation.shape[:-3]
-    num_images = int(np.prod(leading, dtype=int))
-    return observation.reshape(num_images, *observation.shape[-3:]), leading
+    if not jnp.issubdtype(observation.dtype, jnp.floating):
+        chex.assert_type(observation, jnp.uint8)
+    leading, image_shape = observation.shape[:-3], observation.shape[-3:]
+    if plan is None:
+        backend = jax.default_backend()
+        plan = convolutions.choose_plan(backend, image_shape, layers)
+
+    weights = []
+    channels = image_shape[-1]
+    for index, layer in enumerate(layers):
+        weights.append(ConvParameters(layer, channels, name=f"conv_{index}")())
+        channels = layer.features
+    # Scaling the few weights of the first layer scales its many pixels.
+    first = weights[0]
+    weights[0] = first._replace(kernel=first.kernel * (1.0 / _PIXEL_RANGE))
+
+    images = observation.reshape(math.prod(leading), *image_shape)
+    images = convolutions.apply_layers(
+        images, weights, layers=layers, activation=activation, dtype=dtype, plan=plan
+    )
+    return images.reshape(*leading, math.prod(images.shape[1:]))
 
 
 class NatureEncoder(nn.Module):
@@ -85,30 +117,28 @@ class NatureEncoder(nn.Module):
 
     hidden: int = 512
     dtype: jnp.dtype = jnp.float32
-    convolution: convolutions.Convolution = convolutions.convolve
+    plan: convolutions.Plan | None = None
+
+    layers: ClassVar = (
+        convolutions.LayerShape(32, 8, 4),
+        convolutions.LayerShape(64, 4, 2),
+        convolutions.LayerShape(64, 3, 1),
+    )
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
         """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
-        images, leading = _flatten_leading(observation)
-        layers = ((32, 8, 4), (64, 4, 2), (64, 3, 1))
-        for index, (features, side, stride) in enumerate(layers):
-            images = ConvLayer(
-                features,
-                side,
-                stride,
-                activation=nn.relu,
-                convolution=self.convolution,
-                dtype=self.dtype,
-                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
-                name=f"conv_{index}",
-            )(images)
-        flat = images.reshape(images.shape[0], -1)
+        flat = _convolve_and_flatten(
+            observation,
+            self.layers,
+            activation=convolutions.relu,
+            dtype=self.dtype,
+            plan=self.plan,
+        )
         dense = nn.Dense(
             self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
         )
-        hidden = nn.relu(dense(flat)).astype(jnp.float32)
-        return hidden.reshape(*leading, self.hidden)
+        return nn.relu(dense(flat)).astype(jnp.float32)
 
 
 class PaperEncoder(nn.Module):
@@ -119,65 +149,60 @@ class PaperEncoder(nn.Module):
     """
 
     dtype: jnp.dtype = jnp.float32
-    convolution: convolutions.Convolution = convolutions.convolve
+    plan: convolutions.Plan | None = None
+
+    layers: ClassVar = (
+        convolutions.LayerShape(32, 3, 2),
+        convolutions.LayerShape(32, 3, 1),
+        convolutions.LayerShape(32, 3, 1),
+        convolutions.LayerShape(32, 3, 1),
+    )
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
         """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., 39200]`."""
-        images, leading = _flatten_leading(observation)
-        for index, stride in enumerate((2, 1, 1, 1)):
-            images = ConvLayer(
-                32,
-                3,
-                stride,
-                activation=nn.elu,
-                convolution=self.convolution,
-                dtype=self.dtype,
-                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
-                name=f"conv_{index}",
-            )(images)
-        flat = images.astype(jnp.float32)
-        return flat.reshape(*leading, int(np.prod(images.shape[1:])))
+        flat = _convolve_and_flatten(
+            observation,
+            self.layers,
+            activation=convolutions.elu,
+            dtype=self.dtype,
+            plan=self.plan,
+        )
+        return flat.astype(jnp.float32)
 
 
 class SmallEncoder(nn.Module):
     """Encodes images cheaply: 32 and 64 ReLUs of 5x5/5, then a hidden layer.
 
     The encoder of data-efficient Rainbow (van Hasselt et al. 2019,
-    https://arxiv.org/abs/1906.05243), but zeros are padded to whole windows (84 to
-    85, 17 to 20) where that crops: cropping sees 75 of the 84 rows, and Breakout's
-    paddle is at row 76.
+    https://arxiv.org/abs/1906.05243), except that zeros are padded to whole windows
+    (84 to 85, 17 to 20) where that one crops: cropping sees 75 of the 84 rows, and
+    Breakout's paddle is at row 76.
     """
 
     hidden: int = 256
     dtype: jnp.dtype = jnp.float32
-    convolution: convolutions.Convolution = convolutions.convolve
+    plan: convolutions.Plan | None = None
+
+    layers: ClassVar = (
+        convolutions.LayerShape(32, 5, 5, is_padded=True),
+        convolutions.LayerShape(64, 5, 5, is_padded=True),
+    )
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
         """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
-        images, leading = _flatten_leading(observation)
-        for index, features in enumerate((32, 64)):
-            _, height, width, _ = images.shape
-            images = jnp.pad(
-                images, ((0, 0), (0, -height % 5), (0, -width % 5), (0, 0))
-            )
-            images = ConvLayer(
-                features,
-                5,
-                5,
-                activation=nn.relu,
-                convolution=self.convolution,
-                dtype=self.dtype,
-                scale=1.0 / _PIXEL_RANGE if index == 0 else 1.0,
-                name=f"conv_{index}",
-            )(images)
-        flat = images.reshape(images.shape[0], -1)
+        flat = _convolve_and_flatten(
+            observation,
+            self.layers,
+            activation=convolutions.relu,
+            dtype=self.dtype,
+            plan=self.plan,
+        )
         dense = nn.Dense(
             self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
         )
-        hidden = nn.relu(dense(flat)).astype(jnp.float32)
-        return hidden.reshape(*leading, self.hidden)
+        return nn.relu(dense(flat)).astype(jnp.float32)
 
 
 class MlpEncoder(nn.Module):

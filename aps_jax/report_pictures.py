@@ -29,7 +29,7 @@ _COLORS = (
 )
 _GREY, _LIGHT = "#8a8a8a", "#c9c9c9"
 _MARKERS = "ovs^DPX<>ph*"
-_STYLE = {"fontsize": 9}
+_TEXT = {"fontsize": 9}
 _CURVE_POINTS = 200
 
 
@@ -63,11 +63,10 @@ def draw_all(
 
 def draw_aggregates(built: report_numbers.Report) -> mpl_figure.Figure | None:
     """Draws mean, median, IQM and optimality gap as bars, published systems in grey."""
+    colors = _colors(built)
     entries = [
-        (label, summary, color, False)
-        for (label, summary), color in zip(
-            built.summaries.items(), _colors(built), strict=False
-        )
+        (label, summary, colors[label], False)
+        for label, summary in built.summaries.items()
     ]
     suspects = {
         system
@@ -123,14 +122,14 @@ def draw_aggregates(built: report_numbers.Report) -> mpl_figure.Figure | None:
         axes.set_title(title, fontsize=10)
         axes.axvline(0.0, color="black", linewidth=0.8)
         axes.set_xmargin(0.17)
-        axes.set_xlabel("percent of human", **_STYLE)
+        axes.set_xlabel("percent of human", **_TEXT)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         _tidy(axes)
         axes.tick_params(axis="y", length=0)
     grid[0].set_yticks(
         positions,
         [label + (" (?)" if suspect else "") for label, _, _, suspect in entries],
-        **_STYLE,
+        **_TEXT,
     )
     num_games = len(built.games)
     words = (
@@ -181,7 +180,7 @@ def draw_games(built: report_numbers.Report) -> mpl_figure.Figure | None:
     labels = [method.label for method in built.methods]
     spread = 0.22 if len(labels) > 1 else 0.0
     offsets = np.linspace(spread, -spread, len(labels))
-    for label, offset, color in zip(labels, offsets, _colors(built), strict=True):
+    for (label, color), offset in zip(_colors(built).items(), offsets, strict=True):
         x, y, lows, highs = [], [], [], []
         for position, row in zip(positions, rows, strict=True):
             cell = row.cells.get(label)
@@ -208,10 +207,10 @@ def draw_games(built: report_numbers.Report) -> mpl_figure.Figure | None:
     axes.xaxis.set_major_formatter(ticker.FuncFormatter(lambda mark, _: f"{mark:g}"))
     axes.xaxis.set_minor_locator(ticker.NullLocator())
     axes.set_ylim(-0.6, len(rows) - 0.4)
-    axes.set_yticks(positions, [scores.camel_case(row.game) for row in rows], **_STYLE)
+    axes.set_yticks(positions, [scores.camel_case(row.game) for row in rows], **_TEXT)
     axes.set_xlabel(
         "percent of human: 0 is random play, 100 (dashed) is human; logarithmic beyond",
-        **_STYLE,
+        **_TEXT,
     )
     _tidy(axes)
     axes.tick_params(axis="y", length=0)
@@ -244,9 +243,8 @@ def draw_profiles(built: report_numbers.Report) -> mpl_figure.Figure | None:
             drawstyle="steps-post",
             label=f"{system} (published means)",
         )
-    for (label, estimate), color in zip(
-        profiles.methods.items(), _colors(built), strict=False
-    ):
+    for label, estimate in profiles.methods.items():
+        color = _colors(built)[label]
         axes.plot(
             x,
             100.0 * estimate.value,
@@ -268,8 +266,8 @@ def draw_profiles(built: report_numbers.Report) -> mpl_figure.Figure | None:
     axes.axvline(100.0, color="black", linewidth=0.8, linestyle="--")
     axes.set_xlim(x[0], x[-1])
     axes.set_ylim(-2.0, 102.0)
-    axes.set_xlabel("human-normalised score in percent (dashed: human)", **_STYLE)
-    axes.set_ylabel("runs above that score, percent", **_STYLE)
+    axes.set_xlabel("human-normalised score in percent (dashed: human)", **_TEXT)
+    axes.set_ylabel("runs above that score, percent", **_TEXT)
     num_games = len(built.games)
     axes.set_title(
         f"Performance profile over {num_games} game{'s' * (num_games != 1)}",
@@ -291,13 +289,14 @@ def draw_learning_curves(built: report_numbers.Report) -> mpl_figure.Figure | No
     panels = []
     for row in built.games:
         lines = []
-        for method, color in zip(built.methods, _colors(built), strict=True):
+        for method in built.methods:
             curves = [
                 run_results.read_curves(run) for run in method.runs.get(row.game, ())
             ]
             training = [one.training for one in curves if one.training is not None]
             evaluated = [one.evaluation for one in curves if one.evaluation is not None]
             if training or evaluated:
+                color = _colors(built)[method.label]
                 lines.append((method.label, color, training, evaluated))
         if lines:
             panels.append((row, lines))
@@ -356,8 +355,8 @@ def draw_learning_curves(built: report_numbers.Report) -> mpl_figure.Figure | No
         _tidy(axes)
     for axes in grid[len(panels) :]:
         axes.set_axis_off()
-    figure.supxlabel("agent steps with reward", **_STYLE)
-    figure.supylabel("return, points", **_STYLE)
+    figure.supxlabel("agent steps with reward", **_TEXT)
+    figure.supylabel("return, points", **_TEXT)
     handles, labels = {}, {}
     for axes in grid[: len(panels)]:
         for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
@@ -417,32 +416,31 @@ def average(
 
 
 def _reference_lines(axes: mpl_axes.Axes, row: report_numbers.GameRow) -> None:
-    """Draws random and human scores where they leave the curves readable."""
+    """Draws the random score, and the human one where the curves stay readable."""
     if row.random is None or row.human is None:
         return
+    axes.axhline(row.random, color=_GREY, linestyle=":", linewidth=1.0, zorder=1)
     low, high = axes.get_ylim()
-    span = max(high - low, 1e-9)
-    for value, style, name in (
-        (row.random, ":", "random"),
-        (row.human, "--", "human"),
-    ):
-        if low - 1.5 * span <= value <= high + 1.5 * span:
-            axes.axhline(value, color=_GREY, linestyle=style, linewidth=1.0, zorder=1)
-        else:
-            is_above = value > high
-            axes.annotate(
-                f"{name} {value:,.0f} " + ("\u2191" if is_above else "\u2193"),
-                (0.98, 0.97 if is_above else 0.03),
-                xycoords="axes fraction",
-                ha="right",
-                va="top" if is_above else "bottom",
-                fontsize=7,
-                color=_GREY,
-            )
+    if row.human <= high + 1.5 * (high - low):
+        axes.axhline(row.human, color=_GREY, linestyle="--", linewidth=1.0, zorder=1)
+    else:
+        axes.annotate(
+            f"human {row.human:,.0f} \u2191",
+            (0.98, 0.97),
+            xycoords="axes fraction",
+            ha="right",
+            va="top",
+            fontsize=7,
+            color=_GREY,
+        )
 
 
-def _colors(built: report_numbers.Report) -> list[str]:
-    return [_COLORS[index % len(_COLORS)] for index in range(len(built.methods))]
+def _colors(built: report_numbers.Report) -> dict[str, str]:
+    """Returns the colour of each method by its label, the same in every picture."""
+    return {
+        method.label: _COLORS[index % len(_COLORS)]
+        for index, method in enumerate(built.methods)
+    }
 
 
 def _shade(index: int, count: int) -> str:

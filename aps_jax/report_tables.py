@@ -49,7 +49,7 @@ def tables(built: report_numbers.Report) -> tuple[Table, ...]:
     if built.methods:
         made.append(_summary_table(built))
         made += _comparison_tables(built)
-    if len(built.games) == len(scores.atari26_games()) or not built.methods:
+    if {row.game for row in built.games} >= set(scores.atari26_games()):
         made.append(_printed_table(built))
     return tuple(made)
 

@@ -7,7 +7,6 @@ turns up in a number.
 
 import csv
 import dataclasses
-import filecmp
 import json
 import math
 import os
@@ -103,17 +102,16 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
     pretraining = []
     for path in results:
         try:
-            result = _read_json(path)
-            if result.get("stage") == "pretrain":
-                pretraining.append(path.parent)
-                continue
-            run, complaints = _parse(path.parent, result)
+            for folder, result in _arms(path.parent, _read_json(path), results):
+                if result.get("stage") == "pretrain":
+                    pretraining.append(folder)
+                    continue
+                run, complaints = _parse(folder, result)
+                runs.append(run)
+                options.append(_read_options(path.parent))
+                notices += [f"{path}: {complaint}." for complaint in complaints]
         except UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
-            continue
-        runs.append(run)
-        options.append(_read_options(path.parent))
-        notices += [f"{path}: {complaint}." for complaint in complaints]
     pretraining = [
         path
         for path in pretraining
@@ -210,26 +208,22 @@ def _find(
         for resolved, path in started.items()
         if not any(resolved in result.parents for result in results)
     ]
-    # A run of several stages may repeat the last one's result at its top.
-    copied = {
-        parent
-        for result in results
-        for parent in result.parents
-        if parent in results and _same_bytes(parent, result)
-    }
-    found = [
-        path / "result.json"
-        for resolved, path in results.items()
-        if resolved not in copied
-    ]
-    return found, unfinished
+    return [path / "result.json" for path in results.values()], unfinished
 
 
-def _same_bytes(first: pathlib.Path, second: pathlib.Path) -> bool:
-    try:
-        return filecmp.cmp(first / "result.json", second / "result.json", shallow=False)
-    except OSError:
-        return False
+def _arms(
+    folder: pathlib.Path, result: dict[str, Any], results: Sequence[pathlib.Path]
+) -> list[tuple[pathlib.Path, dict[str, Any]]]:
+    """Returns the results that one file stands for, each with its folder.
+
+    A run of paired arms repeats theirs at its top. They count once: from their own
+    folders where those are there, else from the copy.
+    """
+    if not isinstance(result.get("arms"), dict):
+        return [(folder, result)]
+    if any(folder in path.parent.parents for path in results):
+        return []
+    return [(folder / name, arm) for name, arm in result["arms"].items()]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -25,6 +25,7 @@ class RegressionMoments(NamedTuple):
     r_square_sum: Array  # [] float32, sum of r^2.
     num_samples: Array  # [] int32.
     num_nonzero: Array  # [] int32, samples with a reward other than 0.
+    excess: tuple[Array, ...]  # what rounding added to each of the five sums above.
 
 
 class InferredTask(NamedTuple):
@@ -48,14 +49,10 @@ def init_regression_moments(dim: int) -> RegressionMoments:
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}.")
 
+    vector, scalar = jnp.zeros((dim,)), jnp.float32(0)
+    sums = (jnp.zeros((dim, dim)), vector, vector, scalar, scalar)
     return RegressionMoments(
-        gram=jnp.zeros((dim, dim)),
-        phi_r=jnp.zeros((dim,)),
-        phi_sum=jnp.zeros((dim,)),
-        r_sum=jnp.float32(0),
-        r_square_sum=jnp.float32(0),
-        num_samples=jnp.int32(0),
-        num_nonzero=jnp.int32(0),
+        *sums, num_samples=jnp.int32(0), num_nonzero=jnp.int32(0), excess=sums
     )
 
 
@@ -63,6 +60,9 @@ def update_regression_moments(
     moments: RegressionMoments, phi_t: Array, r_t: Array, mask: Array
 ) -> RegressionMoments:
     """Adds samples, each the features of a state and the reward for reaching it.
+
+    The sums are compensated (Kahan 1965, https://doi.org/10.1145/363707.363723): however
+    many small batches are added, they are as exact as float32 can hold.
 
     Args:
       moments: of the samples so far.
@@ -83,14 +83,21 @@ def update_regression_moments(
     phi_t = jnp.where(mask[:, None], phi_t, 0.0)
     r_t = jnp.where(mask, r_t, 0.0)
     highest = jax.lax.Precision.HIGHEST
+    additions = (
+        jnp.matmul(phi_t.T, phi_t, precision=highest),
+        jnp.matmul(r_t, phi_t, precision=highest),
+        jnp.sum(phi_t, axis=0),
+        jnp.sum(r_t),
+        jnp.sum(jnp.square(r_t)),
+    )
+    additions = jax.tree.map(jnp.subtract, additions, moments.excess)
+    before = moments[: len(additions)]
+    sums = jax.tree.map(jnp.add, before, additions)
     return RegressionMoments(
-        gram=moments.gram + jnp.matmul(phi_t.T, phi_t, precision=highest),
-        phi_r=moments.phi_r + jnp.matmul(r_t, phi_t, precision=highest),
-        phi_sum=moments.phi_sum + jnp.sum(phi_t, axis=0),
-        r_sum=moments.r_sum + jnp.sum(r_t),
-        r_square_sum=moments.r_square_sum + jnp.sum(jnp.square(r_t)),
+        *sums,
         num_samples=moments.num_samples + jnp.sum(mask, dtype=jnp.int32),
         num_nonzero=moments.num_nonzero + jnp.sum(r_t != 0, dtype=jnp.int32),
+        excess=jax.tree.map(lambda x, y, z: (x - y) - z, sums, before, additions),
     )
 
 
@@ -111,7 +118,8 @@ def infer_task(
     Args:
       moments: of at least `D` samples, one more with an intercept.
       fallback_task: `[D]` float, taken if nothing can be inferred: too few samples, rewards
-        that are all 0 (with an intercept: all the same) or not finite.
+        that are all 0 (with an intercept: all the same), features that are all 0 (all the
+        same), or anything that is not finite.
       ridge: lambda, in units of the mean of the diagonal of the matrix that is
         inverted: the Gram matrix, with an intercept the centred one.
       intercept: whether to fit a constant reward `b` too; else it is 0.
@@ -126,6 +134,10 @@ def infer_task(
     chex.assert_equal_shape([moments.phi_r, fallback_task])
 
     dim = moments.phi_r.shape[0]
+    epsilon = jnp.finfo(jnp.float32).eps
+    # What float32 cannot tell from no variation at all, in the features and the rewards.
+    gram_noise = (8 + dim) * epsilon * jnp.trace(moments.gram)
+    r_noise = 32 * epsilon * moments.r_square_sum
     gram, phi_r, r_square = moments.gram, moments.phi_r, moments.r_square_sum
     count = jnp.maximum(moments.num_samples, 1).astype(jnp.float32)
     phi_mean, r_mean = moments.phi_sum / count, moments.r_sum / count
@@ -134,15 +146,14 @@ def infer_task(
         phi_r = phi_r - moments.phi_sum * r_mean
         r_square = r_square - moments.r_sum * r_mean
 
-    w = _solve_ridge(gram, phi_r, ridge)
+    w = _solve_ridge(gram, phi_r, ridge, gram_noise)
     explained = jnp.sum(w * (2 * phi_r - jnp.sum(gram * w[None, :], axis=-1)))
     scale = jnp.sqrt(jnp.sum(jnp.square(w)))
 
-    epsilon = jnp.finfo(jnp.float32).eps
     is_fallback = (
         (moments.num_samples < dim + intercept)
         | (moments.num_nonzero == 0)
-        | ~(r_square > 8 * epsilon * moments.r_square_sum)
+        | ~(r_square > r_noise)
         | ~(scale > 0)
         | ~jnp.isfinite(scale)
     )
@@ -217,17 +228,17 @@ def candidate_tasks(
     return jnp.concatenate([w[None, :], others], axis=0)
 
 
-def _solve_ridge(gram: jax.Array, phi_r: jax.Array, ridge: float) -> jax.Array:
+def _solve_ridge(
+    gram: jax.Array, phi_r: jax.Array, ridge: float | Array, noise: jax.Array
+) -> jax.Array:
     """Solves `(gram + lambda I) w = phi_r`, `lambda = ridge * mean(diag(gram))`.
 
-    Directions in which the features vary by less than float32 can tell get weight 0, as in
-    a pseudo-inverse: a Cholesky factor of such a matrix would be NaN.
+    Directions in which the features vary by no more than `noise` get weight 0, as in a
+    pseudo-inverse: there a Cholesky factor would be NaN, and any weight an accident.
     """
-    dim = gram.shape[0]
     eigenvalues, eigenvectors = jnp.linalg.eigh(gram)
-    noise = dim * jnp.finfo(jnp.float32).eps * eigenvalues[-1]
-    penalty = ridge * jnp.trace(gram) / dim
-    is_signal = (eigenvalues > noise) & (eigenvalues > 0)
+    penalty = ridge * jnp.mean(jnp.diagonal(gram))
+    is_signal = eigenvalues > noise
     inverse = jnp.where(
         is_signal, 1 / jnp.where(is_signal, eigenvalues + penalty, 1.0), 0.0
     )

@@ -13,9 +13,11 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from aps_jax import losses, maze, sphere, tasks
+from aps_jax.types import Params
 from experiments import maze_agent
 
 
@@ -79,15 +81,6 @@ def _score(world: maze.Maze, values: jax.Array, reward: jax.Array) -> jax.Array:
     )
 
 
-def _task_values(
-    nets: maze_agent.Networks, params: dict, observations: jax.Array, w: jax.Array
-) -> jax.Array:
-    """Computes `psi(s, a, w)^T w` `[S, A]` of every cell for one task `[D]`."""
-    shape = (observations.shape[0], 1, w.shape[0])
-    psi = nets.successor.apply(params, observations, jnp.broadcast_to(w, shape)).psi
-    return jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
-
-
 def _infer(
     phi: jax.Array, reward: jax.Array, mask: jax.Array, key: jax.Array, c: TestConfig
 ) -> tasks.InferredTask:
@@ -126,11 +119,8 @@ def zero_shot(
       agent_config: what it was pretrained with.
       config: the test.
     """
-    nets = maze_agent.make_networks(agent_config)
     horizon = agent_config.episode_length
-    num_cells = world.is_free.shape[0]
-    observations = maze.observe(world, jnp.arange(num_cells))
-    phi = nets.features.apply(result.feature_params, observations).phi
+    phi = maze_agent.feature_table(result.feature_params, world, agent_config).phi
     num_recent = max(1, result.visits.shape[0] // 10)
     recent = jnp.sum(result.visits[-num_recent:], axis=0)
     most = max(config.sample_sizes)
@@ -139,9 +129,8 @@ def zero_shot(
         candidates = tasks.candidate_tasks(
             key, w, num=config.num_candidates, kappa=config.kappa
         )
-        shape = (num_cells, *candidates.shape)
-        psi = nets.successor.apply(
-            result.successor_params, observations, jnp.broadcast_to(candidates, shape)
+        psi = maze_agent.successor_table(
+            result.successor_params, world, candidates, agent_config
         ).psi
         alone = jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
         improved = jax.vmap(tasks.gpi_action_values, (0, None))(psi, w)
@@ -241,8 +230,8 @@ def few_shot(
     key: jax.Array,
     world: maze.Maze,
     boxes: jax.Array,
-    feature_params: dict,
-    successor_params: dict,
+    feature_params: Params,
+    successor_params: Params,
     agent_config: maze_agent.AgentConfig,
     config: TestConfig,
 ) -> jax.Array:
@@ -266,18 +255,21 @@ def few_shot(
       `[F + 1]`, mean over rewards of the score after 0, 1, ... episodes. Before the
       inference it is the score of a random task.
     """
-    nets = maze_agent.make_networks(agent_config)
     num_cells, num_actions = world.next_cell.shape
     horizon, dim = agent_config.episode_length, agent_config.feature_dim
-    observations = maze.observe(world, jnp.arange(num_cells))
-    phi = nets.features.apply(feature_params, observations).phi
+    phi = maze_agent.feature_table(feature_params, world, agent_config).phi
     gamma = jnp.float32(agent_config.discount)
+    unit = 1.0 - gamma if agent_config.unit_values else jnp.float32(1.0)
     optimiser = optax.adam(config.few_shot_learning_rate)
 
-    def values(params: dict, w: jax.Array) -> jax.Array:
-        return _task_values(nets, params, observations, w)
+    def psi_of(params: Params, w: jax.Array) -> jax.Array:
+        table = maze_agent.successor_table(params, world, w[None], agent_config)
+        return table.psi[:, 0]  # [S, A, D]
 
-    def play(key: jax.Array, params: dict, w: jax.Array) -> jax.Array:
+    def values(params: Params, w: jax.Array) -> jax.Array:
+        return jax.vmap(losses.q_values, (0, None))(psi_of(params, w), w)
+
+    def play(key: jax.Array, params: Params, w: jax.Array) -> jax.Array:
         """Returns which transitions `[S, A]` one epsilon-greedy episode met."""
         greedy = jnp.argmax(values(params, w), axis=1)
         explore, drawn = maze_agent.random_actions(
@@ -293,19 +285,15 @@ def few_shot(
         return jnp.zeros((num_cells, num_actions), bool).at[cells, actions].set(True)
 
     def loss(params, target_params, w, reward, met):
-        def psi_of(params):
-            task = jnp.broadcast_to(w, (num_cells, 1, dim))
-            return nets.successor.apply(params, observations, task).psi[:, 0]
-
-        psi_tm1, psi = psi_of(params), psi_of(target_params)
+        psi_tm1, psi = psi_of(params, w), psi_of(target_params, w)
         error = jax.vmap(losses.scalar_td_error, (0, None, 0, None, 0, None))
         total = jnp.float32(0)
         for action in range(num_actions):
             reached = world.next_cell[:, action]
             errors = error(
                 psi_tm1,
-                jnp.int32(action),
-                (1 - gamma) * reward[reached],
+                np.int32(action),
+                unit * reward[reached],
                 gamma,
                 psi[reached],
                 w,

@@ -58,7 +58,7 @@ def main(argv: Sequence[str]) -> None:
             pictures=_PICTURES.value,
         )
     except (ValueError, OSError, RuntimeError) as error:
-        print(f"report: {error}", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     report_tables.show(built)
     if rliable is not None:

@@ -99,6 +99,7 @@ def test_threads_are_limited_to_the_cores_of_the_process(
     monkeypatch.setattr(
         os, "sched_getaffinity", lambda pid: set(range(num_cores)), raising=False
     )
+    monkeypatch.setattr(os, "cpu_count", lambda: 16)  # The machine has more.
     _, fake = make_pool(*[[STEP()]] * num_envs)
     assert fake.options["num_threads"] == expected
 
@@ -196,6 +197,8 @@ def test_rewards_are_the_unclipped_ones():
     pool, fake = make_pool([STEP(reward=-400.0)])
     fake.options["reward_clip"] = True
     np.testing.assert_array_equal(play(pool, 2).reward[:, 0], [0.0, -400.0, -400.0])
+    fake.send(np.zeros(1, np.int32))
+    assert fake.recv()[1] == -1.0  # What the fake's option does, as in EnvPool.
 
 
 def test_environments_are_independent():
@@ -210,6 +213,9 @@ def test_environments_are_independent():
     )
     np.testing.assert_array_equal(
         steps.reward, [[0, 0], [1, 2], [0, 2], [1, 2], [0, 0]]
+    )
+    np.testing.assert_array_equal(
+        steps.frame[:, :, 0, 0], [[1, 51], [2, 52], [3, 53], [4, 54], [5, 55]]
     )
 
 
@@ -228,7 +234,7 @@ def test_missing_rows_are_an_error():
         pool.reset()
 
 
-@pytest.mark.parametrize("to_array", [np.asarray, jax.numpy.asarray])
+@pytest.mark.parametrize("to_array", [np.int32, np.int64, jax.numpy.asarray])
 def test_actions_arrive_as_sent(to_array):
     pool, fake = make_pool([STEP()], [STEP()], [STEP()])
     pool.reset()
@@ -564,8 +570,13 @@ def test_episode_stats_have_the_declared_dtypes_before_and_after():
 
 def test_episode_stats_refuse_another_number_of_environments():
     pool, _ = make_pool([STEP()], [STEP()])
+    step = pool.reset()
     with pytest.raises(AssertionError):
-        envs.update_episode_stats(envs.init_episode_stats(3), pool.reset())
+        envs.update_episode_stats(envs.init_episode_stats(1), step)
+    for name in ("terminated", "truncated"):
+        odd = step._replace(**{name: np.zeros(1, np.bool_)})
+        with pytest.raises(AssertionError):
+            envs.update_episode_stats(envs.init_episode_stats(2), odd)
 
 
 def test_chain_pool_has_the_interface_of_the_atari_pool():
@@ -677,6 +688,21 @@ def test_chain_repeats_itself_and_sticky_actions_come_from_the_seeds():
     np.testing.assert_array_equal(states(range(8), 0.0), states(range(8, 16), 0.0))
     np.testing.assert_array_equal(states(range(8), 0.5), states(range(8), 0.5))
     assert (states(range(8), 0.5) != states(range(8, 16), 0.5)).any()
+
+
+def test_chain_sticky_action_repeats_the_one_before():
+    # Sent right for ever, each environment stays until its first action that is not
+    # a repetition of the beginning; from there on, repeating makes no difference.
+    steps = play(
+        fakes.ChainPool("Chain", 16, seeds=range(16), sticky=0.5), 12, action=1
+    )
+    states = steps.ram[:, :, 0].astype(np.int64)
+    starts = (states > 0).argmax(axis=0)
+    assert starts.min() == 1 and starts.max() > 2
+    for i, start in enumerate(starts):
+        np.testing.assert_array_equal(
+            states[start:, i], (np.arange(1, 14 - start) % 5)[: 13 - start]
+        )
 
 
 def test_chain_arrays_are_not_used_again():

@@ -7,6 +7,7 @@ import subprocess
 import sys
 
 import fake_runs
+import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
@@ -536,6 +537,25 @@ def test_bars_are_as_long_as_the_aggregates(three_games):
     assert [patch.get_hatch() for patch in axes.patches].count("////") == 1
 
 
+def test_a_method_has_one_colour_in_every_picture(tmp_path):
+    # The first method has no aggregate, as its game has no random and human scores.
+    fake_runs.write(tmp_path / "t", fake_runs.result(game="Tetris"))
+    fake_runs.write_arms(tmp_path, "pong", {"scratch": [0.2, 0.4]})
+    built = build(tmp_path)
+    bar = report_pictures.draw_aggregates(built).axes[0].patches[0]
+    figure = report_pictures.draw_profiles(built)
+    (profile,) = [
+        line for line in figure.axes[0].lines if line.get_label() == "aps scratch"
+    ]
+    figure = report_pictures.draw_learning_curves(built)
+    curve = figure.axes[0].lines[0]
+    assert curve.get_label() == "aps scratch"
+    expected = report_pictures._COLORS[1]
+    colors = {profile.get_color(), curve.get_color()}
+    assert colors == {expected}
+    assert matplotlib.colors.same_color(bar.get_facecolor(), expected)
+
+
 def test_games_picture_leaves_out_what_cannot_be_right():
     built = build()
     axes = report_pictures.draw_games(built).axes[0]
@@ -567,6 +587,18 @@ def test_learning_curves_have_a_panel_per_game(three_games):
     # The mean over seeds is -6.58 at the end, one point less at the first step.
     np.testing.assert_allclose(line.get_ydata(), [-7.58, -7.08, -6.58])
     assert len(pong.collections) == 4  # A band and bars of evaluations per arm.
+
+
+def test_human_level_is_drawn_only_where_curves_stay_readable(tmp_path):
+    fake_runs.write_arms(tmp_path, "pong", {"pretrained": [0.5]})
+    fake_runs.write_arms(tmp_path, "seaquest", {"pretrained": [0.01]})
+    pong, seaquest = report_pictures.draw_learning_curves(build(tmp_path)).axes
+    levels = [line.get_ydata()[0] for line in pong.lines]
+    assert -20.7 in levels and 14.6 in levels and not pong.texts
+    levels = [line.get_ydata()[0] for line in seaquest.lines]
+    assert 68.4 in levels and 42054.7 not in levels
+    (text,) = seaquest.texts
+    assert text.get_text().startswith("human 42,055")
 
 
 def test_no_learning_curves_without_metrics(tmp_path):
@@ -665,7 +697,7 @@ def test_bad_input_is_one_line_and_an_exit_code(
     assert exit_.value.code == 2
     shown = capsys.readouterr()
     assert shown.out == ""
-    assert shown.err.startswith("report: ") and shown.err.count("\n") == 1
+    assert shown.err.startswith("error: ") and shown.err.count("\n") == 1
     assert message in shown.err
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
@@ -715,4 +747,4 @@ def test_bad_input_in_a_real_process():
     )
     assert done.returncode == 2
     assert done.stdout == ""
-    assert done.stderr == "report: No such folder: nowhere.\n"
+    assert done.stderr == "error: No such folder: nowhere.\n"

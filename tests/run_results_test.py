@@ -80,15 +80,40 @@ def test_does_not_look_into_checkpoints(tmp_path):
     assert len(run_results.collect([tmp_path]).runs) == 1
 
 
-def test_a_copy_of_the_last_stages_result_counts_once(tmp_path):
-    fake_runs.write(tmp_path, fake_runs.result(), options=OPTIONS)
-    inner = fake_runs.write(
-        tmp_path / "finetune", fake_runs.result(), options=OPTIONS, metrics="a\n"
-    )
-    fake_runs.write(tmp_path / "pretrain", {"schema": 1, "stage": "pretrain"})
-    collection = run_results.collect([tmp_path])
-    assert [run.path for run in collection.runs] == [inner]
+def write_run_of_arms(folder):
+    """Writes what `run_aps` leaves: its arms, and their results at its top."""
+    pretrained = fake_runs.result(seed=4)
+    scratch = fake_runs.result(seed=4, init=None)
+    arms = {"pretrained": pretrained, "scratch": scratch}
+    top = {**pretrained, "stage": "run_aps", "arms": arms}
+    fake_runs.write(folder, top, options=OPTIONS)
+    fake_runs.write(folder / "pretrain", {"schema": 1, "stage": "pretrain"})
+    for name, arm in arms.items():
+        fake_runs.write(folder / name, arm, options=OPTIONS, metrics="a\n")
+    return folder
+
+
+def test_arms_count_once(tmp_path):
+    folder = write_run_of_arms(tmp_path)
+    collection = run_results.collect([folder])
+    assert [run.path for run in collection.runs] == [
+        folder / "pretrained",
+        folder / "scratch",
+    ]
     assert collection.notices == ()
+
+
+def test_arms_are_found_in_a_result_that_was_copied_alone(tmp_path):
+    text = (write_run_of_arms(tmp_path / "run") / "result.json").read_text()
+    for name in ("first", "second"):
+        (tmp_path / "results" / name).mkdir(parents=True)
+        (tmp_path / "results" / name / "result.json").write_text(text)
+    collection = run_results.collect([tmp_path / "results"])
+    assert [(run.arm, run.seed) for run in collection.runs] == [
+        ("pretrained", 4),
+        ("scratch", 4),
+    ]
+    assert [notice.count("duplicate of") for notice in collection.notices] == [1, 1]
 
 
 def test_duplicates_are_named_and_left_out(tmp_path):

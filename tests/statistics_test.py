@@ -260,6 +260,14 @@ def test_equal_seeds_give_equal_intervals():
     assert first[1:] != other[1:]
 
 
+def test_bootstrap_takes_plain_lists_and_a_single_resample():
+    estimate = statistics.bootstrap(
+        statistics.mean, [[0, 1], [2, 4, 6]], seed=0, num_resamples=1
+    )
+    assert estimate.value == pytest.approx(2.25)
+    assert estimate.low == estimate.high
+
+
 def test_a_single_run_gives_no_interval():
     scores = [np.array([0.5, 0.7]), np.array([0.1])]
     estimate = statistics.bootstrap(statistics.mean, scores, seed=0)

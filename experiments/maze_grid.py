@@ -1,0 +1,280 @@
+"""Runs the grid of mazes, agents and seeds, and sums it up; knows no flags.
+
+Letters: `I` iterations, `S` cells, `R` runs of one maze and agent.
+"""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+
+from aps_jax import maze, statistics
+from experiments import maze_agent, maze_evaluation
+
+# Weights of the skill and of the entropy reward: the only difference between agents.
+AGENT_WEIGHTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
+RANDOM = "random"
+_COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
+
+
+def run_grid(
+    mazes: Sequence[str],
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    agent_config: maze_agent.AgentConfig,
+    test_config: maze_evaluation.TestConfig,
+) -> dict[str, Any]:
+    """Pretrains and tests every agent in every maze, all seeds at once.
+
+    Args:
+      mazes: names in `maze.MAPS`.
+      agents: names in `AGENT_WEIGHTS`, or `random`.
+      seeds: roots of the runs' random streams. The reward functions of a seed are the
+        same for all agents.
+      agent_config: shared by all agents, but for the two reward weights.
+      test_config: what is asked of them.
+
+    Returns:
+      The contents of `maze.json`, without its table.
+    """
+    boxes = jnp.asarray(maze.box_masks(10, 10))
+    horizon = agent_config.episode_length
+    # The default generator, unrolled wherever it is used, would double the compile time.
+    keys = jnp.stack([jax.random.key(seed, impl="rbg") for seed in seeds])
+    over_seeds = functools.partial(jax.vmap, in_axes=(0, None, None))
+
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None, None, None))
+    def run(key, world, skill_weight, entropy_weight):
+        config = dataclasses.replace(
+            agent_config, skill_weight=skill_weight, entropy_weight=entropy_weight
+        )
+        k_pretrain, k_test, k_few, _ = jax.random.split(key, 4)
+        result = maze_agent.make_pretrain(config)(k_pretrain, world)
+        scores, example = maze_evaluation.zero_shot(
+            k_test, world, boxes, result, config, test_config
+        )
+        few = maze_evaluation.few_shot(
+            k_few,
+            world,
+            boxes,
+            result.feature_params,
+            result.successor_params,
+            config,
+            test_config,
+        )
+        return result.visits, scores, example, few
+
+    @jax.jit
+    @over_seeds
+    def scratch(key, world, _):
+        # The scratch arm meets the rewards of the others: they share the key.
+        _, _, k_few, k_init = jax.random.split(key, 4)
+        params = maze_agent.init_params(k_init, world, agent_config)
+        return maze_evaluation.few_shot(
+            k_few, world, boxes, *params, agent_config, test_config
+        )
+
+    @jax.jit
+    @over_seeds
+    def bounds(key, world, _):
+        _, k_test, _, _ = jax.random.split(key, 4)
+        rewards = jax.vmap(
+            lambda k: maze.sample_reward(jax.random.split(k, 4)[0], world, boxes)
+        )(jax.random.split(k_test, test_config.num_rewards))
+        return (
+            maze_evaluation.feature_bound(
+                world, rewards, feature_dim=agent_config.feature_dim, horizon=horizon
+            ),
+            maze_evaluation.discount_bound(
+                world, rewards, discount=agent_config.discount, horizon=horizon
+            ),
+        )
+
+    @jax.jit
+    @over_seeds
+    def random_visits(key, world, _):
+        k_pretrain, _, _, _ = jax.random.split(key, 4)
+        return maze_agent.random_visits(k_pretrain, world, agent_config)
+
+    started = time.time()
+    runs, by_maze = [], {}
+    total = len(mazes) * len(agents)
+    for name in mazes:
+        world = maze.parse_maze(maze.MAPS[name])
+        features_best, discounted = jax.device_get(bounds(keys, world, 0))
+        by_maze[name] = {
+            "map": list(maze.MAPS[name]),
+            "feature_bound": _rounded(features_best),
+            "discount_bound": _rounded(discounted),
+            "few_shot_scratch": _rounded(jax.device_get(scratch(keys, world, 0))),
+        }
+        for agent in agents:
+            if agent == RANDOM:
+                visits = jax.device_get(random_visits(keys, world, 0))
+                results = [{} for _ in seeds]
+            else:
+                weights = [jnp.float32(w) for w in AGENT_WEIGHTS[agent]]
+                outputs = jax.device_get(run(keys, world, *weights))
+                visits, scores, examples, few = outputs
+                results = [
+                    {
+                        "zero_shot": _per_seed(scores, index),
+                        "few_shot": _rounded(few[index]),
+                        "example": _per_seed(examples, index) if index == 0 else None,
+                    }
+                    for index in range(len(seeds))
+                ]
+            for index, (seed, result) in enumerate(zip(seeds, results, strict=True)):
+                coverage = _coverage(visits[index], np.asarray(world.is_free))
+                runs.append(
+                    {"maze": name, "agent": agent, "seed": seed, **coverage, **result}
+                )
+            done = len(runs) // len(seeds)
+            elapsed = time.time() - started
+            logging.info(
+                "%d of %d: %s in %s, %d seeds, %.0f s so far, about %.0f s to go",
+                done,
+                total,
+                agent,
+                name,
+                len(seeds),
+                elapsed,
+                elapsed / done * (total - done),
+            )
+    return {
+        "schema": 1,
+        "agent_config": {
+            key: value.value if isinstance(value, maze_agent.TDForm) else value
+            for key, value in dataclasses.asdict(agent_config).items()
+            if key not in ("skill_weight", "entropy_weight")
+        },
+        "agent_weights": {a: AGENT_WEIGHTS[a] for a in agents if a != RANDOM},
+        "test_config": dataclasses.asdict(test_config),
+        "seeds": list(seeds),
+        "agents": list(agents),
+        "sample_sizes": [*test_config.sample_sizes, "all"],
+        "mazes": by_maze,
+        "runs": runs,
+        "wall_seconds": round(time.time() - started, 1),
+    }
+
+
+def _rounded(array: np.ndarray) -> Any:
+    """Turns an array into numbers JSON can hold, of four decimals; NaN into null."""
+    array = np.asarray(array)
+    if array.dtype.kind in "iub":
+        return array.tolist()
+    if array.ndim:
+        return [_rounded(row) for row in array]
+    return round(float(array), 4) if math.isfinite(array) else None
+
+
+def _per_seed(fields: Any, index: int) -> dict[str, Any]:
+    return {key: _rounded(value[index]) for key, value in fields._asdict().items()}
+
+
+def _coverage(visits: np.ndarray, is_free: np.ndarray) -> dict[str, Any]:
+    """Describes where pretraining went, from its visits `[I, S]` by iteration."""
+    num_points = min(_COVERAGE_POINTS, len(visits))
+    ends = np.linspace(0, len(visits), num_points + 1).round().astype(int)[1:]
+    total = np.cumsum(visits, axis=0)[ends - 1]
+    share = (total > 0).sum(axis=1) / is_free.sum()
+    chunks = np.diff(total, axis=0, prepend=0)
+    p = chunks / chunks.sum(axis=1, keepdims=True)
+    entropy = -np.sum(np.where(p > 0, p * np.log(np.maximum(p, 1e-30)), 0), axis=1)
+    return {
+        "coverage_iterations": ends.tolist(),
+        "cells_reached": _rounded(share),
+        # Of the visits since the last point; 1 is uniform over the free cells.
+        "visit_entropy": _rounded(entropy / np.log(is_free.sum())),
+        "visits": total[-1].astype(int).tolist(),
+    }
+
+
+def scores_by_maze(
+    result: dict[str, Any], agent: str, field: str, size: int = -1
+) -> list[np.ndarray]:
+    """Collects one number per run: a vector over seeds for each maze.
+
+    Args:
+      result: the contents of `maze.json`.
+      agent: its name; `random` scores 0 by definition.
+      field: of `zero_shot`, such as `improved`.
+      size: index of the reward sample's size, the last being all cells.
+    """
+    return [
+        np.array(
+            [
+                0.0 if agent == RANDOM else run["zero_shot"][field][size]
+                for run in result["runs"]
+                if run["maze"] == name and run["agent"] == agent
+            ]
+        )
+        for name in result["mazes"]
+    ]
+
+
+def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
+    """Computes a row per agent: interquartile means with 95 % intervals.
+
+    The intervals are stratified bootstrap percentiles over the seeds of each maze.
+    """
+    rows = []
+    for agent in result["agents"]:
+        row = {"agent": agent}
+        for field in ("improved", "alone", "bound"):
+            estimate = statistics.bootstrap(
+                statistics.interquartile_mean,
+                scores_by_maze(result, agent, field),
+                seed=0,
+                num_resamples=5_000,
+            )
+            row[field] = [_rounded(end) for end in estimate]
+        reached = [
+            run["cells_reached"][-1] for run in result["runs"] if run["agent"] == agent
+        ]
+        row["cells_reached"] = _rounded(np.mean(reached))
+        row["per_maze"] = {
+            name: _rounded(np.mean(scores))
+            for name, scores in zip(
+                result["mazes"],
+                scores_by_maze(result, agent, "improved"),
+                strict=True,
+            )
+        }
+        rows.append(row)
+    return rows
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Writes the summary as a Markdown table."""
+
+    def interval(numbers: Sequence[float | None]) -> str:
+        value, low, high = numbers
+        if low is None:
+            return f"{value:.2f}"
+        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+    names = list(result["mazes"])
+    header = ["agent", "zero-shot", "without GPI", "bound", "cells", *names]
+    lines = [
+        "| " + " | ".join(header) + " |",
+        "| " + " | ".join(["---"] * len(header)) + " |",
+    ]
+    for row in result["table"]:
+        cells = [
+            row["agent"],
+            *(interval(row[field]) for field in ("improved", "alone", "bound")),
+            f"{row['cells_reached']:.0%}",
+            *(f"{row['per_maze'][name]:.2f}" for name in names),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"

@@ -1,0 +1,211 @@
+"""Tests of aps_jax.loop on the chain: what is stored, when it learns, what it moves."""
+
+import functools
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from aps_jax import agent as agent_lib
+from aps_jax import config as config_lib
+from aps_jax import loop, metrics, replay
+
+NUM_ENVS = 3
+
+
+def make_config(**options):
+    options = {
+        "game": "Chain",
+        "encoder": "small",
+        "hidden_units": 8,
+        "feature_dim": 2,
+        "num_neighbors": 2,
+        "num_particles": 8,
+        "n_steps": 3,
+        "batch_size": 8,
+        "window_targets": 2,
+        "gpi_tasks": 0,
+        **options,
+    }
+    return config_lib.replace_options(config_lib.Config(), **options)
+
+
+@functools.cache
+def make_parts(config):
+    agent = agent_lib.make_agent(
+        config.learner, config.finetune, num_actions=fakes.ChainPool.num_actions
+    )
+    ring = replay.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * 40, feature_dim=2)
+    key = jax.random.key(7)
+    act = loop.make_act(agent, ring, key, epsilon=0.5, explore=True, regress_clip=0.5)
+    learn = loop.make_pretrain_learn(agent, ring, config.learner, key)
+    return agent, ring, act, learn
+
+
+def make_session(config):
+    agent, ring, act, learn = make_parts(config)
+    session = loop.Session(
+        pool=loop.make_pool(
+            config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
+        ),
+        state=loop.init_state(agent, 0),
+        memory=loop.init_memory(agent, ring, num_envs=NUM_ENVS, feature_dim=2),
+        sums=loop.put(
+            metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
+        ),
+    )
+    return session, act, learn
+
+
+def test_schedule_replays_the_samples_asked_for():
+    schedule = loop.Schedule(start=100, samples_per_step=3.2, batch_size=32)
+    assert [schedule.num_due(steps) for steps in (0, 100, 109, 110, 1100)] == [
+        0,
+        0,
+        0,
+        1,
+        100,
+    ]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 8])
+def test_reports_are_due_once_per_interval(num_envs):
+    steps = range(num_envs, 121, num_envs)
+    due = [step for step in steps if loop.is_due(10, step, num_envs)]
+    # The first step at or after each multiple of 10 that the steps reach.
+    expected = [
+        min(step for step in steps if step >= multiple)
+        for multiple in range(10, 121, 10)
+        if multiple <= steps[-1]
+    ]
+    assert due == expected
+
+
+def test_streams_differ():
+    keys = [
+        tuple(jax.random.key_data(loop.stream_key(seed, stream)).tolist())
+        for seed in (0, 1)
+        for stream in loop.Stream
+    ]
+    assert len(set(keys)) == 2 * len(loop.Stream)
+
+
+def test_stages_play_different_games():
+    """Pools of two stages of a run, and of two runs, share no environment's seed."""
+    seeds = []
+
+    def constructor(game, num_envs, *, seeds: list[int], **options):
+        del game, num_envs, options
+        seen.append(tuple(seeds))
+
+    seen = seeds
+    for seed in (0, 1):
+        config = make_config(seed=seed)
+        for stream in (loop.Stream.PRETRAIN_ACT, loop.Stream.EVALUATE):
+            loop.make_pool(config, 4, stream, constructor)
+    assert len({seed for group in seen for seed in group}) == 16
+
+
+def test_what_is_stored_is_what_was_played():
+    session, act, _ = make_session(make_config())
+    told = []
+    for _ in range(35):
+        before = session.timestep
+        session.step(act)
+        told.append(before)
+    stored = jax.device_get(session.memory.replay.experience)
+    assert session.agent_steps == 35 * NUM_ENVS
+    for time, timestep in enumerate(told):
+        if timestep is None:  # The reset that begins the run.
+            assert np.all(stored.is_first[:, time])
+            continue
+        for name in ("frame", "reward", "terminated", "is_first"):
+            np.testing.assert_array_equal(
+                getattr(stored, name)[:, time], getattr(timestep, name)
+            )
+    # A chain episode lasts 20 steps at most, so each environment has been reset.
+    assert np.all(np.sum(stored.is_first[:, :35], axis=1) >= 2)
+
+
+def test_each_action_leads_where_the_next_frame_shows():
+    """Replays what was stored in a chain of its own, action by action."""
+    session, act, _ = make_session(make_config())
+    for _ in range(35):
+        session.step(act)
+    stored = jax.device_get(session.memory.replay.experience)
+    twin = fakes.ChainPool("Chain", NUM_ENVS, seeds=[0] * NUM_ENVS)
+    timestep = twin.reset()
+    for time in range(34):
+        np.testing.assert_array_equal(stored.frame[:, time], timestep.frame)
+        twin.send(stored.action[:, time])
+        timestep = twin.recv()
+
+
+def test_regression_counts_every_transition_once():
+    session, act, _ = make_session(make_config())
+    rewards, num_first = 0.0, 0
+    for _ in range(40):
+        session.step(act)
+    stored = jax.device_get(session.memory.replay.experience)
+    rewards = np.sum(np.clip(stored.reward, -0.5, 0.5) * ~stored.is_first)
+    num_first = np.sum(stored.is_first)
+    regression = jax.device_get(session.memory.regression)
+    assert regression.num_samples == 40 * NUM_ENVS - num_first
+    np.testing.assert_allclose(regression.r_sum, rewards)
+    # Unit features: the trace of the Gram matrix counts the samples.
+    np.testing.assert_allclose(
+        np.trace(regression.gram), regression.num_samples, rtol=1e-5
+    )
+
+
+def test_a_row_averages_the_updates_since_the_one_before():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(20):
+        session.step(act, learn, schedule)
+    assert np.isnan(session.row()["loss_td"])
+    singles = []
+    for _ in range(4):
+        session.step(act, learn, schedule)
+        row = session.row()
+        singles.append(row["loss_td"])
+        assert row["updates"] == len(singles)
+    # The same four updates again, read at once.
+    again, act, learn = make_session(make_config())
+    for _ in range(24):
+        again.step(act, learn, schedule)
+    row = again.row()
+    np.testing.assert_allclose(row["loss_td"], np.mean(singles), rtol=1e-5)
+    assert row["agent_steps"] == 72
+    assert row["frames"] == 288
+
+
+def test_a_loss_that_is_not_finite_stops_the_stage():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(20):
+        session.step(act)
+    session.state = session.state._replace(
+        params=jax.tree.map(lambda x: x * np.nan, session.state.params)
+    )
+    session.step(act, learn, schedule)
+    with pytest.raises(FloatingPointError, match="before agent step 63: .*loss_td"):
+        session.row()
+
+
+def test_the_loop_compiles_once_and_moves_nothing_unasked():
+    """After warm-up: no tracing, and no transfer that the loop does not name."""
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(25):
+        session.step(act, learn, schedule)
+    session.row()
+    sizes = act._cache_size(), learn._cache_size()
+    with jax.transfer_guard("disallow"):
+        for _ in range(1000):
+            session.step(act, learn, schedule)
+    assert (act._cache_size(), learn._cache_size()) == sizes
+    session.row()
+    session.step(act, learn, schedule)
+    assert (act._cache_size(), learn._cache_size()) == sizes

@@ -1,0 +1,258 @@
+"""Tests of the maze experiment: its agent, its measurements, and the whole script."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aps_jax import maze
+from experiments import maze_agent, maze_evaluation, maze_grid
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CORRIDOR = ("S....",)
+
+
+def fixed_successor(dim=3):
+    """Successor features, exploration values and features of one transition."""
+    rng = np.random.default_rng(0)
+
+    def draw(*shape):
+        return rng.normal(size=shape).astype(np.float32)
+
+    w = draw(dim)
+    return {
+        "psi_tm1": draw(4, dim),
+        "exploration_tm1": draw(4),
+        "a_tm1": jnp.int32(2),
+        "phi_t": draw(dim),
+        "r_entropy_t": draw(),
+        "psi_t": draw(4, dim),
+        "exploration_t": draw(4),
+        "w": w / np.linalg.norm(w),
+    }
+
+
+def td_square(t, **fields):
+    config = maze_agent.AgentConfig(**fields)
+    return maze_agent._td_error_square(*t.values(), config=config)
+
+
+def reference_errors(t, unit, discount, behaviour, skill_weight=1.0):
+    """The vector and exploration errors, the target's action maximising behaviour."""
+    action = int(np.argmax(behaviour))
+    successor = unit * skill_weight * t["phi_t"] + discount * t["psi_t"][action]
+    exploration = unit * t["r_entropy_t"] + discount * t["exploration_t"][action]
+    return successor - t["psi_tm1"][2], exploration - t["exploration_tm1"][2]
+
+
+@pytest.mark.parametrize("unit_values", [False, True])
+def test_td_forms_match_their_equations(unit_values):
+    t = fixed_successor()
+    discount = 0.9
+    unit = 0.1 if unit_values else 1.0
+    q = t["psi_t"] @ t["w"]
+    fields = {
+        "skill_weight": 0.7,
+        "entropy_weight": 0.4,
+        "discount": discount,
+        "unit_values": unit_values,
+    }
+    own, _ = reference_errors(t, unit, discount, q, skill_weight=0.7)
+    entropy = unit * 0.4 * t["r_entropy_t"] * t["w"]
+    both = 0.7 * q + 0.4 * t["exploration_t"]
+    split, exploration = reference_errors(t, unit, discount, both)
+    expected = {
+        maze_agent.TDForm.SCALAR: np.square((own + entropy) @ t["w"]),
+        maze_agent.TDForm.VECTOR: np.sum(np.square(own + entropy)),
+        maze_agent.TDForm.SPLIT: np.sum(np.square(split)) + exploration**2,
+        maze_agent.TDForm.OFF_POLICY: np.sum(np.square(own)) + exploration**2,
+    }
+    for form, square in expected.items():
+        np.testing.assert_allclose(
+            td_square(t, td_form=form, **fields), square, rtol=1e-4, err_msg=form
+        )
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_envs": 0}, "num_envs must be positive, got 0"),
+        ({"task_hold": 7}, "divide an episode of 40 steps, got 7"),
+        ({"num_neighbors": 300}, "at most the 256 particles, got 300"),
+    ],
+)
+def test_bad_agent_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        maze_agent.AgentConfig(**fields)
+
+
+@pytest.mark.parametrize(
+    "fields, message",
+    [
+        ({"num_rewards": 0}, "num_rewards must be positive, got 0"),
+        ({"few_shot_episodes": 2}, "of 2 few-shot episodes 3"),
+    ],
+)
+def test_bad_test_configs_are_refused(fields, message):
+    with pytest.raises(ValueError, match=message):
+        maze_evaluation.TestConfig(**fields)
+
+
+def test_episodes_start_at_the_start_and_follow_the_greedy_action_of_each_task():
+    world = maze.parse_maze(("..S..",))
+    # Two environments, each with two tasks of two steps: left then right, and right
+    # then bumping into the upper border.
+    actions = jnp.array([[3, 1], [1, 0]])
+    greedy = jnp.broadcast_to(actions, (5, 2, 2)).astype(jnp.int32)
+    played = maze_agent._play(jax.random.key(0), world, greedy, 0.0, 4)
+    np.testing.assert_array_equal(played.cell, [[2, 2], [1, 3], [0, 4], [1, 4]])
+    np.testing.assert_array_equal(played.next_cell, [[1, 3], [0, 4], [1, 4], [2, 4]])
+    np.testing.assert_array_equal(played.action, [[3, 1], [3, 1], [1, 0], [1, 0]])
+
+
+def test_exploring_actions_are_uniform_and_as_frequent_as_epsilon():
+    explores, actions = maze_agent.random_actions(jax.random.key(0), (40_000,), 0.25)
+    # Standard deviations: 0.0022 of the share, 0.0022 of each action's.
+    np.testing.assert_allclose(np.mean(explores), 0.25, atol=0.01)
+    np.testing.assert_allclose(np.bincount(actions) / 40_000, 0.25, atol=0.01)
+
+
+def test_random_visits_count_every_step_once():
+    world = maze.parse_maze(maze.MAPS["comb"])
+    config = maze_agent.AgentConfig(num_iterations=3)
+    visits = maze_agent.random_visits(jax.random.key(0), world, config)
+    np.testing.assert_array_equal(jnp.sum(visits, axis=1), 8 * 40)
+    assert not np.any(np.asarray(visits)[:, ~np.asarray(world.is_free)])
+
+
+def test_feature_bound_grows_with_the_features_to_one():
+    world = maze.parse_maze(maze.MAPS["comb"])
+    boxes = jnp.asarray(maze.box_masks(10, 10))
+    rewards = jax.vmap(lambda key: maze.sample_reward(key, world, boxes))(
+        jax.random.split(jax.random.key(0), 20)
+    )
+    few, more, all_of_them = [
+        maze_evaluation.feature_bound(world, rewards, feature_dim=dim, horizon=40)
+        for dim in (2, 8, 100)
+    ]
+    assert few < more < all_of_them
+    np.testing.assert_allclose(all_of_them, 1.0, atol=1e-3)
+
+
+def test_discount_bound_is_one_without_a_reason_to_hurry():
+    # With a single rewarded cell at the end of a corridor, the way that is best for any
+    # discount is best for 40 steps as well.
+    world = maze.parse_maze(CORRIDOR)
+    rewards = jnp.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
+    bound = maze_evaluation.discount_bound(world, rewards, discount=0.9, horizon=40)
+    np.testing.assert_allclose(bound, 1.0)
+
+
+def run_with(scores, agents=("aps", "random")):
+    """A result of two mazes with the given all-cells scores of APS `[2, R]`."""
+    runs = [
+        {
+            "maze": name,
+            "agent": agent,
+            "seed": seed,
+            "cells_reached": [0.5, 0.75],
+            "zero_shot": {
+                "improved": [0.0, score],
+                "alone": [0.0, score / 2],
+                "bound": [0.0, 1.0],
+            },
+        }
+        for name, row in zip(("open", "comb"), scores, strict=True)
+        for agent in agents
+        for seed, score in enumerate(row)
+    ]
+    return {"agents": list(agents), "mazes": {"open": {}, "comb": {}}, "runs": runs}
+
+
+def test_summary_pools_the_runs_of_all_mazes():
+    result = run_with([[0.0, 0.4], [0.6, 1.0]])
+    aps, random = maze_grid.summarise(result)
+    # The middle two of four runs: (0.4 + 0.6) / 2.
+    assert aps["improved"][0] == 0.5
+    assert aps["alone"][0] == 0.25
+    assert aps["improved"][1] <= 0.5 <= aps["improved"][2]
+    assert aps["per_maze"] == {"open": 0.2, "comb": 0.8}
+    assert aps["cells_reached"] == 0.75
+    assert random["improved"] == [0.0, 0.0, 0.0]
+
+
+def test_table_shows_intervals_where_there_are_several_seeds():
+    result = run_with([[0.5], [0.7]])
+    result["table"] = maze_grid.summarise(result)
+    table = maze_grid.format_table(result)
+    expected = "| aps | 0.60 | 0.30 | 1.00 | 75% | 0.50 | 0.70 |"
+    assert table.splitlines()[2] == expected
+
+
+def run_script(*arguments):
+    """Runs the script in a process of its own: flags are global to a process."""
+    return subprocess.run(
+        [sys.executable, "-m", "experiments.maze", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        check=False,
+        text=True,
+        timeout=300,
+    )
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["--workdir=unused", "open"], "Unexpected arguments: ['open']"),
+        (["--workdir=unused", "--mazes=cellar"], "must name some of open, four_rooms"),
+        (["--workdir=unused", "--agents=aps,aps"], "each once; got aps, aps"),
+        (["--workdir=unused", "--set=gamma=1"], "no field 'gamma'"),
+        (["--workdir=unused", "--set=num_envs=few"], "num_envs needs a whole number"),
+        (["--workdir=unused", "--set=num_envs=0"], "num_envs must be positive, got 0"),
+        ([], "--workdir"),
+    ],
+)
+def test_bad_command_lines_are_refused_in_one_line(arguments, message):
+    finished = run_script(*arguments)
+    assert finished.returncode == 1
+    assert message in finished.stderr + finished.stdout
+    assert "Traceback" not in finished.stderr
+
+
+def test_short_run_learns_and_writes_everything(tmp_path):
+    finished = run_script(
+        f"--workdir={tmp_path}",
+        "--mazes=open",
+        "--agents=aps,random",
+        "--num_seeds=1",
+        "--rewards=20",
+        "--set=num_iterations=250",
+    )
+    assert finished.returncode == 0, finished.stderr
+    with open(tmp_path / "maze.json") as file:
+        result = json.load(file)
+    trained, random = result["runs"]
+    assert trained["zero_shot"]["improved"][-1] > 0.2
+    assert trained["cells_reached"][-1] >= random["cells_reached"][-1]
+    assert sum(trained["visits"]) == 250 * 8 * 40
+    assert {name for name in os.listdir(tmp_path) if name.endswith(".png")} == {
+        "visits.png",
+        "coverage.png",
+        "transfer.png",
+        "samples.png",
+        "few_shot.png",
+        "tasks.png",
+    }
+    table = (tmp_path / "table.md").read_text()
+    assert table.startswith("| agent | zero-shot |")
+    assert table in finished.stdout
+    chex.assert_shape(np.array(trained["few_shot"]), (21,))

@@ -1,0 +1,249 @@
+"""Tests of the experiment scripts: each to its end in seconds, and wrong input."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from aps_jax import config as config_lib
+from aps_jax import stages
+from experiments import common_flags, evaluate, finetune, pretrain, run_aps
+
+ROOT = pathlib.Path(__file__).parent.parent
+
+# A run of the real Pong that takes seconds, all its stages included.
+TINY = {
+    "preset": "smoke",
+    "pretrain_frames": 4 * 160,
+    "warmup_agent_steps": 80,
+    "max_frames": 200,
+    "finetune_agent_steps": 80,
+    "infer_agent_steps": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    """Flags as after parsing an empty command line, restored after each test."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test"])
+        yield
+
+
+def set_flags(**values):
+    for name, value in values.items():
+        flags.FLAGS[name].value = value
+        flags.FLAGS[name].present = 1
+
+
+def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
+    """run_aps, then evaluate and finetune from its folder with no other flag."""
+    workdir = tmp_path / "run"
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(workdir), arms=["pretrained", "scratch"], **TINY)
+        run_aps.main(["run_aps"])
+    said = capsys.readouterr().out
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["game"] == "Pong" and result["stage"] == "run_aps"
+    assert list(result["arms"]) == ["pretrained", "scratch"]
+    assert result["arms"]["scratch"]["init"] is None
+    # The score beside random and human ones, the protocol, and where things are.
+    for words in ("-20.7", "14.6", "2 full games", "small: it shows that the machine"):
+        assert words in said
+    for name in ("result.json", "curves.png", "game.gif"):
+        assert str(workdir / name) in said.replace("\n", "")
+        assert (workdir / name).stat().st_size > 1000
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "eval"), checkpoint=str(workdir), video=True)
+        evaluate.main(["evaluate"])
+    again = json.loads((tmp_path / "eval" / "result.json").read_text())
+    # The same agent on the same games: the same scores.
+    assert again["returns"] == result["returns"]
+    assert (tmp_path / "eval" / "game.gif").exists()
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "ft"), init=str(workdir), evaluations=1)
+        finetune.main(["finetune"])
+    tuned = json.loads((tmp_path / "ft" / "result.json").read_text())
+    assert tuned["init"] == str(workdir / "pretrain")
+    assert tuned["pretrain_frames"] == result["pretrain_frames"] == 640
+    assert len(tuned["evaluations"]) == 1
+
+
+def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "pretrain", fake_pretrain)
+    set_flags(workdir=str(tmp_path / "p"), **TINY)
+    pretrain.main(["pretrain"])
+    assert f"--init={tmp_path / 'p'}" in capsys.readouterr().out
+
+
+def fake_pretrain(config, workdir, *, progress):
+    del workdir, progress
+    return {"game": config.game, "pretrain_frames": config.pretrain.pretrain_frames}
+
+
+# Flags.
+
+
+def test_every_option_is_a_flag_of_its_type():
+    for name, (_, field) in config_lib.option_fields().items():
+        flag = flags.FLAGS[name]
+        assert flag.help.endswith("."), name
+        if name != "preset":
+            assert flag.default is None, name
+            assert flag.flag_type().startswith(
+                {"str": ("string", "enum"), "int": "int", "float": "float"}.get(
+                    field.type.__name__, "bool"
+                )
+            ), name
+
+
+def test_flags_change_the_preset_and_nothing_else():
+    set_flags(preset="cpu", batch_size=64, game="Breakout", agent="apt")
+    config = common_flags.config_from_flags()
+    expected = config_lib.apply_options(
+        config_lib.preset_config("cpu"), batch_size=64, game="Breakout", agent="apt"
+    )
+    assert config == expected
+    assert config.learner.skill_weight == 0.0
+
+
+def test_flags_change_the_run_that_is_taken_over():
+    base = config_lib.replace_options(config_lib.preset_config("cpu"), game="Freeway")
+    set_flags(finetune_epsilon=0.5)
+    config = common_flags.config_from_flags(base)
+    assert config.game == "Freeway" and config.preset == "cpu"
+    assert config.finetune.finetune_epsilon == 0.5
+    set_flags(preset="gpu")
+    with pytest.raises(ValueError, match="--preset cannot be given here"):
+        common_flags.config_from_flags(base)
+
+
+# Wrong input, each in a process of its own as a user would type it.
+
+WRONG = {
+    "unknown game": (
+        ["run_aps", "--game=Pnog", "--workdir={new}"],
+        r"Unknown game 'Pnog'; the nearest of EnvPool's \d+ are Pong",
+    ),
+    "unknown flag": (
+        ["run_aps", "--gmae=Pong", "--workdir={new}"],
+        r"Unknown command line flag 'gmae'",
+    ),
+    "stray word": (
+        ["pretrain", "Pong", "--workdir={new}"],
+        r"Unexpected words 'Pong': every value needs a flag, such as --game=Pong",
+    ),
+    "no workdir": (["run_aps"], r"--workdir=DIR is needed"),
+    "a folder of something else": (
+        ["run_aps", "--preset=smoke", "--workdir={full}"],
+        r"is not empty and holds no config.json",
+    ),
+    "a missing pretraining": (
+        ["finetune", "--init={new}", "--workdir={new}2"],
+        r"is not a run's folder: it has no config.json; it does not exist",
+    ),
+    "a foreign folder to evaluate": (
+        ["evaluate", "--checkpoint={full}", "--workdir={new}"],
+        r"is not a run's folder.*it holds notes.txt",
+    ),
+    "k larger than the particles": (
+        ["pretrain", "--num_neighbors=300", "--workdir={new}"],
+        r"num_neighbors must be less than num_particles.*300 and 256",
+    ),
+    "a negative count": (
+        ["pretrain", "--pretrain_frames=-4", "--workdir={new}"],
+        r"pretrain_frames must be at least 4, got -4",
+    ),
+    "zero environments": (
+        ["pretrain", "--num_envs=0", "--workdir={new}"],
+        r"num_envs must be at least 1, got 0",
+    ),
+    "no number": (
+        ["pretrain", "--seed=one", "--workdir={new}"],
+        r"flag --seed=one: invalid literal for int",
+    ),
+    "more than fits memory": (
+        ["pretrain", "--replay_size=9000000000", "--workdir={new}"],
+        r"needs about \d+\.\d GiB.*GiB of memory are free",
+    ),
+    "no accelerator": (
+        ["pretrain", "--require_accelerator", "--workdir={new}"],
+        r"JAX sees no GPU or TPU",
+    ),
+    "an unknown arm": (
+        ["run_aps", "--arms=random", "--workdir={new}"],
+        r"--arms must be some of pretrained, scratch, got \['random'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_is_one_clear_line_and_writes_nothing(words, message, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    script, *arguments = (
+        word.format(new=tmp_path / "new", full=tmp_path / "full") for word in words
+    )
+    done = run_script(script, *arguments)
+    assert done.returncode not in (0, -9), done.stderr
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert "Traceback" not in done.stderr
+    # absl adds one line of its own to errors in flags.
+    assert len(lines) <= 2, done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "notes.txt"]
+
+
+def run_script(script, *arguments):
+    return subprocess.run(
+        [sys.executable, "-m", f"experiments.{script}", *arguments],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        check=False,
+        timeout=120,
+    )
+
+
+def test_short_help_fits_a_screen():
+    done = run_script("run_aps", "--helpshort")
+    lines = done.stdout.splitlines()
+    assert len(lines) < 50
+    for flag in ("--game", "--seed", "--workdir", "--preset", "--agent", "--arms"):
+        assert any(flag in line for line in lines), flag
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(argv):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        common_flags.run(broken)
+
+
+def test_pure_modules_need_no_environment_and_no_flags():
+    """`import aps_jax` and what it exports work without EnvPool and absl."""
+    program = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('envpool', 'rich', 'matplotlib'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import aps_jax\n"
+        "from aps_jax import losses, rewards, tasks, knn, sphere, networks\n"
+        "assert 'envpool' not in sys.modules\n"
+        "import jax\n"
+        "assert not jax._src.xla_bridge._backends, 'importing started a device'\n"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True
+    )

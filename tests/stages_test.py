@@ -1,0 +1,342 @@
+"""Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
+
+import csv
+import functools
+import json
+import math
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from aps_jax import agent as agent_lib
+from aps_jax import config as config_lib
+from aps_jax import evaluation, loop, metrics, rundir, stages
+
+pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
+
+
+def make_config(**options):
+    """The smoke preset on the chain, smaller still."""
+    options = {
+        "game": "Chain",
+        "pretrain_frames": 4 * 240,
+        "replay_size": 240,
+        "warmup_agent_steps": 60,
+        "report_agent_steps": 80,
+        "checkpoint_agent_steps": 120,
+        "finetune_agent_steps": 120,
+        "infer_agent_steps": 60,
+        "infer_episodes": 1000,
+        **options,
+    }
+    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+
+
+def assert_same(left, right):
+    left, right = jax.device_get((left, right))
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A pretraining and a fine-tuning of it, each once for all tests."""
+    folder = tmp_path_factory.mktemp("run")
+    pretrained = pretrain(make_config(), folder / "pretrain")
+    finetuned = finetune(make_config(), folder / "finetune", folder / "pretrain")
+    return folder, pretrained, finetuned
+
+
+def test_result_files_keep_their_contract(run):
+    folder, pretrained, finetuned = run
+    assert pretrained == json.loads((folder / "pretrain/result.json").read_text())
+    assert finetuned == json.loads((folder / "finetune/result.json").read_text())
+    assert finetuned["schema"] == 1
+    assert finetuned["stage"] == "finetune"
+    expected = {
+        "game": "Chain",
+        "agent": "aps",
+        "seed": 0,
+        "preset": "smoke",
+        "pretrain_frames": 960,
+        "finetune_agent_steps": 120,
+        "init": str(folder / "pretrain"),
+        "human_normalized_score": None,  # The chain is in no table.
+        "protocol": {
+            "episodes": 2,
+            "epsilon": 0.001,
+            "noop_max": 30,
+            "sticky": 0.0,
+            "max_frames": 400,
+        },
+        "device": "cpu",
+    }
+    assert {name: finetuned[name] for name in expected} == expected
+    assert len(finetuned["returns"]) == 2
+    assert finetuned["return_mean"] == np.mean(finetuned["returns"])
+    assert finetuned["wall_seconds"] > 0 and finetuned["frames_per_second"] > 0
+    assert [e["agent_steps"] for e in finetuned["evaluations"]] == [60, 120]
+    # Sixty steps of each of 4 environments, less the reset frames.
+    assert 50 <= finetuned["task"]["num_samples"] < 60
+
+
+def test_metrics_rows_stand_where_they_are_due(run):
+    folder, _, _ = run
+    columns = metrics.read_metrics(folder / "pretrain" / "metrics.csv")
+    assert tuple(columns) == metrics.PRETRAIN_COLUMNS
+    assert columns["agent_steps"] == [80.0, 160.0, 240.0]
+    assert columns["frames"] == [320.0, 640.0, 960.0]
+    # (240 - 60) steps, half a sample each, 8 samples an update.
+    assert columns["updates"] == [1.0, 6.0, 11.0]
+    assert all(math.isfinite(value) for value in columns["loss_td"])
+    assert columns["episodes"][-1] >= 4 and math.isfinite(columns["episode_return"][-1])
+    columns = metrics.read_metrics(folder / "finetune" / "metrics.csv")
+    assert tuple(columns) == metrics.FINETUNE_COLUMNS
+    assert columns["agent_steps"] == [60.0, 80.0, 120.0]
+    evaluated = [not math.isnan(value) for value in columns["eval_return_mean"]]
+    assert evaluated == [True, False, True]
+
+
+def test_finetuning_takes_over_all_that_was_learned(run):
+    """Features and their scale stay bit for bit; psi and its target start from there."""
+    folder, _, _ = run
+    before = stages.load_pretrained(folder / "pretrain")
+    after = stages.load_finetuned(folder / "finetune")
+    assert_same(before.state.params["features"], after.state.params["features"])
+    assert_same(before.state.distance_scale, after.state.distance_scale)
+    assert float(before.state.distance_scale.mean) > 0.0
+    config = make_config(finetune_learning_rate=0.0, target_period=10_000)
+    finetune(config, folder / "frozen", folder / "pretrain")
+    frozen = stages.load_finetuned(folder / "frozen")
+    assert_same(before.state.params, frozen.state.params)
+    assert_same(before.state.target_params, frozen.state.target_params)
+
+
+def test_the_checkpoint_holds_the_agent_that_was_trained(run):
+    folder, pretrained, _ = run
+    trained = stages.load_pretrained(folder / "pretrain")
+    assert int(trained.state.num_updates) == pretrained["updates"] == 11
+    assert trained.config == make_config()
+    untrained = loop.init_state(trained.agent, seed=0)
+    kernel = jax.tree.leaves(trained.state.params["successor"])[1]
+    assert np.any(kernel != jax.tree.leaves(untrained.params["successor"])[1])
+
+
+def test_the_inferred_task_is_the_one_that_is_evaluated(run):
+    folder, _, finetuned = run
+    trained = stages.load_finetuned(folder / "finetune")
+    task = np.float32(trained.facts["inferred"]["task"])
+    np.testing.assert_array_equal(task, np.float32(finetuned["task"]["task"]))
+    np.testing.assert_allclose(np.linalg.norm(task), 1.0, rtol=1e-6)
+    played = evaluation.evaluate(
+        trained.config,
+        trained.agent,
+        trained.state.params,
+        task,
+        use_gpi=False,
+        constructor=fakes.ChainPool,
+    )
+    np.testing.assert_array_equal(played.returns, finetuned["returns"])
+
+
+def test_the_same_seed_gives_the_same_metrics_file(run, tmp_path):
+    folder, _, _ = run
+    pretrain(make_config(), tmp_path / "again")
+    first = (folder / "pretrain" / "metrics.csv").read_bytes()
+    assert first == (tmp_path / "again" / "metrics.csv").read_bytes()
+    pretrain(make_config(seed=1), tmp_path / "other")
+    assert first != (tmp_path / "other" / "metrics.csv").read_bytes()
+
+
+def test_scratch_has_the_same_budget(run, tmp_path):
+    _, _, finetuned = run
+    scratch = finetune(make_config(), tmp_path / "scratch", None)
+    assert scratch["init"] is None and scratch["pretrain_frames"] == 0
+    for name in ("finetune_agent_steps", "protocol", "updates"):
+        assert scratch[name] == finetuned[name]
+
+
+def test_a_finished_run_is_not_run_again(run):
+    folder, pretrained, finetuned = run
+    config = make_config()
+    assert pretrain(config, folder / "pretrain") == pretrained
+    again = finetune(config, folder / "finetune", folder / "pretrain")
+    assert again == finetuned
+
+
+class Stop(Exception):
+    """Stands for whatever ends a process."""
+
+
+def interrupted(num_steps):
+    """A chain whose process dies after some steps of all environments."""
+
+    class Interrupted(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            if self.steps == num_steps:
+                raise Stop
+            self.steps += 1
+            super().send(actions)
+
+    return Interrupted
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
+    folder, pretrained, _ = run
+    with pytest.raises(Stop):
+        # Dies at agent step 200; the last checkpoint is of step 120.
+        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
+    resumed = pretrain(make_config(), tmp_path / "p")
+    assert resumed["updates"] == pretrained["updates"]
+    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    whole = read_rows(folder / "pretrain" / "metrics.csv")
+    assert [row[0] for row in rows] == [row[0] for row in whole]
+    # Up to the checkpoint nothing changed; after it the games are new ones.
+    assert rows[:2] == whole[:2]
+
+
+def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
+    folder, _, _ = run
+    config = make_config(checkpoint_agent_steps=20)
+    with pytest.raises(Stop):
+        stages.finetune(
+            config,
+            tmp_path / "f",
+            folder / "pretrain",
+            constructor=interrupted(27),
+        )
+    before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
+    resumed = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert resumed["task"] == before
+    assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
+    assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
+
+
+def test_an_agent_that_does_not_fit_is_refused_with_both_sides(run, tmp_path):
+    folder, _, _ = run
+    for options, words in (
+        ({"game": "Maze"}, "game is 'Chain' there and 'Maze' here"),
+        ({"feature_dim": 3}, "feature_dim is 5 there and 3 here"),
+        ({"encoder": "nature"}, "encoder is 'small' there and 'nature' here"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            finetune(make_config(**options), tmp_path / "f", folder / "pretrain")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_folder_of_another_run_is_refused_untouched(run, tmp_path):
+    folder, _, _ = run
+    before = sorted((folder / "pretrain").rglob("*"))
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        pretrain(make_config(seed=1), folder / "pretrain")
+    with pytest.raises(ValueError, match="stage is 'pretrain' there"):
+        finetune(make_config(), folder / "pretrain", None)
+    assert sorted((folder / "pretrain").rglob("*")) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no config.json"):
+        pretrain(make_config(), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_missing_checkpoint_says_what_is_there(run, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(ValueError, match="does not exist"):
+        stages.load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "some.txt").write_text("")
+    with pytest.raises(ValueError, match="holds some.txt"):
+        stages.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage 'pretrain', and none of .*'finetune'"):
+        stages.load_finetuned(folder / "pretrain")
+
+
+def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
+    class Barren(fakes.ChainPool):
+        def recv(self):
+            timestep = super().recv()
+            return timestep._replace(reward=np.zeros_like(timestep.reward))
+
+    result = stages.finetune(make_config(), tmp_path / "f", None, constructor=Barren)
+    assert result["task"]["is_fallback"] and result["task"]["num_nonzero"] == 0
+    np.testing.assert_allclose(np.linalg.norm(result["task"]["task"]), 1.0, rtol=1e-6)
+    assert result["returns"] == [0.0, 0.0]
+
+
+def test_inference_ends_early_when_its_games_are_played(tmp_path):
+    # Chain games last at most 20 steps; 4 environments finish their first together.
+    result = finetune(make_config(infer_episodes=4), tmp_path / "f", None)
+    assert result["task"]["agent_steps"] <= 20 * 4 < 60 + 24
+    assert result["finetune_agent_steps"] == 120
+
+
+def test_evaluation_counts_the_first_game_of_each_environment(run):
+    """Uniformly random play on the chain scores what its dynamics say."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    config = config_lib.replace_options(
+        make_config(), eval_episodes=2000, eval_epsilon=1.0
+    )
+    played = evaluation.evaluate(
+        config,
+        trained.agent,
+        trained.state.params,
+        np.float32([1, 0, 0, 0, 0]),
+        use_gpi=True,
+        constructor=fakes.ChainPool,
+    )
+    expected = fakes.ChainPool("Chain", 1, seeds=[0]).random_return
+    standard_error = played.returns.std() / math.sqrt(2000)
+    assert abs(played.returns.mean() - expected) < 4 * standard_error
+    assert played.returns.shape == played.lengths.shape == (2000,)
+    assert played.lengths.max() == 20  # The chain's limit.
+    assert played.pictures == []
+
+
+def test_a_recorded_game_has_a_picture_per_step(run):
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    played = evaluation.evaluate(
+        make_config(),
+        trained.agent,
+        trained.state.params,
+        np.float32([1, 0, 0, 0, 0]),
+        use_gpi=False,
+        record_agent_steps=1000,
+        constructor=fakes.ChainPool,
+    )
+    assert len(played.pictures) == played.lengths[0]
+    assert played.pictures[0].shape == (84, 84, 3)
+
+
+@pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
+def test_only_whole_games_are_normalised(max_frames, expected):
+    config = config_lib.replace_options(
+        make_config(), game="Pong", max_frames=max_frames
+    )
+    summary = evaluation.summary(config, np.array([-20.7, -20.7]))
+    np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
+    assert summary["eval_return_std"] == 0.0
+
+
+def test_agents_are_the_same_code_with_other_weights():
+    weights = {}
+    for name in config_lib.AGENTS:
+        config = make_config(agent=name)
+        weights[name] = (config.learner.skill_weight, config.learner.entropy_weight)
+        agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
+        assert (
+            agent.update.__code__
+            is agent_lib.make_agent(
+                make_config().learner, config.finetune, num_actions=3
+            ).update.__code__
+        )
+    assert weights == {"aps": (1, 1), "visr": (1, 0), "apt": (0, 1)}
