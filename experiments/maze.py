@@ -111,19 +111,20 @@ def main(argv: Sequence[str]) -> None:
     seeds = list(range(_FIRST_SEED.value, _FIRST_SEED.value + _NUM_SEEDS.value))
     os.makedirs(_WORKDIR.value, exist_ok=True)
 
-    result = maze_grid.run_grid(
+    grid = maze_grid.run_grid(
         _MAZES.value, _AGENTS.value, seeds, agent_config, test_config
     )
-    result["table"] = maze_grid.summarise(result)
-    table = maze_grid.format_table(result)
-    with open(os.path.join(_WORKDIR.value, "maze.json"), "w") as file:
-        json.dump(result, file)
-    with open(os.path.join(_WORKDIR.value, "table.md"), "w") as file:
-        file.write(table)
+    for result in grid:
+        result["table"] = maze_grid.summarise(result)
+        table = maze_grid.format_table(result)
+        with open(os.path.join(_WORKDIR.value, "maze.json"), "w") as file:
+            json.dump(result, file)
+        with open(os.path.join(_WORKDIR.value, "table.md"), "w") as file:
+            file.write(table)
+        if _PICTURES.value:
+            maze_plots.draw_all(result, _WORKDIR.value)
+        logging.info("Wrote the results of %s", ", ".join(result["mazes"]))
     print(table)
-    if _PICTURES.value:
-        maze_plots.draw_all(result, _WORKDIR.value)
-    logging.info("Wrote maze.json and table.md into %s", _WORKDIR.value)
 
 
 if __name__ == "__main__":

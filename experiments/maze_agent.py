@@ -50,7 +50,7 @@ class AgentConfig:
     entropy_weight: float = 1.0
     task_following: float = 1.0  # Weight of psi^T w in behaviour; 0 only explores.
     td_form: TDForm = TDForm.OFF_POLICY
-    feature_dim: int = 10
+    feature_dim: int = 20
     feature_hidden: int = 128
     hidden: int = 128
     observation_scale: float = 3.0  # Of the one-hot observation, see docs/maze.md.
@@ -63,7 +63,7 @@ class AgentConfig:
     num_iterations: int = 1000
     num_updates: int = 4
     num_tasks: int = 8
-    epsilon: float = 0.2
+    epsilon: float = 0.1
     learning_rate: float = 2e-3
     feature_learning_rate: float = 1e-3
     feature_decay: float = (

@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -30,8 +30,11 @@ def run_grid(
     seeds: Sequence[int],
     agent_config: maze_agent.AgentConfig,
     test_config: maze_evaluation.TestConfig,
-) -> dict[str, Any]:
+) -> Iterator[dict[str, Any]]:
     """Pretrains and tests every agent in every maze, all seeds at once.
+
+    Yields the result so far after each maze, so that a long grid can be looked at, and
+    stopped, at any time.
 
     Args:
       mazes: names in `maze.MAPS`.
@@ -41,7 +44,7 @@ def run_grid(
       agent_config: shared by all agents, but for the two reward weights.
       test_config: what is asked of them.
 
-    Returns:
+    Yields:
       The contents of `maze.json`, without its table.
     """
     boxes = jnp.asarray(maze.box_masks(10, 10))
@@ -149,22 +152,22 @@ def run_grid(
                 elapsed,
                 elapsed / done * (total - done),
             )
-    return {
-        "schema": 1,
-        "agent_config": {
-            key: value.value if isinstance(value, maze_agent.TDForm) else value
-            for key, value in dataclasses.asdict(agent_config).items()
-            if key not in ("skill_weight", "entropy_weight")
-        },
-        "agent_weights": {a: AGENT_WEIGHTS[a] for a in agents if a != RANDOM},
-        "test_config": dataclasses.asdict(test_config),
-        "seeds": list(seeds),
-        "agents": list(agents),
-        "sample_sizes": [*test_config.sample_sizes, "all"],
-        "mazes": by_maze,
-        "runs": runs,
-        "wall_seconds": round(time.time() - started, 1),
-    }
+        yield {
+            "schema": 1,
+            "agent_config": {
+                key: value.value if isinstance(value, maze_agent.TDForm) else value
+                for key, value in dataclasses.asdict(agent_config).items()
+                if key not in ("skill_weight", "entropy_weight")
+            },
+            "agent_weights": {a: AGENT_WEIGHTS[a] for a in agents if a != RANDOM},
+            "test_config": dataclasses.asdict(test_config),
+            "seeds": list(seeds),
+            "agents": list(agents),
+            "sample_sizes": [*test_config.sample_sizes, "all"],
+            "mazes": dict(by_maze),
+            "runs": list(runs),
+            "wall_seconds": round(time.time() - started, 1),
+        }
 
 
 def _rounded(array: np.ndarray) -> Any:
