@@ -27,6 +27,7 @@ setuptools.setup(
         # What the tests compare with, and the linter.
         "dev": [
             "hypothesis>=6.170",
+            "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scipy>=1.17",
         ],

@@ -504,7 +504,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "feature_learning_rate": 5e-4,
         "batch_size": 32,
         "window_targets": 4,
-        "pretrain_frames": 400_000,
+        "pretrain_frames": 320_000,
         "num_envs": 16,
         "replay_size": 50_000,
         "warmup_agent_steps": 2_000,

@@ -320,13 +320,13 @@ def _read_options(folder: pathlib.Path) -> dict[str, Any] | None:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, json.JSONDecodeError):
         return None
+    if not isinstance(content, dict):
+        return None
     known = config.option_fields()
     return {name: value for name, value in _leaves(content) if name in known}
 
 
-def _leaves(tree: Any) -> Iterable[tuple[str, Any]]:
-    if not isinstance(tree, dict):
-        return
+def _leaves(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value)

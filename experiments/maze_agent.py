@@ -69,6 +69,7 @@ class AgentConfig:
     feature_decay: float = (
         0.98  # Per iteration, of the visits that features learn from.
     )
+    only_met: bool = True  # Greedy actions, but for behaviour, were tried before.
     replay_exponent: float = 0.0  # 0 weighs transitions equally, 1 by their visits.
     replay_decay: float = 1.0  # Per iteration, of the replay's counts.
     target_period: int = 10  # Updates.
@@ -118,6 +119,7 @@ class Pretrained(NamedTuple):
 
     feature_params: Params
     successor_params: Params
+    is_met: jax.Array  # [S, A] bool, actions tried at least once.
     visits: jax.Array  # [I, S] float32, how often each iteration reached each cell.
     td_loss: jax.Array  # [I], mean over the iteration's updates.
     feature_loss: jax.Array  # [I], mean over the iteration's updates.
@@ -247,6 +249,45 @@ def _play(
     return jax.lax.scan(act, start, (task_index, explores, drawn))[1]
 
 
+def mask_unmet(values: jax.Array, is_met: jax.Array) -> jax.Array:
+    """Sets the values `[S, A]` of actions never tried in their cell to -inf.
+
+    Nothing was learnt about them. A cell in which nothing was tried keeps all of them.
+    """
+    allowed = is_met | ~jnp.any(is_met, axis=1, keepdims=True)
+    return jnp.where(allowed, values, -jnp.inf)
+
+
+def replace_unmet(psi: jax.Array, is_met: jax.Array, phi: jax.Array) -> jax.Array:
+    """Replaces what `psi` `[S, K, A, D]` says about actions never tried in their cell.
+
+    A maximum over actions would pick such a value whenever it errs upwards, and every
+    cell on the way there would learn the error. It becomes the value of an action that
+    was tried, which changes no maximum; where none was, it becomes the features `phi`
+    `[S, D]` of the cell, as if one stayed there for ever (in unit values).
+    """
+    has_met = jnp.any(is_met, axis=1)
+    first = jax.nn.one_hot(jnp.argmax(is_met, axis=1), is_met.shape[1])  # [S, A]
+    substitute = jnp.sum(first[:, None, :, None] * psi, axis=2, keepdims=True)
+    substitute = jnp.where(
+        has_met[:, None, None, None], substitute, phi[:, None, None, :]
+    )
+    return jnp.where(is_met[:, None, :, None], psi, substitute)
+
+
+def descend(
+    optimiser: optax.GradientTransformation,
+    grads: Params,
+    opt_state: optax.OptState,
+    params: Params,
+) -> tuple[Params, optax.OptState]:
+    """Takes one step of the optimiser; returns the new parameters and its new state."""
+    # Optax raises a Python float to the power of an integer array.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimiser.update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state
+
+
 def _td_error_square(
     psi_tm1: jax.Array,
     exploration_tm1: jax.Array | None,
@@ -321,6 +362,10 @@ def make_pretrain(
         """Averages over transitions, as `weight` [S, A] says, and over the tasks."""
         before = successor_table(params, world, tasks, c)
         after = successor_table(target_params, world, tasks, c)
+        psi_after = after.psi
+        if c.only_met:
+            unit = 1.0 if c.unit_values else 1.0 / (1.0 - c.discount)
+            psi_after = replace_unmet(psi_after, weight > 0, unit * phi)
 
         def square(*arguments):
             return _td_error_square(*arguments, config=c)
@@ -337,7 +382,7 @@ def make_pretrain(
                 np.int32(action),
                 phi[reached],
                 r_entropy[reached],
-                after.psi[reached],
+                psi_after[reached],
                 None if exploration is None else exploration[reached],
                 tasks,
             )
@@ -405,10 +450,9 @@ def make_pretrain(
             r_entropy,
             weight / jnp.sum(weight),
         )
-        updates, successor_opt = successor_optimiser.update(
-            grads, learner.successor_opt
+        successor_params, successor_opt = descend(
+            successor_optimiser, grads, learner.successor_opt, learner.successor_params
         )
-        successor_params = optax.apply_updates(learner.successor_params, updates)
 
         # Every cell that was reached lately counts the same, with its mean task.
         count = memory.task_count
@@ -417,8 +461,9 @@ def make_pretrain(
         error, grads = jax.value_and_grad(feature_loss)(
             learner.feature_params, world, mean_task, is_recent / jnp.sum(is_recent)
         )
-        updates, feature_opt = feature_optimiser.update(grads, learner.feature_opt)
-        feature_params = optax.apply_updates(learner.feature_params, updates)
+        feature_params, feature_opt = descend(
+            feature_optimiser, grads, learner.feature_opt, learner.feature_params
+        )
 
         num_updates = learner.num_updates + 1
         is_due = num_updates % c.target_period == 0
@@ -474,7 +519,7 @@ def make_pretrain(
             task_count=jnp.zeros((num_cells,)),
             scale=rewards.init_distance_scale(),
         )
-        (learner, _), (visits, td, error) = jax.lax.scan(
+        (learner, memory), (visits, td, error) = jax.lax.scan(
             lambda carry, key: iteration(carry, key, world=world),
             (learner, memory),
             jax.random.split(k_iterations, c.num_iterations),
@@ -482,6 +527,7 @@ def make_pretrain(
         return Pretrained(
             feature_params=learner.feature_params,
             successor_params=learner.successor_params,
+            is_met=memory.replay > 0,
             visits=visits,
             td_loss=td,
             feature_loss=error,

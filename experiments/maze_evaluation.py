@@ -134,6 +134,9 @@ def zero_shot(
         ).psi
         alone = jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
         improved = jax.vmap(tasks.gpi_action_values, (0, None))(psi, w)
+        if agent_config.only_met:
+            alone = maze_agent.mask_unmet(alone, result.is_met)
+            improved = maze_agent.mask_unmet(improved, result.is_met)
         inferred = jnp.sum(phi * w[None, :], axis=1)
         planned = maze.optimal_action_values(world, inferred, horizon=horizon)
         return (
@@ -330,8 +333,9 @@ def few_shot(
             def update(carry, _):
                 params, target_params, opt_state = carry
                 grads = jax.grad(loss)(params, target_params, w, unit_reward, weight)
-                updates, opt_state = optimiser.update(grads, opt_state)
-                params = optax.apply_updates(params, updates)
+                params, opt_state = maze_agent.descend(
+                    optimiser, grads, opt_state, params
+                )
                 return (params, target_params, opt_state), None
 
             (learnt, _, learnt_opt), _ = jax.lax.scan(

@@ -203,7 +203,7 @@ def test_the_loop_compiles_once_and_moves_nothing_unasked():
     session.row()
     sizes = act._cache_size(), learn._cache_size()
     with jax.transfer_guard("disallow"):
-        for _ in range(1000):
+        for _ in range(300):
             session.step(act, learn, schedule)
     assert (act._cache_size(), learn._cache_size()) == sizes
     session.row()

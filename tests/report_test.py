@@ -741,7 +741,7 @@ def test_bad_input_in_a_real_process():
         [sys.executable, "-m", "experiments.report", "nowhere", "--out="],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=300,
         check=False,
         cwd=pathlib.Path(__file__).parent.parent,
     )

@@ -166,11 +166,12 @@ def test_options_of_pretraining_do_not_concern_scratch(tmp_path):
     assert "num_envs" not in run.settings
 
 
-def test_options_are_compared_only_where_all_runs_tell_them(tmp_path):
+@pytest.mark.parametrize("text", ["{", "[1]", "\xff"])
+def test_options_are_compared_only_where_all_runs_tell_them(tmp_path, text):
     fake_runs.write(tmp_path / "a", fake_runs.result(), options=OPTIONS)
     fake_runs.write(tmp_path / "b", fake_runs.result(seed=1))
     broken = fake_runs.write(tmp_path / "c", fake_runs.result(seed=2))
-    (broken / "config.json").write_text("{")
+    (broken / "config.json").write_bytes(text.encode("latin-1"))
     collection = run_results.collect([tmp_path])
     assert all("td_form" not in run.settings for run in collection.runs)
     (notice,) = collection.notices
@@ -270,6 +271,8 @@ def test_rounded_numbers_do_not_contradict(tmp_path):
 
 
 def test_missing_folders_and_empty_ones_are_errors(tmp_path):
+    with pytest.raises(ValueError, match="score in no folder at all"):
+        run_results.collect([])
     with pytest.raises(ValueError, match="No such folder: .*nowhere"):
         run_results.collect([tmp_path / "nowhere"])
     other = tmp_path / "notes.txt"
@@ -319,6 +322,9 @@ def test_steps_counted_on_from_pretraining_begin_at_zero(tmp_path):
     metrics = "agent_steps,episode_return\n500100,\n500200,1\n500400,2\n"
     curves = read_curves(tmp_path, metrics)
     np.testing.assert_array_equal(curves.training.agent_steps, [100, 300])
+    # A single row at the very end of the budget is where it says it is.
+    curves = read_curves(tmp_path, "agent_steps,eval_return_mean\n12000,1\n")
+    np.testing.assert_array_equal(curves.evaluation.agent_steps, [12000])
 
 
 @pytest.mark.parametrize(

@@ -235,7 +235,7 @@ def test_pure_modules_need_no_environment_and_no_flags():
         "import sys\n"
         "class Block:\n"
         "    def find_spec(self, name, path=None, target=None):\n"
-        "        if name.split('.')[0] in ('envpool', 'rich', 'matplotlib'):\n"
+        "        if name.split('.')[0] in ('envpool', 'matplotlib', 'tensorboardX'):\n"
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import aps_jax\n"

@@ -283,7 +283,7 @@ def test_evaluation_counts_the_first_game_of_each_environment(run):
     folder, _, _ = run
     trained = stages.load_finetuned(folder / "finetune")
     config = config_lib.replace_options(
-        make_config(), eval_episodes=2000, eval_epsilon=1.0
+        make_config(), eval_episodes=500, eval_epsilon=1.0
     )
     played = evaluation.evaluate(
         config,
@@ -294,9 +294,9 @@ def test_evaluation_counts_the_first_game_of_each_environment(run):
         constructor=fakes.ChainPool,
     )
     expected = fakes.ChainPool("Chain", 1, seeds=[0]).random_return
-    standard_error = played.returns.std() / math.sqrt(2000)
+    standard_error = played.returns.std() / math.sqrt(500)
     assert abs(played.returns.mean() - expected) < 4 * standard_error
-    assert played.returns.shape == played.lengths.shape == (2000,)
+    assert played.returns.shape == played.lengths.shape == (500,)
     assert played.lengths.max() == 20  # The chain's limit.
     assert played.pictures == []
 
