@@ -8,8 +8,8 @@ import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import envs, loop, scores, types
-
+from aps_jax import envs, interrupts, loop, scores, types
+from aps_jax import progress as progress_lib
 
 _PUBLISHED_MAX_FRAMES = 108_000  # 30 minutes at 60 frames per second
 
@@ -31,7 +31,8 @@ def evaluate(
     use_gpi: bool,
     record_agent_steps: int = 0,
     constructor: loop.MakePool = envs.AtariPool,
-    progress: Any = None,
+    progress: progress_lib.Progress | None = None,
+    stop: interrupts.StopRequests | None = None,
 ) -> Evaluation:
     """Plays full games for one task, epsilon-greedily and without learning.
 
@@ -47,7 +48,8 @@ def evaluate(
       use_gpi: Whether to maximise over further tasks (zero-shot acting).
       record_agent_steps: Pictures to keep of the first game, at most.
       constructor: Makes the environments.
-      progress: A `progress.Progress`, or None.
+      progress: Where to show progress; nowhere by default.
+      stop: Requests to stop, which are looked at in every step.
 
     Returns:
       An `Evaluation`.
@@ -80,6 +82,8 @@ def evaluate(
             progress.start("evaluate", total=num_games, unit="games")
         timestep = pool.reset()
         while is_playing.any():
+            if stop is not None:
+                stop.check()
             if len(pictures) < record_agent_steps and is_playing[0]:
                 pictures.append(pool.render(0))
             actor, action = act(params, actor, loop.put(timestep))

@@ -306,9 +306,7 @@ class Session:
         """
         if self.timestep is None:
             self.timestep = self.pool.reset()
-        self.memory, action = act(
-            self.state.params, self.memory, put(self.timestep)
-        )
+        self.memory, action = act(self.state.params, self.memory, put(self.timestep))
         self.pool.send(jax.device_get(action))
         before, self.iteration = self.agent_steps, self.iteration + 1
         if learn is not None:

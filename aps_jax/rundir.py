@@ -45,7 +45,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
     if not isinstance(values, dict):
-        raise ValueError(f"{path} does not hold a JSON object.")
+        # A wrong file is a wrong value of the caller's, not a wrong type.
+        raise ValueError(f"{path} does not hold a JSON object.")  # noqa: TRY004
     return values
 
 

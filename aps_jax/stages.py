@@ -14,6 +14,7 @@ from aps_jax import (
     checkpoint,
     envs,
     evaluation,
+    interrupts,
     loop,
     metrics,
     replay,
@@ -45,6 +46,7 @@ def pretrain(
     *,
     constructor: loop.MakePool = envs.AtariPool,
     progress: progress_lib.Progress | None = None,
+    stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
     """Pretrains an agent on a game whose reward it never sees.
 
@@ -56,6 +58,7 @@ def pretrain(
       workdir: Folder of this stage; made if it does not exist.
       constructor: Makes the environments, as `envs.AtariPool`.
       progress: Where to show progress; nowhere by default.
+      stop: Requests to stop, which are looked at in every step.
 
     Returns:
       What `result.json` holds. The newest checkpoint holds the agent.
@@ -63,6 +66,7 @@ def pretrain(
     Raises:
       ValueError: The folder holds another run.
       FloatingPointError: A loss or reward is not finite; nothing is saved after it.
+      interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=True)
@@ -90,9 +94,7 @@ def pretrain(
                 agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
             ),
             sums=loop.put(
-                metrics.init_sums(
-                    loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
-                )
+                metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
             ),
         )
         act = loop.make_act(
@@ -113,7 +115,7 @@ def pretrain(
             samples_per_step=values.samples_per_step,
             batch_size=learner.batch_size,
         )
-        with _Recorder(workdir, metrics.PRETRAIN_COLUMNS, session) as recorder:
+        with _Recorder(workdir, metrics.PRETRAIN_COLUMNS, session, stop) as recorder:
             recorder.resume()
             total = -(-values.pretrain_agent_steps // num_envs)
             if progress is not None:
@@ -146,6 +148,7 @@ def finetune(
     *,
     constructor: loop.MakePool = envs.AtariPool,
     progress: progress_lib.Progress | None = None,
+    stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
     """Infers the task from rewards, adapts at once, then learns from the reward.
 
@@ -161,6 +164,7 @@ def finetune(
         an untrained agent with the same budget.
       constructor: Makes the environments, as `envs.AtariPool`.
       progress: Where to show progress; nowhere by default.
+      stop: Requests to stop, which are looked at in every step.
 
     Returns:
       What `result.json` holds.
@@ -168,6 +172,7 @@ def finetune(
     Raises:
       ValueError: The folder holds another run, or `init` does not fit.
       FloatingPointError: A loss is not finite; nothing is saved after it.
+      interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=False)
@@ -207,7 +212,7 @@ def finetune(
             ),
             sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
         )
-        with _Recorder(workdir, metrics.FINETUNE_COLUMNS, session) as recorder:
+        with _Recorder(workdir, metrics.FINETUNE_COLUMNS, session, stop) as recorder:
             facts = recorder.resume()
             inferred = (
                 _Inferred.from_facts(facts["inferred"])
@@ -227,6 +232,7 @@ def finetune(
                 is_pretrained=init is not None,
                 constructor=constructor,
                 progress=progress,
+                stop=stop,
             )
         result = {
             **_describe(config, FINETUNE),
@@ -340,6 +346,7 @@ def _learn_task(
     is_pretrained: bool,
     constructor: loop.MakePool,
     progress: progress_lib.Progress | None,
+    stop: interrupts.StopRequests | None,
 ) -> tuple[np.ndarray, list[dict[str, Any]]]:
     """Learns the inferred task and evaluates on the way.
 
@@ -397,6 +404,7 @@ def _learn_task(
             use_gpi=session.iteration == first,
             constructor=constructor,
             progress=progress,
+            stop=stop,
         ).returns
         summary = evaluation.summary(config, returns)
         evaluations.append(
@@ -426,8 +434,14 @@ class _Recorder:
     """Writes a stage's rows and checkpoints, and takes the stage up from the last."""
 
     def __init__(
-        self, workdir: pathlib.Path, columns: tuple[str, ...], session: loop.Session
+        self,
+        workdir: pathlib.Path,
+        columns: tuple[str, ...],
+        session: loop.Session,
+        stop: interrupts.StopRequests | None,
     ):
+        self._stop = stop
+        self._saved: int | None = None  # number of the newest checkpoint
         self._workdir = workdir
         self._columns = columns
         self._session = session
@@ -439,7 +453,9 @@ class _Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *exc_info) -> None:
+        if kind is not None and issubclass(kind, interrupts.Interrupted):
+            self.save()
         if self._writer is not None:
             self._writer.close()
         self._checkpointer.close()
@@ -458,6 +474,7 @@ class _Recorder:
                 number, "loop", (session.memory, session.sums)
             )
             session.iteration = self.facts["agent_steps"] // session.pool.num_envs
+            self._saved = number
         self._writer = metrics.MetricsWriter(
             self._workdir, self._columns, resume_agent_steps=session.agent_steps
         )
@@ -470,7 +487,11 @@ class _Recorder:
         is_last: bool,
         progress: progress_lib.Progress | None,
     ) -> None:
-        """Writes a row and a checkpoint where they are due, and shows progress."""
+        """Writes a row and a checkpoint where they are due, and shows progress.
+
+        Raises:
+          interrupts.Interrupted: A stop was requested.
+        """
         steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
         if loop.is_due(values.report_agent_steps, steps, num_envs) or is_last:
             self.write(self._session.row())
@@ -478,6 +499,8 @@ class _Recorder:
             self.save()
         if progress is not None:
             progress.tick(steps * FRAME_SKIP, self.last_row.get("episode_return"))
+        if self._stop is not None and not is_last:
+            self._stop.check()
 
     def write(self, row: dict[str, float]) -> None:
         """Writes one row of metrics."""
@@ -485,8 +508,11 @@ class _Recorder:
         self._writer.write(row)
 
     def save(self) -> None:
-        """Begins to write a checkpoint of the session."""
+        """Begins to write a checkpoint of the session, unless there is one of it."""
         session = self._session
+        if self._saved == session.agent_steps:
+            return
+        self._saved = session.agent_steps
         self.facts["agent_steps"] = session.agent_steps
         self._checkpointer.save(
             session.agent_steps,

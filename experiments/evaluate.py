@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from absl import flags
 
 from aps_jax import evaluation, pictures, rundir, stages
+from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
@@ -39,7 +40,7 @@ def main(argv: Sequence[str]) -> None:
     )
     task = jnp.asarray(trained.facts["inferred"]["task"], jnp.float32)
     started = time.monotonic()
-    with Progress() as progress:
+    with StopRequests() as stop, Progress() as progress:
         played = evaluation.evaluate(
             config,
             trained.agent,
@@ -48,6 +49,7 @@ def main(argv: Sequence[str]) -> None:
             use_gpi=False,
             record_agent_steps=summary.VIDEO_AGENT_STEPS if _VIDEO.value else 0,
             progress=progress,
+            stop=stop,
         )
     result = stages.evaluation_result(
         config, played.returns, checkpoint=_CHECKPOINT.value, started=started

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from aps_jax import rundir, stages
+from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
@@ -30,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
         init = rundir.find_stage(pathlib.Path(_INIT.value), stages.PRETRAIN)
         _, base = rundir.read_run(init)
     config = common_flags.config_from_flags(base)
-    with Progress() as progress:
-        result = stages.finetune(config, workdir, init, progress=progress)
+    with StopRequests() as stop, Progress() as progress:
+        result = stages.finetune(config, workdir, init, progress=progress, stop=stop)
     summary.print_results(config, {_arm(init): result})
 
 

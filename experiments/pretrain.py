@@ -10,6 +10,7 @@ command continues a run that was interrupted.
 from collections.abc import Sequence
 
 from aps_jax import stages
+from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags
 
@@ -19,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
-    with Progress() as progress:
-        result = stages.pretrain(config, workdir, progress=progress)
+    with StopRequests() as stop, Progress() as progress:
+        result = stages.pretrain(config, workdir, progress=progress, stop=stop)
     print(
         f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
         f"without reward.\nNext: python -m experiments.finetune --init={workdir} "

@@ -16,6 +16,7 @@ from absl import flags
 
 from aps_jax import config as config_lib
 from aps_jax import evaluation, metrics, pictures, rundir, stages
+from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
@@ -39,32 +40,37 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     rundir.open_run(workdir, stage="run_aps", config=config, arms=_ARMS.value)
     results: dict[str, dict[str, Any]] = {}
-    with Progress() as progress:
+    with StopRequests() as stop, Progress() as progress:
+        watched = {"progress": progress, "stop": stop}
         if "pretrained" in _ARMS.value:
-            stages.pretrain(config, workdir / "pretrain", progress=progress)
+            init = workdir / "pretrain"
+            stages.pretrain(config, init, **watched)
             results["pretrained"] = stages.finetune(
-                config, workdir / "pretrained", workdir / "pretrain", progress=progress
+                config, workdir / "pretrained", init, **watched
             )
         if "scratch" in _ARMS.value:
             results["scratch"] = stages.finetune(
-                config, workdir / "scratch", None, progress=progress
+                config, workdir / "scratch", None, **watched
             )
         arm = _ARMS.value[0]
         rundir.write_json(
             workdir / rundir.RESULT_NAME,
             {**results[arm], "stage": "run_aps", "arms": results},
         )
-        _draw(config, workdir, list(results), progress)
+        _draw(config, workdir, list(results), **watched)
     summary.print_results(config, results)
-    for name in (rundir.RESULT_NAME, "curves.png", "game.gif"):
-        print(workdir / name)
+    print(f"Result: {workdir / rundir.RESULT_NAME}")
+    print(f"Learning curves: {workdir / 'curves.png'}")
+    print(f"The agent playing: {workdir / 'game.gif'}")
 
 
 def _draw(
     config: config_lib.Config,
     workdir: pathlib.Path,
     arms: list[str],
+    *,
     progress: Progress,
+    stop: StopRequests,
 ) -> None:
     """Writes the learning curves and a gif of the first arm's agent playing."""
     has_pretraining = "pretrained" in arms
@@ -86,6 +92,7 @@ def _draw(
         use_gpi=False,
         record_agent_steps=summary.VIDEO_AGENT_STEPS,
         progress=progress,
+        stop=stop,
     )
     pictures.save_gif(workdir / "game.gif", played.pictures)
 

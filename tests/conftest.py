@@ -21,9 +21,9 @@ os.environ["XLA_FLAGS"] = (
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-import warnings  # noqa: E402  (after the environment that JAX reads)
+import warnings
 
 with warnings.catch_warnings():
     # Importing TensorFlow Probability (under Distrax) touches a deprecated name of JAX.
     warnings.simplefilter("ignore")
-    import distrax  # noqa: E402, F401
+    import distrax  # noqa: F401

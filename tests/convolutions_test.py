@@ -235,7 +235,9 @@ def test_layers_match_the_reference():
         )
     # 16 x 14 -> 7 x 6 -> 5 x 4, and padded to 6 x 4 -> 3 x 2.
     assert x.shape == (3, 3, 2, 5)
-    result, _ = layers_value_and_gradients(images, weights, make_plan(None))
+    result, _ = jax.jit(layers_value_and_gradients, static_argnums=(2,))(
+        images, weights, make_plan(None)
+    )
     np.testing.assert_allclose(result, x, rtol=1e-5, atol=1e-5)
 
 
@@ -245,7 +247,7 @@ def test_chunks_change_nothing(batch, chunk_size):
     images = np.random.default_rng(3).integers(0, 9, (batch, 16, 14, 2), np.uint8)
     weights = make_weights()
     value_and_gradients = jax.jit(layers_value_and_gradients, static_argnums=(2,))
-    whole = layers_value_and_gradients(
+    whole = value_and_gradients(
         images, weights, make_plan(None, convolutions.convolve_xla)
     )
     chunked = value_and_gradients(images, weights, make_plan(chunk_size))
@@ -258,10 +260,17 @@ def test_float_images_receive_their_gradient_through_chunks():
 
     def gradient(plan):
         def loss(images):
-            result, _ = layers_value_and_gradients(images, make_weights(), plan)
+            result = convolutions.apply_layers(
+                images,
+                make_weights(),
+                layers=LAYERS,
+                activation=convolutions.elu,
+                dtype=jnp.float32,
+                plan=plan,
+            )
             return jnp.sum(jnp.square(result))
 
-        return jax.grad(loss)(images)
+        return jax.jit(jax.grad(loss))(images)
 
     expected = gradient(make_plan(None, convolutions.convolve_xla))
     assert np.abs(expected).max() > 1.0

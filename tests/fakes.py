@@ -28,7 +28,7 @@ class ScriptedEnvPool:
     Environment `i` plays `tapes[i]`, one `ScriptedStep` per agent step, over and over.
     Episodes end where the tape says game over and after `max_episode_steps`. Every
     pixel of a frame of environment `i` is `50 * i + n % 50` for its n-th answer, the
-    reset frames included; all of `ram` is the lives.
+    reset frames included (so that 5 environments are the most); `ram` is all lives.
 
     Attributes:
       options: the keyword arguments that it was made with.

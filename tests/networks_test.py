@@ -1,5 +1,7 @@
 """Tests for the encoders, the feature network and the successor network."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -54,20 +56,44 @@ def with_random_biases(params):
     )
 
 
-@ALL_ENCODERS
-def test_encoder_matches_the_reference(name):
-    encoder, _, reference = ENCODERS[name]
-    images = make_images(name, (3,))
+@pytest.mark.parametrize(
+    "name, leading",
+    [
+        ("small", ()),
+        ("small", (2, 3)),
+        ("small", (1,)),
+        ("nature", (3,)),
+        ("paper", (3,)),
+    ],
+)
+def test_encoder_matches_the_reference(name, leading):
+    encoder, image_shape, reference = ENCODERS[name]
+    images = make_images(name, leading)
     params = with_random_biases(init(encoder(), images))
-    expected = reference(jax.device_get(params["params"]), images)
-    output = encoder().apply(params, images)
+    expected = reference(
+        jax.device_get(params["params"]), images.reshape(-1, *image_shape)
+    )
+    output = jax.jit(encoder().apply)(params, images)
     assert output.dtype == jnp.float32
+    assert output.shape == (*leading, expected.shape[1])
     assert np.abs(expected).max() > 0.1
-    np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(
+        output.reshape(expected.shape), expected, rtol=1e-4, atol=1e-5
+    )
 
 
-@ALL_ENCODERS
-@pytest.mark.parametrize("leading", [(), (1,), (5,), (2, 3)], ids=str)
+@pytest.mark.parametrize(
+    "name, leading",
+    [
+        ("small", ()),
+        ("small", (1,)),
+        ("small", (2, 3)),
+        ("nature", (1,)),
+        ("nature", (5,)),
+        ("paper", (1,)),
+        ("paper", (5,)),
+    ],
+)
 def test_forms_agree_in_value_and_gradient(name, leading):
     encoder, _, _ = ENCODERS[name]
     images = make_images(name, leading)
@@ -91,30 +117,12 @@ def test_forms_agree_in_value_and_gradient(name, leading):
         np.testing.assert_allclose(one / scale, other / scale, rtol=0, atol=1e-5)
 
 
-@ALL_ENCODERS
-def test_leading_dimensions_are_a_batch(name):
-    encoder, image_shape, _ = ENCODERS[name]
-    images = make_images(name, (2, 3))
-    params = init(encoder(), images)
-    flat = encoder().apply(params, images.reshape(6, *image_shape))
+def test_float_images_are_in_the_units_of_bytes():
+    images = make_images("small", (2,))
+    encoder = networks.SmallEncoder()
+    params, apply = init(encoder, images), jax.jit(encoder.apply)
     np.testing.assert_allclose(
-        encoder().apply(params, images), flat.reshape(2, 3, -1), rtol=1e-5, atol=1e-6
-    )
-    np.testing.assert_allclose(
-        encoder().apply(params, images[1, 2]), flat[5], rtol=1e-5, atol=1e-6
-    )
-
-
-@ALL_ENCODERS
-def test_float_images_are_in_the_units_of_bytes(name):
-    encoder, _, _ = ENCODERS[name]
-    images = make_images(name, (2,))
-    params = init(encoder(), images)
-    np.testing.assert_allclose(
-        encoder().apply(params, np.float32(images)),
-        encoder().apply(params, images),
-        rtol=1e-5,
-        atol=1e-6,
+        apply(params, np.float32(images)), apply(params, images), rtol=1e-5, atol=1e-6
     )
 
 
@@ -131,16 +139,21 @@ def test_parameters_depend_on_no_form_and_no_compute_dtype(name):
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(shapes[0]))
 
 
-@ALL_ENCODERS
+@pytest.mark.parametrize("name", ["small", "paper"])
 def test_bfloat16_computes_the_same_roughly(name):
     encoder, _, _ = ENCODERS[name]
-    images = make_images(name, (5,))
+    images = make_images(name, (3,))
     params = init(encoder(), images)
 
     def value_and_gradient(dtype):
-        apply = encoder(dtype=dtype).apply
-        loss = lambda p: jnp.mean(jnp.square(apply(p, images)))
-        return apply(params, images), jax.jit(jax.grad(loss))(params)
+        module = encoder(dtype=dtype)
+
+        @jax.jit
+        def apply(params):
+            output, pull_back = jax.vjp(lambda p: module.apply(p, images), params)
+            return output, pull_back(jnp.cos(output))
+
+        return apply(params)
 
     exact, rough = value_and_gradient(jnp.float32), value_and_gradient(jnp.bfloat16)
     for one, other in zip(jax.tree.leaves(exact), jax.tree.leaves(rough)):
@@ -283,7 +296,7 @@ def test_black_images_keep_everything_finite(name):
 def test_one_broken_image_breaks_no_other():
     images = np.float32(make_images("small", (3,)))
     params = init(networks.SmallEncoder(), images)
-    apply = networks.SmallEncoder(plan=make_plans("small")["mixed"]).apply
+    apply = jax.jit(networks.SmallEncoder(plan=make_plans("small")["mixed"]).apply)
     intact = apply(params, images)
     images[1, 3, 3, 0] = np.nan
     broken = apply(params, images)
@@ -304,14 +317,14 @@ def test_every_parameter_learns_from_phi():
     assert all(np.abs(leaf).max() > 0.0 for leaf in jax.tree.leaves(gradient))
 
 
-class CountingEncoder(nn.Module):
-    """Appends the shape of what it encodes to a list."""
+class RecordingEncoder(nn.Module):
+    """Reports the shape of what it encodes each time that it runs."""
 
-    calls: list
+    record: Callable[[tuple[int, ...]], None]
 
     @nn.compact
     def __call__(self, observation):
-        self.calls.append(observation.shape)
+        self.record(observation.shape)
         return nn.Dense(4)(observation)
 
 
@@ -328,13 +341,13 @@ def make_tasks(leading, num, dim):
 
 
 def test_the_encoder_runs_once_for_all_tasks():
-    encoder = CountingEncoder(calls=[])
-    network = make_successor(encoder)
+    calls = []
+    network = make_successor(RecordingEncoder(calls.append))
     states, tasks = make_maze_states((5,)), make_tasks((5,), 11, 2)
     params = network.init(jax.random.key(0), states, tasks)
-    network.encoder.calls.clear()
+    calls.clear()
     network.apply(params, states, tasks)
-    assert network.encoder.calls == [(5, 7)]
+    assert calls == [(5, 7)]
 
 
 @pytest.mark.parametrize("dim", [1, 2])
@@ -345,7 +358,7 @@ def test_successor_matches_the_reference(dim, num_tasks, leading):
     network = make_successor(encoder, dim)
     states, tasks = make_maze_states(leading), make_tasks(leading, num_tasks, dim)
     params = with_random_biases(init(network, states, tasks))
-    output = network.apply(params, states, tasks)
+    output = jax.jit(network.apply)(params, states, tasks)
     assert output.psi.shape == (*leading, num_tasks, 3, dim)
     assert output.exploration.shape == (*leading, num_tasks, 3)
 
@@ -400,7 +413,7 @@ def test_values_start_small_and_different(name):
         ENCODERS[name][0](), 6, 5, exploration_head=True
     )
     images, tasks = make_images(name, (2,)), make_tasks((2,), 8, 5)
-    output = network.apply(init(network, images, tasks), images, tasks)
+    output = jax.jit(network.apply)(init(network, images, tasks), images, tasks)
     q = jnp.einsum("...kad,...kd->...ka", output.psi, tasks)
     for values in (q, output.exploration):
         assert np.abs(values).max() < 0.5

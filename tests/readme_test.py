@@ -20,7 +20,7 @@ def blocks(language):
 def test_the_reuse_example_runs():
     (code,) = blocks("python")
     found = {}
-    exec(compile(code, "README.md", "exec"), found)
+    exec(compile(code, "README.md", "exec"), found)  # noqa: S102
     assert found["error"].shape == (32, 5)
     # The rewards were phi's first component, so the task is the first axis.
     assert found["found"].task[0] > 0.999

@@ -83,8 +83,8 @@ def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
     assert f"--init={tmp_path / 'p'}" in capsys.readouterr().out
 
 
-def fake_pretrain(config, workdir, *, progress):
-    del workdir, progress
+def fake_pretrain(config, workdir, *, progress, stop):
+    del workdir, progress, stop
     return {"game": config.game, "pretrain_frames": config.pretrain.pretrain_frames}
 
 

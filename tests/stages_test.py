@@ -12,7 +12,7 @@ import pytest
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import evaluation, loop, metrics, rundir, stages
+from aps_jax import evaluation, loop, metrics, stages
 
 pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
 finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
