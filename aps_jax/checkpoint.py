@@ -9,10 +9,15 @@ from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from absl import logging
 
 FORMAT = 1
 
 _KEPT = 2  # Newest checkpoints that stay on disk.
+
+
+class _MisfitError(ValueError):
+    """A checkpoint is whole, and not what the program expects."""
 
 
 class Checkpointer:
@@ -58,45 +63,79 @@ class Checkpointer:
             force=True,
         )
 
-    def restore_facts(self, number: int) -> dict[str, Any]:
-        """Returns the plain values of a checkpoint.
+    def restore_newest(
+        self, templates: dict[str, Any], *, set_damaged_aside: bool = False
+    ) -> tuple[dict[str, Any], dict[str, Any]] | None:
+        """Restores the newest checkpoint that can be read.
+
+        Damaged ones are passed over with a warning that names them.
+
+        Args:
+          templates: What to restore: part (`agent`, `loop`) to a pytree of arrays or
+            `jax.ShapeDtypeStruct`s of the same structure.
+          set_damaged_aside: Whether to rename damaged ones, so that their numbers are
+            free for a run that passes them again.
+
+        Returns:
+          The facts and the parts, on the default device; None if there is nothing.
 
         Raises:
-          ValueError: It was written in another format.
+          ValueError: Structure, shapes, dtypes or the format differ (the message shows
+            both sides), or there are checkpoints and none of them can be read.
         """
+        numbers = sorted(self._manager.all_steps(), reverse=True)
+        damaged: list[pathlib.Path] = []
+        found = None
+        for number in numbers:
+            try:
+                found = self._restore(number, templates)
+                break
+            except _MisfitError:
+                raise
+            # Orbax and TensorStore raise errors of many types for damaged files.
+            except Exception as error:  # noqa: BLE001
+                path = self._folder / str(number)
+                logging.warning(
+                    "%s cannot be read (%s); falling back to the one before.",
+                    path,
+                    str(error).splitlines()[0] if str(error) else type(error).__name__,
+                )
+                damaged.append(path)
+        if numbers and found is None:
+            raise ValueError(f"None of the checkpoints in {self._folder} can be read.")
+        if set_damaged_aside:
+            for path in damaged:
+                path.rename(self._folder.parent / f"damaged_checkpoint_{path.name}")
+            if damaged:
+                self._manager.reload()
+        return found
+
+    def _restore(
+        self, number: int, templates: dict[str, Any]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        path = self._folder / str(number)
         args = ocp.args.Composite(facts=ocp.args.JsonRestore())
         facts = dict(self._manager.restore(number, args=args)["facts"])
         if facts.get("format") != FORMAT:
-            raise ValueError(
-                f"Checkpoint {self._folder / str(number)} has format "
-                f"{facts.get('format')}, this version reads {FORMAT}."
+            raise _MisfitError(
+                f"Checkpoint {path} has format {facts.get('format')}, this version "
+                f"reads {FORMAT}."
             )
-        return facts
-
-    def restore(self, number: int, part: str, template: Any) -> Any:
-        """Returns one part of a checkpoint, on the default device.
-
-        Args:
-          number: Which checkpoint.
-          part: `agent` or `loop`.
-          template: A pytree of arrays or `jax.ShapeDtypeStruct`s of the same structure.
-
-        Raises:
-          ValueError: Structure, shapes or dtypes differ; the message shows both sides.
-        """
-        saved = self._manager.item_metadata(number)[part]
-        if saved is None:
-            raise ValueError(
-                f"Checkpoint {self._folder / str(number)} has no part {part!r}."
-            )
-        differences = tree_differences(saved.tree, template)
-        if differences:
-            raise ValueError(
-                f"Checkpoint {self._folder / str(number)} does not fit: "
-                + "; ".join(differences)
-            )
-        args = ocp.args.Composite(**{part: ocp.args.StandardRestore(template)})
-        return self._manager.restore(number, args=args)[part]
+        metadata = self._manager.item_metadata(number)
+        for part, template in templates.items():
+            differences = tree_differences(metadata[part].tree, template)
+            if differences:
+                raise _MisfitError(
+                    f"Checkpoint {path} does not fit: {'; '.join(differences)}"
+                )
+        args = ocp.args.Composite(
+            **{
+                part: ocp.args.StandardRestore(template)
+                for part, template in templates.items()
+            }
+        )
+        restored = self._manager.restore(number, args=args)
+        return facts, {part: restored[part] for part in templates}
 
     def close(self) -> None:
         """Waits for a save under way."""

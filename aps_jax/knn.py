@@ -10,6 +10,8 @@ together or far from the origin the points are. In three forms:
 - many queries or particles: tiles of both, so that memory does not grow with them.
 
 Letters: `N` queries, `M` particles, `D` feature dimension, `k` neighbours, `C` candidates.
+Inside, arrays of distances are `[M, N]`: reductions over the first axis are vectorised
+over the queries, those over the last are not, on a CPU.
 """
 
 import functools
@@ -27,10 +29,13 @@ from aps_jax.types import Array
 # Up to this many features, subtracting beats a matrix product, and is exact.
 _MAX_UNROLLED_FEATURES = 16
 
-# Particles compared at a time, and entries of the largest array that is not an input: it
-# is the number of queries compared at a time that is made to fit.
-_TILE_SIZE = 4096
-_WORKSPACE = 2**22
+# Particles compared at a time, and entries of the array of their distances: the number of
+# queries compared at a time is made to fit. A CPU is fastest while the array stays in
+# its cache, an accelerator while it fills the machine.
+_TILE_SIZE = {"cpu": 2**12}
+_TILE_SIZE_ELSEWHERE = 2**14
+_WORKSPACE = {"cpu": 2**20}
+_WORKSPACE_ELSEWHERE = 2**26
 
 # Candidates beyond k, so that the bound of the last one exceeds the k-th distance.
 _NUM_SPARE_CANDIDATES = 4
@@ -43,7 +48,10 @@ _NUM_RETRIED_QUERIES = 64
 _TOLERANCE = 4e-6
 
 # Up to this many neighbours, repeated minima beat XLA's `top_k` on a CPU.
-_MAX_REPEATED_MINIMA = 32
+_MAX_REPEATED_MINIMA = 64
+
+# Particles whose minimum is kept while minima are repeated.
+_BLOCK_SIZE = 16
 
 
 def knn_distances(
@@ -103,16 +111,16 @@ def knn_distances(
 
 
 class _Neighbours(NamedTuple):
-    """Particles in the order of a squared distance or of a lower bound of it."""
+    """The particles nearest to each query, in the order of the squares."""
 
-    squares: jax.Array  # [N, C] float32, +inf where there is no particle.
-    indices: jax.Array  # [N, C] int32, of particles.
+    squares: jax.Array  # [k, N] float32, of distances, +inf where there is no particle.
+    indices: jax.Array  # [k, N] int32, of particles.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _distances(k, tile_size, queries, particles, ids):
     """`knn_distances` with a derivative that leaves out the search."""
-    return jnp.sqrt(_search(k, tile_size, queries, particles, ids).squares)
+    return jnp.sqrt(_search(k, tile_size, queries, particles, ids).squares.T)
 
 
 @_distances.defjvp
@@ -123,42 +131,42 @@ def _distances_jvp(k, tile_size, primals, tangents):
     distances = jnp.sqrt(squares)
     has_slope = (distances > 0) & (distances < jnp.inf)
     inverse = jnp.where(has_slope, 1 / jnp.where(has_slope, distances, 1.0), 0.0)
-    directions = (queries[:, None, :] - particles[indices]) * inverse[:, :, None]
-    differences_dot = queries_dot[:, None, :] - particles_dot[indices]
-    return distances, jnp.sum(directions * differences_dot, axis=-1)
+    directions = (queries[None, :, :] - particles[indices]) * inverse[:, :, None]
+    differences_dot = queries_dot[None, :, :] - particles_dot[indices]
+    return distances.T, jnp.sum(directions * differences_dot, axis=-1).T
 
 
 def _search(k, tile_size, queries, particles, ids) -> _Neighbours:
     """Finds the k nearest particles, for a tile of the queries at a time."""
     num_queries, dim = queries.shape
     num_particles = particles.shape[0]
-    num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
     if tile_size is None:
-        tile_size = _TILE_SIZE
-    tile_size = min(max(tile_size, num_candidates), num_particles)
-    query_tile_size = max(_WORKSPACE // max(tile_size, num_candidates * dim), 1)
+        tile_size = _TILE_SIZE.get(jax.default_backend(), _TILE_SIZE_ELSEWHERE)
+    # The running best of a tile must fit into it.
+    tile_size = min(max(tile_size, k + _NUM_SPARE_CANDIDATES), num_particles)
+    workspace = _WORKSPACE.get(jax.default_backend(), _WORKSPACE_ELSEWHERE)
+    num_tiles = math.ceil(num_queries / max(workspace // tile_size, 1))
+    query_tile_size = math.ceil(num_queries / num_tiles)
 
+    query_ids, particle_ids = (None, None) if ids is None else ids
     search = _search_by_subtraction
     if dim > _MAX_UNROLLED_FEATURES:
         search = _search_by_product
-    query_ids, particle_ids = (None, None) if ids is None else ids
 
     def search_tile(queries_and_ids):
         tile, tile_ids = queries_and_ids
         return search(tile, particles, tile_ids, particle_ids, k, tile_size)
 
-    if num_queries <= query_tile_size:
+    if num_tiles == 1:
         return search_tile((queries, query_ids))
-    num_tiles = math.ceil(num_queries / query_tile_size)
-    query_tile_size = math.ceil(num_queries / num_tiles)
     tiles = jax.tree.map(
-        # What is compared for the rows that fill up the last tile is thrown away.
+        # What is found for the rows that fill up the last tile is thrown away.
         lambda x: jnp.resize(x, (num_tiles, query_tile_size, *x.shape[1:])),
         (queries, query_ids),
     )
-    neighbours = jax.lax.map(search_tile, tiles)
     return jax.tree.map(
-        lambda x: x.reshape(num_tiles * query_tile_size, k)[:num_queries], neighbours
+        lambda x: jnp.moveaxis(x, 0, 1).reshape(k, -1)[:, :num_queries],
+        jax.lax.map(search_tile, tiles),
     )
 
 
@@ -169,7 +177,7 @@ def _search_by_subtraction(
 
     def squares_to(queries, particles):
         return sum(
-            jnp.square(queries[:, d][:, None] - particles[:, d][None, :])
+            jnp.square(particles[:, d][:, None] - queries[:, d][None, :])
             for d in range(queries.shape[1])
         )
 
@@ -179,7 +187,7 @@ def _search_by_subtraction(
         particles,
         query_ids,
         particle_ids,
-        num=k,
+        k=k,
         tile_size=tile_size,
     )
 
@@ -197,33 +205,30 @@ def _search_by_product(
     centre: it becomes the centre of a new comparison, for itself and for the queries near
     it, which settles it and nearly always them.
     """
-    num_candidates = min(k + _NUM_SPARE_CANDIDATES, particles.shape[0])
+    num_queries, num_particles = queries.shape[0], particles.shape[0]
+    num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
+    num_retried = min(_NUM_RETRIED_QUERIES, num_queries)
 
     def search_from(centre, queries, query_ids):
-        bounds = _smallest_over_tiles(
+        bounds, candidates = _smallest_over_tiles(
             functools.partial(_product_bounds, centre),
             queries,
             particles,
             query_ids,
             particle_ids,
-            num=num_candidates,
+            k=num_candidates,
             tile_size=tile_size,
         )
-        differences = queries[:, None, :] - particles[bounds.indices]
+        differences = queries[None, :, :] - particles[candidates]
         squares = jnp.sum(jnp.square(differences), axis=-1)
-        squares = jnp.where(bounds.squares == jnp.inf, jnp.inf, squares)
-        order = _smallest_indices(squares, k)
-        nearest = _Neighbours(
-            squares=jnp.take_along_axis(squares, order, axis=-1),
-            indices=jnp.take_along_axis(bounds.indices, order, axis=-1),
-        )
-        if num_candidates == particles.shape[0]:
+        squares = jnp.where(bounds == jnp.inf, jnp.inf, squares)
+        squares, order = _smallest(squares, k=k)
+        nearest = _Neighbours(squares, jnp.take_along_axis(candidates, order, axis=0))
+        if num_candidates == num_particles:
             return nearest, jnp.ones(queries.shape[0], bool)
-        excess = nearest.squares[:, -1] * (1 - _TOLERANCE) - bounds.squares[:, -1]
+        excess = squares[-1] * (1 - _TOLERANCE) - bounds[-1]
         # Not `excess <= 0`: infinity less infinity, and other NaN, must not be retried.
         return nearest, ~(excess > 0)
-
-    num_retried = min(_NUM_RETRIED_QUERIES, queries.shape[0])
 
     def has_unsettled(state):
         _, is_settled = state
@@ -234,15 +239,16 @@ def _search_by_product(
         centre = queries[jnp.argmin(is_settled)]
         squares = jnp.sum(jnp.square(queries - centre[None, :]), axis=-1)
         # The centre comes first, at distance 0, whose bounds are exact: it is settled.
-        rows = _smallest_indices(
-            jnp.where(is_settled, jnp.inf, squares)[None, :], num_retried
-        )[0]
+        _, rows = _smallest(
+            jnp.where(is_settled, jnp.inf, squares)[:, None], k=num_retried
+        )
+        rows = rows[:, 0]
         row_ids = None if query_ids is None else query_ids[rows]
         again, is_settled_again = search_from(centre, queries[rows], row_ids)
         # Rows settled before only fill up the number, and may lie far from this centre.
         is_kept = is_settled[rows]
         nearest = jax.tree.map(
-            lambda x, y: x.at[rows].set(jnp.where(is_kept[:, None], x[rows], y)),
+            lambda x, y: x.at[:, rows].set(jnp.where(is_kept[None, :], x[:, rows], y)),
             nearest,
             again,
         )
@@ -260,7 +266,7 @@ def _search_by_product(
 
 
 def _product_bounds(centre, queries, particles) -> jax.Array:
-    """Bounds the squared distances from below by a matrix product, `[N, M]`.
+    """Bounds the squared distances from below by a matrix product, `[M, N]`.
 
     Rounding moves `norm(q)^2 + norm(p)^2 - 2 q^T p` by at most `gamma` times the sum of
     the squared norms. In the worst case gamma is near 2 D units of rounding; sums of D
@@ -274,8 +280,8 @@ def _product_bounds(centre, queries, particles) -> jax.Array:
     query_squares = (1 - gamma) * jnp.sum(jnp.square(queries), axis=-1)
     particle_squares = (1 - gamma) * jnp.sum(jnp.square(particles), axis=-1)
     # Without `HIGHEST`, GPUs and TPUs would round the factors to 10 bits or fewer.
-    products = jnp.matmul(queries, particles.T, precision=jax.lax.Precision.HIGHEST)
-    return query_squares[:, None] + particle_squares[None, :] - 2 * products
+    products = jnp.matmul(particles, queries.T, precision=jax.lax.Precision.HIGHEST)
+    return particle_squares[:, None] + query_squares[None, :] - 2 * products
 
 
 def _smallest_over_tiles(
@@ -285,10 +291,10 @@ def _smallest_over_tiles(
     query_ids: jax.Array | None,
     particle_ids: jax.Array | None,
     *,
-    num: int,
+    k: int,
     tile_size: int,
 ) -> _Neighbours:
-    """Finds the `num` particles of the smallest squares, one tile after the other."""
+    """Finds the k particles of the smallest squares, one tile after the other."""
     num_queries, num_particles = queries.shape[0], particles.shape[0]
     offsets = np.arange(0, num_particles, tile_size)
     # The last tile starts earlier if it would not be full, and leaves out what the
@@ -300,91 +306,93 @@ def _smallest_over_tiles(
         squares = squares_to(queries, tile)
         if num_particles % tile_size:
             is_repeated = start + jnp.arange(tile_size, dtype=jnp.int32) < offset
-            squares = jnp.where(is_repeated[None, :], jnp.inf, squares)
+            squares = jnp.where(is_repeated[:, None], jnp.inf, squares)
         if particle_ids is not None:
             tile_ids = jax.lax.dynamic_slice_in_dim(particle_ids, start, tile_size)
-            is_self = query_ids[:, None] == tile_ids[None, :]
+            is_self = tile_ids[:, None] == query_ids[None, :]
             squares = jnp.where(is_self, jnp.inf, squares)
-        indices = _smallest_indices(squares, num)
-        return _Neighbours(
-            squares=jnp.take_along_axis(squares, indices, axis=-1),
-            indices=start + indices,
-        )
+        nearest = _smallest(squares, k=k)
+        return nearest._replace(indices=start + nearest.indices)
 
     def merge_tile(best, start_and_offset):
         both = jax.tree.map(
-            lambda x, y: jnp.concatenate([x, y], axis=-1),
-            best,
-            search_tile(*start_and_offset),
+            lambda x, y: jnp.concatenate([x, y]), best, search_tile(*start_and_offset)
         )
-        indices = _smallest_indices(both.squares, num)
-        best = jax.tree.map(lambda x: jnp.take_along_axis(x, indices, axis=-1), both)
-        return best, None
+        squares, rows = _smallest(both.squares, k=k)
+        return _Neighbours(
+            squares, jnp.take_along_axis(both.indices, rows, axis=0)
+        ), None
 
     if len(offsets) == 1:
         return search_tile(jnp.int32(0), jnp.int32(0))
-    shape = (num_queries, num)
+    shape = (k, num_queries)
     nothing = _Neighbours(jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))
     tiles = (jnp.asarray(starts, jnp.int32), jnp.asarray(offsets, jnp.int32))
     best, _ = jax.lax.scan(merge_tile, nothing, tiles)
     return best
 
 
-def _smallest_indices(values: jax.Array, k: int) -> jax.Array:
-    """Finds the columns of the k smallest values of each row, smallest first.
+def _smallest(values: jax.Array, *, k: int) -> _Neighbours:
+    """Finds the k smallest values of each column, smallest first, and their rows.
 
     NaN counts as the smallest value, so that it is chosen and seen.
     """
-    # Finite, so that +inf is left to mark what `_repeated_minima` has taken.
-    values = jnp.minimum(values, jnp.finfo(values.dtype).max)
     values = jnp.where(jnp.isnan(values), -jnp.inf, values)
     if k > _MAX_REPEATED_MINIMA:
-        return _top_k(values, k=k)
-    return jax.lax.platform_dependent(
-        values,
-        cpu=functools.partial(_smallest_of_blocks, k=k),
-        default=functools.partial(_top_k, k=k),
-    )
+        smallest, rows = _top_k(values, k=k)
+    else:
+        smallest, rows = jax.lax.platform_dependent(
+            values,
+            cpu=functools.partial(_repeated_minima, k=k),
+            default=functools.partial(_top_k, k=k),
+        )
+    return _Neighbours(jnp.where(smallest == -jnp.inf, jnp.nan, smallest), rows)
 
 
-def _top_k(values: jax.Array, *, k: int) -> jax.Array:
-    _, indices = jax.lax.top_k(-values, k)
-    return indices
+def _top_k(values: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+    negated, rows = jax.lax.top_k(-values.T, k)
+    return -negated.T, rows.T
 
 
-def _smallest_of_blocks(values: jax.Array, *, k: int) -> jax.Array:
-    """Finds the smallest values among the k blocks that have the smallest minima.
+def _repeated_minima(values: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+    """Takes the minimum k times, from the minima of blocks of rows.
 
-    They are all there: each of the k smallest values lies in one of these blocks. XLA
-    finds minima of rows many times faster on a CPU than it selects from them.
+    Each time only the block that the minimum was in is looked at again. On a CPU this is
+    several times faster than XLA's `top_k`, because every step is vectorised over the
+    columns. Equal values are taken in the order of their rows; so what was taken is what
+    does not come after the last (value, row).
     """
     num_rows, num_columns = values.shape
-    block_size = math.isqrt(num_columns // k)
-    if block_size < 2:
-        return _repeated_minima(values, k=k)
-    num_blocks = math.ceil(num_columns / block_size)
-    padding = num_blocks * block_size - num_columns
-    values = jnp.pad(values, ((0, 0), (0, padding)), constant_values=jnp.inf)
-    # Block g holds columns g, g + num_blocks, g + 2 num_blocks, ...: this shape keeps the
-    # rows of the reduction contiguous.
-    minima = jnp.min(values.reshape(num_rows, block_size, num_blocks), axis=1)
-    blocks = _repeated_minima(minima, k=k)
-    members = num_blocks * jnp.arange(block_size, dtype=jnp.int32)
-    columns = (blocks[:, :, None] + members[None, None, :]).reshape(num_rows, -1)
-    chosen = _repeated_minima(jnp.take_along_axis(values, columns, axis=1), k=k)
-    return jnp.take_along_axis(columns, chosen, axis=1)
+    num_blocks = math.ceil(num_rows / _BLOCK_SIZE)
+    padding = num_blocks * _BLOCK_SIZE - num_rows
+    values = jnp.pad(values, ((0, padding), (0, 0)), constant_values=jnp.inf)
+    blocks = jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
+    members = jnp.arange(_BLOCK_SIZE, dtype=jnp.int32)[:, None]
 
+    def take_minimum(state, _):
+        minima, last_value, last_row = state
+        value = jnp.min(minima, axis=0, keepdims=True)
+        # Minima, because XLA does not vectorise `argmin` on a CPU.
+        block = jnp.min(
+            jnp.where(minima == value, blocks, num_blocks - 1), axis=0, keepdims=True
+        )
+        rows = _BLOCK_SIZE * block + members
+        block_values = jnp.take_along_axis(values, rows, axis=0, mode="clip")
+        is_left = (block_values > last_value) | (rows > last_row)
+        # If nothing is left but +inf, any row will do.
+        row = jnp.min(
+            jnp.where((block_values == value) & is_left, rows, num_rows - 1),
+            axis=0,
+            keepdims=True,
+        )
+        is_next = (block_values > value) | ((block_values == value) & (rows > row))
+        minimum = jnp.min(
+            jnp.where(is_next, block_values, jnp.inf), axis=0, keepdims=True
+        )
+        minima = jnp.where(blocks == block, minimum, minima)
+        return (minima, value, row), (value[0], row[0])
 
-def _repeated_minima(values: jax.Array, *, k: int) -> jax.Array:
-    """Finds the columns of the k smallest values by taking the minimum k times."""
-    num_columns = values.shape[1]
-    columns = jnp.arange(num_columns, dtype=jnp.int32)[None, :]
-
-    def take_minimum(values, _):
-        is_minimum = values == jnp.min(values, axis=1, keepdims=True)
-        # Two minima, because XLA does not vectorise `argmin` on a CPU.
-        index = jnp.min(jnp.where(is_minimum, columns, num_columns), axis=1)
-        return jnp.where(columns == index[:, None], jnp.inf, values), index
-
-    _, indices = jax.lax.scan(take_minimum, values, length=k)
-    return indices.T
+    minima = jnp.min(values.reshape(num_blocks, _BLOCK_SIZE, num_columns), axis=1)
+    nothing = jnp.full((1, num_columns), -jnp.inf), jnp.full((1, num_columns), -1)
+    _, smallest = jax.lax.scan(take_minimum, (minima, *nothing), length=k)
+    return smallest

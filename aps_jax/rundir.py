@@ -1,5 +1,7 @@
 """A run's folder: whose it is, what it holds, and how its JSON files are written."""
 
+import contextlib
+import fcntl
 import importlib.metadata
 import json
 import os
@@ -7,12 +9,14 @@ import pathlib
 import platform
 import subprocess
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from aps_jax import config as config_lib
 
 CONFIG_NAME = "config.json"
 RESULT_NAME = "result.json"
+LOCK_NAME = "lock"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEMA = 1
 
@@ -124,6 +128,29 @@ def open_run(
     except OSError as error:
         raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
     return False
+
+
+@contextlib.contextmanager
+def lock_run(workdir: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes out of a run's folder; the lock dies with the process.
+
+    Raises:
+      ValueError: Another process holds it, with its number.
+    """
+    with (workdir / LOCK_NAME).open("a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            file.seek(0)
+            raise ValueError(
+                f"{workdir} is in use by another process ({file.read().strip()}). Wait "
+                "for it, or give another --workdir."
+            ) from error
+        file.seek(0)
+        file.truncate()
+        file.write(f"process {os.getpid()} on {platform.node()}\n")
+        file.flush()
+        yield
 
 
 def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:

@@ -1,5 +1,6 @@
 """The stages of a run: pretraining without reward, and fine-tuning with it."""
 
+import contextlib
 import dataclasses
 import pathlib
 import time
@@ -72,13 +73,15 @@ def pretrain(
     resources.check_memory(config, is_pretraining=True)
     values, learner = config.pretrain, config.learner
     num_envs = values.num_envs
-    pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
-    try:
+    with contextlib.ExitStack() as held:
+        pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
+        held.callback(pool.close)
         is_known = rundir.open_run(
             workdir, stage=PRETRAIN, config=config, num_actions=pool.num_actions
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
+        held.enter_context(rundir.lock_run(workdir))
         agent = agent_lib.make_agent(
             learner, config.finetune, num_actions=pool.num_actions
         )
@@ -135,9 +138,7 @@ def pretrain(
                 "last_metrics": loop.without_nan(recorder.last_row),
                 **_rate(session.agent_steps, started),
             }
-    finally:
-        pool.close()
-    rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        rundir.write_json(workdir / rundir.RESULT_NAME, result)
     return result
 
 
@@ -178,8 +179,9 @@ def finetune(
     resources.check_memory(config, is_pretraining=False)
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
-    pool = loop.make_pool(config, num_envs, loop.Stream.FINETUNE_ACT, constructor)
-    try:
+    with contextlib.ExitStack() as held:
+        pool = loop.make_pool(config, num_envs, loop.Stream.FINETUNE_ACT, constructor)
+        held.callback(pool.close)
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
         pretrain_frames = 0
         if init is None:
@@ -198,6 +200,7 @@ def finetune(
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
+        held.enter_context(rundir.lock_run(workdir))
         ring = replay.make_replay(
             num_envs=num_envs,
             # Rounded up, so that nothing is overwritten.
@@ -245,9 +248,7 @@ def finetune(
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
-    finally:
-        pool.close()
-    rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        rundir.write_json(workdir / rundir.RESULT_NAME, result)
     return result
 
 
@@ -466,15 +467,17 @@ class _Recorder:
         Returns:
           The facts of that checkpoint; empty for a new run.
         """
-        session, number = self._session, self._checkpointer.latest()
-        if number is not None:
-            self.facts = self._checkpointer.restore_facts(number)
-            session.state = self._checkpointer.restore(number, "agent", session.state)
-            session.memory, session.sums = self._checkpointer.restore(
-                number, "loop", (session.memory, session.sums)
-            )
+        session = self._session
+        found = self._checkpointer.restore_newest(
+            {"agent": session.state, "loop": (session.memory, session.sums)},
+            set_damaged_aside=True,
+        )
+        if found is not None:
+            self.facts, parts = found
+            session.state = parts["agent"]
+            session.memory, session.sums = parts["loop"]
             session.iteration = self.facts["agent_steps"] // session.pool.num_envs
-            self._saved = number
+            self._saved = session.agent_steps
         self._writer = metrics.MetricsWriter(
             self._workdir, self._columns, resume_agent_steps=session.agent_steps
         )
@@ -551,9 +554,6 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
     num_actions = facts["num_actions"]
     checkpointer = checkpoint.Checkpointer(folder / rundir.CHECKPOINTS_NAME)
     try:
-        number = checkpointer.latest()
-        if number is None:
-            raise ValueError(f"The run in {folder} has no checkpoint yet.")
         agent = agent_lib.make_agent(
             config.learner, config.finetune, num_actions=num_actions
         )
@@ -563,10 +563,11 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
             return agent.init_finetune(state) if is_finetuned else state
 
         template = jax.eval_shape(init, jax.random.key(0))
-        state = checkpointer.restore(number, "agent", template)
-        return Trained(
-            config, agent, state, num_actions, checkpointer.restore_facts(number)
-        )
+        found = checkpointer.restore_newest({"agent": template})
+        if found is None:
+            raise ValueError(f"The run in {folder} has no checkpoint yet.")
+        facts, parts = found
+        return Trained(config, agent, parts["agent"], num_actions, facts)
     finally:
         checkpointer.close()
 

@@ -54,7 +54,6 @@ class AgentConfig:
     feature_hidden: int = 128
     hidden: int = 128
     observation_scale: float = 3.0  # Of the one-hot observation, see docs/maze.md.
-    task_scale: float = 1.0  # Of the task vector at the successor network's entrance.
     unit_values: bool = True  # Cumulants times (1 - discount): psi stays near 1.
     discount: float = 0.95
     episode_length: int = 40
@@ -63,13 +62,12 @@ class AgentConfig:
     num_iterations: int = 1000
     num_updates: int = 4
     num_tasks: int = 8
-    epsilon: float = 0.1
+    epsilon: float = 0.2
     learning_rate: float = 2e-3
     feature_learning_rate: float = 1e-3
     feature_decay: float = (
         0.98  # Per iteration, of the visits that features learn from.
     )
-    only_met: bool = True  # Greedy actions, but for behaviour, were tried before.
     replay_exponent: float = 0.0  # 0 weighs transitions equally, 1 by their visits.
     replay_decay: float = 1.0  # Per iteration, of the replay's counts.
     target_period: int = 10  # Updates.
@@ -119,7 +117,6 @@ class Pretrained(NamedTuple):
 
     feature_params: Params
     successor_params: Params
-    is_met: jax.Array  # [S, A] bool, actions tried at least once.
     visits: jax.Array  # [I, S] float32, how often each iteration reached each cell.
     td_loss: jax.Array  # [I], mean over the iteration's updates.
     feature_loss: jax.Array  # [I], mean over the iteration's updates.
@@ -197,9 +194,7 @@ def successor_table(
     """Predicts psi `[S, K, A, D]` of every cell for tasks `[K, D]`."""
     cells = observations(world, config)
     tasks = jnp.broadcast_to(tasks, (cells.shape[0], *tasks.shape))
-    return make_networks(config).successor.apply(
-        params, cells, config.task_scale * tasks
-    )
+    return make_networks(config).successor.apply(params, cells, tasks)
 
 
 def feature_table(
@@ -247,32 +242,6 @@ def _play(
 
     start = jnp.full((num_envs,), world.start)
     return jax.lax.scan(act, start, (task_index, explores, drawn))[1]
-
-
-def mask_unmet(values: jax.Array, is_met: jax.Array) -> jax.Array:
-    """Sets the values `[S, A]` of actions never tried in their cell to -inf.
-
-    Nothing was learnt about them. A cell in which nothing was tried keeps all of them.
-    """
-    allowed = is_met | ~jnp.any(is_met, axis=1, keepdims=True)
-    return jnp.where(allowed, values, -jnp.inf)
-
-
-def replace_unmet(psi: jax.Array, is_met: jax.Array, phi: jax.Array) -> jax.Array:
-    """Replaces what `psi` `[S, K, A, D]` says about actions never tried in their cell.
-
-    A maximum over actions would pick such a value whenever it errs upwards, and every
-    cell on the way there would learn the error. It becomes the value of an action that
-    was tried, which changes no maximum; where none was, it becomes the features `phi`
-    `[S, D]` of the cell, as if one stayed there for ever (in unit values).
-    """
-    has_met = jnp.any(is_met, axis=1)
-    first = jax.nn.one_hot(jnp.argmax(is_met, axis=1), is_met.shape[1])  # [S, A]
-    substitute = jnp.sum(first[:, None, :, None] * psi, axis=2, keepdims=True)
-    substitute = jnp.where(
-        has_met[:, None, None, None], substitute, phi[:, None, None, :]
-    )
-    return jnp.where(is_met[:, None, :, None], psi, substitute)
 
 
 def descend(
@@ -362,10 +331,6 @@ def make_pretrain(
         """Averages over transitions, as `weight` [S, A] says, and over the tasks."""
         before = successor_table(params, world, tasks, c)
         after = successor_table(target_params, world, tasks, c)
-        psi_after = after.psi
-        if c.only_met:
-            unit = 1.0 if c.unit_values else 1.0 / (1.0 - c.discount)
-            psi_after = replace_unmet(psi_after, weight > 0, unit * phi)
 
         def square(*arguments):
             return _td_error_square(*arguments, config=c)
@@ -382,7 +347,7 @@ def make_pretrain(
                 np.int32(action),
                 phi[reached],
                 r_entropy[reached],
-                psi_after[reached],
+                after.psi[reached],
                 None if exploration is None else exploration[reached],
                 tasks,
             )
@@ -498,7 +463,7 @@ def make_pretrain(
             learner,
             tasks,
         )
-        return (learner, memory), (visits, jnp.mean(td), jnp.mean(error))
+        return (learner, _), (visits, jnp.mean(td), jnp.mean(error))
 
     def pretrain(key: PRNGKey, world: maze.Maze) -> Pretrained:
         num_cells = world.is_free.shape[0]
@@ -519,7 +484,7 @@ def make_pretrain(
             task_count=jnp.zeros((num_cells,)),
             scale=rewards.init_distance_scale(),
         )
-        (learner, memory), (visits, td, error) = jax.lax.scan(
+        (learner, _), (visits, td, error) = jax.lax.scan(
             lambda carry, key: iteration(carry, key, world=world),
             (learner, memory),
             jax.random.split(k_iterations, c.num_iterations),
@@ -527,7 +492,6 @@ def make_pretrain(
         return Pretrained(
             feature_params=learner.feature_params,
             successor_params=learner.successor_params,
-            is_met=memory.replay > 0,
             visits=visits,
             td_loss=td,
             feature_loss=error,

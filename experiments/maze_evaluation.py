@@ -134,9 +134,6 @@ def zero_shot(
         ).psi
         alone = jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
         improved = jax.vmap(tasks.gpi_action_values, (0, None))(psi, w)
-        if agent_config.only_met:
-            alone = maze_agent.mask_unmet(alone, result.is_met)
-            improved = maze_agent.mask_unmet(improved, result.is_met)
         inferred = jnp.sum(phi * w[None, :], axis=1)
         planned = maze.optimal_action_values(world, inferred, horizon=horizon)
         return (
@@ -235,7 +232,6 @@ def few_shot(
     boxes: jax.Array,
     feature_params: Params,
     successor_params: Params,
-    is_met: jax.Array,
     agent_config: maze_agent.AgentConfig,
     config: TestConfig,
 ) -> jax.Array:
@@ -252,7 +248,6 @@ def few_shot(
       boxes: `[P, S]`, as `maze.box_masks` makes them.
       feature_params: of the feature network, pretrained or fresh.
       successor_params: of the successor network, pretrained or fresh.
-      is_met: `[S, A]` bool, actions tried in pretraining.
       agent_config: of both networks.
       config: the test.
 
@@ -291,9 +286,6 @@ def few_shot(
 
     def loss(params, target_params, w, reward, met):
         psi_tm1, psi = psi_of(params, w), psi_of(target_params, w)
-        if agent_config.only_met:
-            known = is_met | (met > 0)
-            psi = maze_agent.replace_unmet(psi[:, None], known, phi)[:, 0]
         error = jax.vmap(losses.scalar_td_error, (0, None, 0, None, 0, None))
         total = jnp.float32(0)
         for action in range(num_actions):
@@ -313,11 +305,8 @@ def few_shot(
         k_reward, k_task, k_episodes = jax.random.split(key, 3)
         reward = maze.sample_reward(k_reward, world, boxes)
 
-        def score(params, w, met):
-            action_values = values(params, w)
-            if agent_config.only_met:
-                action_values = maze_agent.mask_unmet(action_values, is_met | met)
-            return _score(world, _table(action_values, horizon), reward)
+        def score(params, w):
+            return _score(world, _table(values(params, w), horizon), reward)
 
         def episode(carry, inputs):
             params, target_params, opt_state, met, w = carry
@@ -358,7 +347,7 @@ def few_shot(
                 (params, opt_state),
             )
             # The target network is renewed once an episode.
-            return (params, params, opt_state, met, w), score(params, w, met)
+            return (params, params, opt_state, met, w), score(params, w)
 
         w = sphere.sample_uniform(k_task, (), dim)
         met = jnp.zeros((num_cells, num_actions), bool)
@@ -369,7 +358,7 @@ def few_shot(
             met,
             w,
         )
-        first = score(successor_params, w, met)
+        first = score(successor_params, w)
         num = config.few_shot_episodes
         _, scores = jax.lax.scan(
             episode, carry, (jnp.arange(num), jax.random.split(k_episodes, num))

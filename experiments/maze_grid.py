@@ -70,7 +70,6 @@ def run_grid(
             boxes,
             result.feature_params,
             result.successor_params,
-            result.is_met,
             config,
             test_config,
         )
@@ -82,9 +81,8 @@ def run_grid(
         # The scratch arm meets the rewards of the others: they share the key.
         _, _, k_few, k_init = jax.random.split(key, 4)
         params = maze_agent.init_params(k_init, world, agent_config)
-        nothing_met = jnp.zeros(world.next_cell.shape, bool)
         return maze_evaluation.few_shot(
-            k_few, world, boxes, *params, nothing_met, agent_config, test_config
+            k_few, world, boxes, *params, agent_config, test_config
         )
 
     @jax.jit

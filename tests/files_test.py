@@ -3,6 +3,7 @@
 import io
 import json
 import math
+import os
 
 import jax
 import jax.numpy as jnp
@@ -132,14 +133,71 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
         saver.save(number, tree, {"loop": jnp.arange(number)}, {"agent_steps": number})
     saver.close()
     reader = checkpoint.Checkpointer(tmp_path / "c")
-    assert reader.latest() == 3
-    assert reader.restore_facts(3)["agent_steps"] == 3
-    found = reader.restore(3, "agent", jax.eval_shape(lambda: tree))
-    np.testing.assert_array_equal(found["x"], tree["x"])
-    assert found["n"] == 3
-    loop = reader.restore(3, "loop", {"loop": jnp.zeros(3, jnp.int32)})
-    np.testing.assert_array_equal(loop["loop"], [0, 1, 2])
+    facts, parts = reader.restore_newest(
+        {
+            "agent": jax.eval_shape(lambda: tree),
+            "loop": {"loop": jnp.zeros(3, jnp.int32)},
+        }
+    )
     reader.close()
+    assert facts["agent_steps"] == 3
+    np.testing.assert_array_equal(parts["agent"]["x"], tree["x"])
+    assert parts["agent"]["n"] == 3
+    np.testing.assert_array_equal(parts["loop"]["loop"], [0, 1, 2])
+
+
+def test_no_checkpoint_is_nothing(tmp_path):
+    reader = checkpoint.Checkpointer(tmp_path / "c")
+    assert reader.restore_newest({"agent": make_tree()}) is None
+    reader.close()
+
+
+def damage(folder, kind):
+    """Damages the largest file of a checkpoint's arrays."""
+    files = [path for path in (folder / "agent").rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    if kind == "truncated":
+        os.truncate(path, path.stat().st_size // 2)
+    elif kind == "missing":
+        path.unlink()
+    else:
+        path.write_bytes(b"\xff" * path.stat().st_size)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "missing", "overwritten"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplog):
+    saver = checkpoint.Checkpointer(tmp_path / "c")
+    for number in (1, 2):
+        saver.save(number, {"x": jnp.arange(1000.0) * number}, {"n": number}, {})
+    saver.close()
+    damage(tmp_path / "c" / "2", kind)
+    reader = checkpoint.Checkpointer(tmp_path / "c")
+    template = {"agent": {"x": jnp.zeros(1000)}}
+    _, parts = reader.restore_newest(template, set_damaged_aside=True)
+    np.testing.assert_array_equal(parts["agent"]["x"], np.arange(1000.0))
+    assert str(tmp_path / "c" / "2") in caplog.text
+    # Its number is free again, and what is left of it is kept.
+    assert (tmp_path / "damaged_checkpoint_2").is_dir()
+    reader.save(2, {"x": jnp.ones(1000)}, {"n": 2}, {})
+    reader.close()
+    again = checkpoint.Checkpointer(tmp_path / "c")
+    np.testing.assert_array_equal(again.restore_newest(template)[1]["agent"]["x"], 1.0)
+    damage(tmp_path / "c" / "1", kind)
+    damage(tmp_path / "c" / "2", kind)
+    with pytest.raises(ValueError, match="None of the checkpoints in"):
+        again.restore_newest(template)
+    again.close()
+
+
+def test_a_second_process_is_kept_out_of_a_folder(tmp_path):
+    with (
+        rundir.lock_run(tmp_path),
+        pytest.raises(ValueError, match=f"in use by another.*process {os.getpid()} on"),
+        rundir.lock_run(tmp_path),
+    ):
+        pass
+    with rundir.lock_run(tmp_path):
+        pass  # Free again.
 
 
 def test_a_checkpoint_that_does_not_fit_is_described(tmp_path):
@@ -149,7 +207,7 @@ def test_a_checkpoint_that_does_not_fit_is_described(tmp_path):
     reader = checkpoint.Checkpointer(tmp_path / "c")
     words = r"layer/kernel is float32\[2, 3\] on disk and float32\[2, 4\] here"
     with pytest.raises(ValueError, match=words):
-        reader.restore(1, "agent", make_tree(4))
+        reader.restore_newest({"agent": make_tree(4)})
     reader.close()
 
 

@@ -118,23 +118,6 @@ def test_episodes_start_at_the_start_and_follow_the_greedy_action_of_each_task()
     np.testing.assert_array_equal(played.action, [[3, 1], [3, 1], [1, 0], [1, 0]])
 
 
-def test_actions_never_tried_are_masked_unless_none_was():
-    values = jnp.array([[1.0, 2.0], [3.0, 4.0]])
-    is_met = jnp.array([[True, False], [False, False]])
-    masked = maze_agent.mask_unmet(values, is_met)
-    np.testing.assert_array_equal(masked, [[1.0, -np.inf], [3.0, 4.0]])
-
-
-def test_psi_of_actions_never_tried_is_that_of_one_that_was():
-    psi = jnp.arange(12.0).reshape(2, 1, 3, 2)  # Two cells, one task, three actions.
-    is_met = jnp.array([[False, True, True], [False, False, False]])
-    phi = jnp.array([[-1.0, -2.0], [-3.0, -4.0]])
-    replaced = maze_agent.replace_unmet(psi, is_met, phi)
-    # In the first cell, action 1 stands in for action 0; the second knows nothing.
-    np.testing.assert_array_equal(replaced[0, 0], [[2, 3], [2, 3], [4, 5]])
-    np.testing.assert_array_equal(replaced[1, 0], [[-3, -4]] * 3)
-
-
 def test_exploring_actions_are_uniform_and_as_frequent_as_epsilon():
     explores, actions = maze_agent.random_actions(jax.random.key(0), (40_000,), 0.25)
     # Standard deviations: 0.0022 of the share, 0.0022 of each action's.
