@@ -80,10 +80,12 @@ def make_pool(
       ValueError: The game is unknown or an option is out of bounds.
     """
     environment = config.environment
+    # Neither stages nor the processes of several hosts share a stream of games.
+    number = int(stream) + len(Stream) * jax.process_index()
     return constructor(
         config.game,
         num_envs,
-        seeds=envs.environment_seeds(config.seed, num_envs, process_index=int(stream)),
+        seeds=envs.environment_seeds(config.seed, num_envs, process_index=number),
         num_threads=environment.env_threads,
         frame_skip=config_lib.FRAME_SKIP,
         noop_max=environment.noop_max,

@@ -81,8 +81,13 @@ class Progress:
         last = "-" if self._last_return is None else f"{self._last_return:.1f}"
         return (
             f"{self._phase}: {done:,} of {self._total:,} {self._unit}, "
-            f"{rate:,.0f} {self._unit}/s, ETA {duration(left)}, last return {last}"
+            f"{_rate(rate)} {self._unit}/s, ETA {duration(left)}, last return {last}"
         )
+
+
+def _rate(per_second: float) -> str:
+    """Writes a rate with as many digits as tell something."""
+    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2f}"
 
 
 def duration(seconds: float) -> str:

@@ -463,7 +463,7 @@ def make_pretrain(
             learner,
             tasks,
         )
-        return (learner, _), (visits, jnp.mean(td), jnp.mean(error))
+        return (learner, memory), (visits, jnp.mean(td), jnp.mean(error))
 
     def pretrain(key: PRNGKey, world: maze.Maze) -> Pretrained:
         num_cells = world.is_free.shape[0]
