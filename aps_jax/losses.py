@@ -20,7 +20,6 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
-import rlax
 
 from aps_jax.types import Array
 
@@ -92,6 +91,9 @@ def n_step_target(r_t: Array, discount_t: Array, v_t: Array) -> jax.Array:
     chex.assert_rank([r_t, discount_t, v_t], 1)
     chex.assert_type([r_t, discount_t, v_t], float)
     chex.assert_equal_shape([r_t, discount_t, v_t])
+
+    # Imported here because RLax brings in TensorFlow Probability, which takes seconds.
+    import rlax
 
     n = r_t.shape[0]
     return rlax.n_step_bootstrapped_returns(r_t, discount_t, v_t, n)[0]
