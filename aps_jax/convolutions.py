@@ -13,6 +13,7 @@ Letters: `B` batch, `H`/`W` height and width of the images, `h`/`w` of the resul
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple, TypeAlias
 
@@ -28,10 +29,10 @@ Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 _DIMENSIONS = ("NHWC", "HWIO", "NHWC")
 
 # What the gathered windows of one chunk of images may take. The matrix products run
-# at their full speed while their operands stay in a core's share of the cache, and
-# small chunks cost little, so this is of the order of the second-level caches.
-_CHUNK_BYTES = 4 * 2**20
-# Above this, gathering the windows of a single image costs more than the product.
+# at their full speed while their operands stay in the second-level cache, and chunks
+# cost little, so this is of the order of that cache on all cores.
+_CHUNK_BYTES = 2 * 2**20
+# Above this, gathering the windows of a single image costs more than their product.
 _GATHER_BYTES = 2**20
 
 
@@ -261,7 +262,9 @@ def choose_plan(
         forms.append(convolve_windows if use_windows else convolve_forward_only)
         largest = max(largest, num_bytes)
         channels = layer.features
-    return Plan(forms=tuple(forms), chunk_size=max(1, _CHUNK_BYTES // largest))
+    # A power of two, as batches are, so that no odd rest is left over.
+    chunk_size = 2 ** int(math.log2(max(1, _CHUNK_BYTES // largest)))
+    return Plan(forms=tuple(forms), chunk_size=chunk_size)
 
 
 def _with_gradient_of_output(

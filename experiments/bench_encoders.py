@@ -42,11 +42,11 @@ _ENCODERS = flags.DEFINE_list(
 _BATCHES = flags.DEFINE_list(
     "batches", ["32", "256"], "Images per step, numbers separated by commas."
 )
-_REPETITIONS = flags.DEFINE_integer(
-    "repetitions", 7, "Times that each form takes its turn.", lower_bound=5
+_TURNS = flags.DEFINE_integer(
+    "turns", 7, "Turns that each form takes; the median counts.", lower_bound=5
 )
-_SECONDS = flags.DEFINE_float(
-    "seconds", 0.3, "Seconds that each turn takes at least.", lower_bound=0.0
+_TURN_SECONDS = flags.DEFINE_float(
+    "turn_seconds", 0.3, "Seconds that each turn takes at least.", lower_bound=0.0
 )
 
 
@@ -263,8 +263,8 @@ def main(argv: Sequence[str]) -> None:
         rows = measure(
             _ENCODERS.value,
             batches,
-            repetitions=_REPETITIONS.value,
-            seconds=_SECONDS.value,
+            repetitions=_TURNS.value,
+            seconds=_TURN_SECONDS.value,
         )
     except ValueError as error:
         sys.exit(f"error: {error}")

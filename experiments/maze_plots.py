@@ -165,7 +165,7 @@ def draw_samples(result: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.set_xticks(range(len(sizes)), labels)
     axes.set_xlabel("visited cells whose reward is shown")
     axes.set_ylabel("zero-shot score, all mazes")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     _finish(axes)
     return figure
 
@@ -241,7 +241,7 @@ def draw_few_shot(result: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.axhline(1.0, color="black", linewidth=0.8, linestyle=":")
     axes.set_xlabel("agent steps with reward")
     axes.set_ylabel("score, all mazes")
-    axes.legend(frameon=False)
+    axes.legend(frameon=False, loc="lower right")
     _finish(axes)
     return figure
 

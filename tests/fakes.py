@@ -237,9 +237,7 @@ class ChainPool:
             actions = np.where(repeats, self._last_actions, actions)
         self._last_actions = np.where(is_first, 0, actions)
         end = self.num_states - 1
-        moved = np.clip(self._state + np.array([0, 1, -1])[actions], 0, end)
-        is_stopped = is_first | (self._state == end)
-        self._state = np.where(is_stopped, 0, moved)
+        self._state = np.where(is_first, 0, self._moved(actions))
         is_arrival = self._state == end
         self._arrivals = np.where(is_first, 0, self._arrivals + is_arrival)
         self._elapsed = np.where(is_first, 0, self._elapsed + 1)
@@ -258,6 +256,12 @@ class ChainPool:
             lives=np.zeros(self.num_envs, np.int32),
             ram=ram,
         )
+
+    def _moved(self, actions: np.ndarray) -> np.ndarray:
+        """Where the actions lead; from the far end, back to the start."""
+        end = self.num_states - 1
+        moved = np.clip(self._state + np.array([0, 1, -1])[actions], 0, end)
+        return np.where(self._state == end, 0, moved)
 
     def _frames(self) -> np.ndarray:
         width = 84 // self.num_states
@@ -281,3 +285,38 @@ class ChainPool:
             return choose(returns)
 
         return value(0, 0, 0)
+
+
+class CornersPool(ChainPool):
+    """Four corners to choose from: the action says which one is reached next.
+
+    The reward is 1 for reaching the last corner, so an episode of `max_agent_steps`
+    is worth that many points at best, and a quarter of it at random. Frames show one
+    bright quarter; resets, seeds and options are as in `ChainPool`.
+    """
+
+    num_actions = 4
+    max_agent_steps = 10
+    max_arrivals = 1000  # Only time ends an episode.
+
+    @property
+    def optimal_return(self) -> float:
+        """Return of an episode under the best policy."""
+        return float(self.max_agent_steps)
+
+    @property
+    def random_return(self) -> float:
+        """Mean return of an episode under uniformly random actions."""
+        return self.max_agent_steps / self.num_actions
+
+    def _moved(self, actions: np.ndarray) -> np.ndarray:
+        return actions
+
+    def _frames(self) -> np.ndarray:
+        frames = np.zeros((self.num_envs, 84, 84), np.uint8)
+        for index, corner in enumerate(self._state):
+            row, column = divmod(int(corner), 2)
+            frames[index, 42 * row : 42 * row + 42, 42 * column : 42 * column + 42] = (
+                255
+            )
+        return frames
