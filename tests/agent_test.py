@@ -606,3 +606,35 @@ def test_steps_say_what_was_seen():
         np.testing.assert_array_equal(getattr(step, name), getattr(second, name))
     np.testing.assert_array_equal(actor.lives, second.lives)
     np.testing.assert_array_equal(actor.stack[..., -1], second.frame)
+
+
+@pytest.mark.parametrize("preset", config_lib.PRESETS)
+def test_every_preset_updates_a_state_of_its_own_shape(preset):
+    """Traced, not run: the networks of the large presets take long on a CPU."""
+    config = config_lib.preset_config(preset)
+    learner = config.learner
+    agent = make_agent(config)
+
+    def windows(num_windows, num_states):
+        shape = (num_windows, num_states)
+        window = make_windows(np.random.default_rng(0), 1, 1)
+        task = jax.ShapeDtypeStruct((*shape, learner.feature_dim), np.float32)
+        return jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct((*shape, *x.shape[2:]), x.dtype), window
+        )._replace(task=task)
+
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    batch = windows(learner.num_windows, learner.window_states)
+    after, _ = jax.eval_shape(
+        agent.update, state, batch, windows(learner.num_particles, 1)
+    )
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
+    state = jax.eval_shape(agent.init_finetune, state)
+    task = jax.ShapeDtypeStruct((learner.feature_dim,), np.float32)
+    scale = jax.ShapeDtypeStruct((), np.float32)
+    after, _ = jax.eval_shape(agent.finetune_update, state, batch, task, scale)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
+        lambda x: (x.shape, x.dtype), state
+    )
