@@ -73,9 +73,7 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
             )
             for index, column in enumerate(part.columns):
                 shown.add_column(
-                    rich.text.Text(column),
-                    justify="right" if index else "left",
-                    no_wrap=True,
+                    rich.text.Text(column), justify="right" if index else "left"
                 )
             for row in part.rows:
                 shown.add_row(*map(rich.text.Text, row))

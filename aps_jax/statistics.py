@@ -198,7 +198,7 @@ def bootstrap(
 
     value = statistic(*groups)
     if any(game.size < 2 for group in groups for game in group):
-        unknown = np.full(np.shape(value), np.nan)
+        unknown = np.full(np.shape(value), np.nan)[()]  # A scalar for a scalar.
         return Estimate(value, unknown, unknown)
     rng = np.random.default_rng(seed)
     resampled = [

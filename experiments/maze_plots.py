@@ -165,7 +165,7 @@ def draw_samples(result: dict[str, Any]) -> matplotlib.figure.Figure:
     axes.set_xticks(range(len(sizes)), labels)
     axes.set_xlabel("visited cells whose reward is shown")
     axes.set_ylabel("zero-shot score, all mazes")
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left")
     _finish(axes)
     return figure
 

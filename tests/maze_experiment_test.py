@@ -233,15 +233,17 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         f"--workdir={tmp_path}",
         "--mazes=open",
         "--agents=aps,random",
-        "--num_seeds=1",
-        "--rewards=20",
+        # The sizes of the tutorial's command: what is compiled for one serves both.
+        "--num_seeds=2",
+        "--rewards=10",
         "--set=num_iterations=250",
     )
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "maze.json") as file:
         result = json.load(file)
-    trained, random = result["runs"]
-    assert trained["zero_shot"]["improved"][-1] > 0.2
+    trained, other, random, _ = result["runs"]
+    scores = [run["zero_shot"]["improved"][-1] for run in (trained, other)]
+    assert np.mean(scores) > 0.4  # Random play scores 0.
     assert trained["cells_reached"][-1] >= random["cells_reached"][-1]
     assert sum(trained["visits"]) == 250 * 8 * 40
     assert {name for name in os.listdir(tmp_path) if name.endswith(".png")} == {

@@ -160,7 +160,16 @@ def test_one_seed_has_an_interval_over_its_games_and_no_other(tmp_path):
     assert -7.05 <= cell.score.low < -3.05 < cell.score.high <= 0.95
     assert np.isnan(built.summaries["aps"].mean.low)
     assert any("single seeds" in notice for notice in built.notices)
-    assert "\u2020" in cells_of(table_of(built, "Scores"), "Pong")["aps"]
+    table = table_of(built, "Scores")
+    assert "\u2020" in cells_of(table, "Pong")["aps"]
+    assert any(note.startswith("\u2020 One seed") for note in table.notes)
+
+
+def test_two_games_of_one_seed_have_an_interval(tmp_path):
+    fake_runs.write(tmp_path, fake_runs.result([7.0, 9.0]))
+    cell = row_of(build(tmp_path), "pong").cells["aps"]
+    assert cell.interval_over == "games"
+    assert cell.score == (8.0, 7.0, 9.0)
 
 
 def test_one_game_of_one_seed_has_no_interval(tmp_path):
@@ -230,8 +239,15 @@ def test_scratch_of_another_budget_is_no_baseline(tmp_path):
 
 
 def test_agents_are_ordered_and_compared(tmp_path):
-    for agent in ("apt", "visr", "aps"):
-        fake_runs.write_arms(tmp_path, "pong", {"pretrained": [0.5, 0.6]}, agent=agent)
+    for agent, weights in (("apt", (0, 1)), ("visr", (1, 0)), ("aps", (1, 1))):
+        for seed in range(2):
+            fake_runs.write(
+                tmp_path / agent / str(seed),
+                fake_runs.result(agent=agent, seed=seed),
+                options=dict(
+                    zip(("skill_weight", "entropy_weight"), weights, strict=True)
+                ),
+            )
     built = build(tmp_path)
     assert [method.label for method in built.methods] == ["aps", "visr", "apt"]
     assert [(c.label, c.baseline) for c in built.comparisons] == [
@@ -271,10 +287,16 @@ def test_a_game_without_a_table_has_points_but_no_aggregate(tmp_path):
     assert comparison.probability is None and comparison.num_games == 0
     assert comparison.games[0].gain.value == 0.0
     assert any("no random and human scores for Tetris" in n for n in built.notices)
+    fake_runs.write(tmp_path / "c", fake_runs.result())
+    table = table_of(build(tmp_path), "Scores")
+    assert cells_of(table, "Tetris")["APS"] == ""
+    assert cells_of(table, "Tetris")["aps %"] == ""
+    assert cells_of(table, "Pong")["APS"] == "12.5"
 
 
 def test_what_is_not_standard_is_said(three_games):
     told = "\n".join(build(three_games).notices)
+    assert "Mixed" not in told
     assert (
         "aps, aps scratch: not the standard protocol: episodes 4 (standard 100)."
         in told
@@ -324,6 +346,8 @@ def test_published_cells_give_the_printed_summaries():
 def test_published_report_marks_what_cannot_be_right():
     built = build()
     table = table_of(built, "Scores")
+    (note,) = table.notes
+    assert note.startswith("? Printed so")
     assert cells_of(table, "Pong")["VISR"] == "-26.2?"
     assert cells_of(table, "Freeway")["VISR"] == "-12.1?"
     assert cells_of(table, "Assault")["VISR"] == "12,091?"
@@ -341,7 +365,9 @@ def test_published_report_marks_what_cannot_be_right():
 
 
 def test_words_of_a_game(three_games):
-    cells = cells_of(table_of(build(three_games), "Scores"), "Pong")
+    table = table_of(build(three_games, systems=["APS"]), "Scores")
+    assert len(table.notes) == 2  # Neither a dagger nor a question mark to explain.
+    cells = cells_of(table, "Pong")
     assert cells["random"] == "-20.7" and cells["human"] == "14.6"
     assert cells["aps"] == "-6.6 [-13.6, 0.5]"
     assert cells["aps %"] == "40.0"
@@ -432,6 +458,11 @@ def test_csv_leaves_unknown_cells_empty(tmp_path):
     assert freeway["aps scratch seeds"] == "1"
     assert pong["aps scratch hns"] == ""
     assert tetris["random_points"] == "" and tetris["APS points"] == ""
+    fake_runs.write(tmp_path / "alone" / "run", fake_runs.result([1.0]))
+    (row,) = csv.DictReader(
+        report_tables.to_csv(build(tmp_path / "alone")).splitlines()
+    )
+    assert row["aps points"] == "1.0" and row["aps low_points"] == ""
 
 
 def test_the_same_runs_give_the_same_files(three_games, tmp_path):
@@ -478,7 +509,7 @@ def test_no_number_is_cut_off_in_a_narrow_terminal(three_games, capsys, width):
     built = build(three_games, systems=["all"])
     report_tables.show(built, width=width)
     shown = capsys.readouterr().out
-    assert "\u2026" not in shown
+    assert "\u2026" not in shown and "(1 of 1)" not in shown
     for table in report_tables.tables(built):
         for row in table.rows:
             for cell in row:

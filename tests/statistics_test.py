@@ -273,6 +273,7 @@ def test_a_single_run_gives_no_interval():
     estimate = statistics.bootstrap(statistics.mean, scores, seed=0)
     assert estimate.value == pytest.approx(0.35)
     assert np.isnan(estimate.low) and np.isnan(estimate.high)
+    assert isinstance(estimate.low, float)
     profile = functools.partial(statistics.performance_profile, thresholds=THRESHOLDS)
     assert np.isnan(statistics.bootstrap(profile, scores, seed=0).low).all()
 
