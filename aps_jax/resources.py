@@ -1,7 +1,10 @@
 """What a run will take, and what this machine has: told before heavy work starts."""
 
+import contextlib
 import os
 import pathlib
+import shutil
+from collections.abc import Callable
 
 import jax
 
@@ -13,6 +16,8 @@ from aps_jax import replay
 _BASE_BYTES = 700 * 2**20
 # Of the memory there is, some is left to the rest of the system.
 _USABLE = 0.9
+# How much smaller the replay can be on disk, at most: a floor for refusing a start.
+_MOST_COMPRESSED = 100
 
 
 def available_bytes() -> int:
@@ -72,6 +77,72 @@ def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:
             f"The replay needs about {needed / 2**30:.1f} GiB with what goes with it, "
             f"and {there / 2**30:.1f} GiB of memory are free: give a smaller --{name}."
         )
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """Checks that a folder can be written, by writing to it.
+
+    Raises:
+      ValueError: It cannot, with the reason.
+    """
+    path = workdir / f"probe_{os.getpid()}"
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def check_disk(
+    workdir: pathlib.Path,
+    *,
+    fixed_bytes: int,
+    replay_bytes: int,
+    kept: int,
+    warn: Callable[[str], None],
+) -> None:
+    """Checks that a folder can be written and has room for the checkpoints.
+
+    Args:
+      workdir: The run's folder.
+      fixed_bytes: Arrays of a checkpoint but for the replay.
+      replay_bytes: Its replay; 0 where it is not saved.
+      kept: Checkpoints that stay on disk while one more is written.
+      warn: Is told if there may be too little room.
+
+    Raises:
+      ValueError: It cannot be written, or not even one checkpoint can fit.
+    """
+    check_writable(workdir)
+    free = shutil.disk_usage(workdir).free
+    advice = (
+        "free some, or give another --workdir, fewer --keep_checkpoints or "
+        "--nocheckpoint_replay."
+    )
+    least = fixed_bytes + replay_bytes // _MOST_COMPRESSED
+    most = (kept + 1) * (fixed_bytes + replay_bytes)
+    if free < least:
+        raise ValueError(
+            f"A checkpoint takes at least {_size(least)}, and {_size(free)} are free "
+            f"at {workdir}: {advice}"
+        )
+    if free < most:
+        warn(
+            f"{_size(free)} are free at {workdir}, and {kept + 1} checkpoints take up "
+            f"to {_size(most)} (frames compress, most games several times): {advice}"
+        )
+
+
+def _size(num_bytes: int) -> str:
+    """Writes a number of bytes for people."""
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.1f} GiB"
 
 
 def check_accelerator() -> None:

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, resources
+from aps_jax import envs, interrupts, loop, resources
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -126,12 +126,14 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
-        except interrupts.Interrupted:
-            print(
-                "stopped as asked, with a checkpoint; the same command continues",
-                file=sys.stderr,
-            )
+        except interrupts.Interrupted as error:
+            print(error, file=sys.stderr)
             sys.exit(interrupts.EXIT_CODE)
+        except loop.EnvironmentFailure as error:
+            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                raise
+            print(f"error: {error}; the same command continues", file=sys.stderr)
+            sys.exit(1)
         except (ValueError, FloatingPointError, OSError) as error:
             if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
                 raise
