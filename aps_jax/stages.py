@@ -77,6 +77,7 @@ def pretrain(
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=True)
     warn = _warning(progress)
+    resources.check_cores(config, warn)
     values, learner = config.pretrain, config.learner
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
@@ -190,6 +191,7 @@ def finetune(
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=False)
     warn = _warning(progress)
+    resources.check_cores(config, warn)
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
     with contextlib.ExitStack() as held:

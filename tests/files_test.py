@@ -294,7 +294,7 @@ def test_durations_are_written_for_people(seconds, text):
 
 def test_a_replay_larger_than_memory_is_refused_with_the_estimate():
     huge = config_lib.replace_options(config_lib.Config(), replay_size=10**10)
-    with pytest.raises(ValueError, match=r"needs about 6\d{4}\.\d GiB.*--replay_size"):
+    with pytest.raises(ValueError, match=r"needs about 13\d{4}\.\d GiB.*--replay_size"):
         resources.check_memory(huge, is_pretraining=True)
     resources.check_memory(config_lib.preset_config("smoke"), is_pretraining=False)
 
