@@ -185,7 +185,7 @@ def read_rows(stage: pathlib.Path) -> list[list[str]]:
 def read_result(stage: pathlib.Path, workdir: pathlib.Path) -> dict:
     """Reads `result.json` but for the clock, with paths relative to the run."""
     result = json.loads((stage / "result.json").read_text())
-    for name in ("wall_seconds", "frames_per_second"):
+    for name in ("wall_seconds", "frames_per_second", "git_commit"):
         del result[name]
     return {
         name: value.replace(str(workdir), "") if isinstance(value, str) else value
