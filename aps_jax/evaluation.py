@@ -80,15 +80,18 @@ def evaluate(
     try:
         if progress is not None:
             progress.start("evaluate", total=num_games, unit="games")
-        timestep = pool.reset()
+        with loop.blaming_environment():
+            timestep = pool.reset()
         while is_playing.any():
             if stop is not None:
                 stop.check()
             if len(pictures) < record_agent_steps and is_playing[0]:
                 pictures.append(pool.render(0))
             actor, action = act(params, actor, loop.put(timestep))
-            pool.send(jax.device_get(action))
-            timestep = pool.recv()
+            action = jax.device_get(action)
+            with loop.blaming_environment():
+                pool.send(action)
+                timestep = pool.recv()
             returns += np.where(is_playing, timestep.reward, 0.0)
             lengths += is_playing
             is_playing &= ~(timestep.terminated | timestep.truncated)

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, resources
+from aps_jax import envs, interrupts, loop, preflight, resources
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -29,6 +29,20 @@ _WORKDIR = flags.DEFINE_string(
 _PRESET = flags.DEFINE_enum("preset", "paper", list(config_lib.PRESETS), _PRESET_HELP)
 _REQUIRE_ACCELERATOR = flags.DEFINE_bool(
     "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
+)
+
+
+_PREFLIGHT = flags.DEFINE_bool(
+    "preflight",
+    False,
+    "Only check devices, memory, disk, cores and folder, measure the rate, and say how "
+    "many hours the run will take.",
+)
+_PREFLIGHT_SECONDS = flags.DEFINE_float(
+    "preflight_seconds",
+    20.0,
+    "Seconds for which --preflight measures the rate of each stage.",
+    lower_bound=0.0,
 )
 
 
@@ -52,7 +66,15 @@ _OPTIONS = {
 }
 
 # What `--helpshort` shows of the flags here; `--helpfull` shows all.
-SHORT = ("game", "seed", "agent", "preset", "workdir", "require_accelerator")
+SHORT = (
+    "game",
+    "seed",
+    "agent",
+    "preset",
+    "workdir",
+    "require_accelerator",
+    "preflight",
+)
 
 
 def given_options() -> dict[str, Any]:
@@ -96,6 +118,31 @@ def workdir_from_flags() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value)
 
 
+def is_preflight(
+    config: config_lib.Config, workdir: pathlib.Path, *stage_names: str
+) -> bool:
+    """Does what `--preflight` asks for; returns whether it was asked for.
+
+    Args:
+      config: The run's values.
+      workdir: Its folder.
+      *stage_names: Its stages, `pretrain` or `finetune`.
+
+    Raises:
+      ValueError: The machine cannot do the run; the table says why.
+    """
+    if not _PREFLIGHT.value:
+        return False
+    checks = preflight.run_checks(
+        config, workdir, stage_names, seconds=_PREFLIGHT_SECONDS.value
+    )
+    preflight.print_table(checks)
+    failed = [check.name for check in checks if check.verdict == "failed"]
+    if failed:
+        raise ValueError(f"This machine cannot do the run: {', '.join(failed)}.")
+    return True
+
+
 def reject_words(argv: Sequence[str]) -> None:
     """Checks that the command line has flags alone; absl would let words pass.
 
@@ -126,12 +173,14 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
-        except interrupts.Interrupted:
-            print(
-                "stopped as asked, with a checkpoint; the same command continues",
-                file=sys.stderr,
-            )
+        except interrupts.Interrupted as error:
+            print(error, file=sys.stderr)
             sys.exit(interrupts.EXIT_CODE)
+        except loop.EnvironmentFailure as error:
+            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                raise
+            print(f"error: {error}; the same command continues", file=sys.stderr)
+            sys.exit(1)
         except (ValueError, FloatingPointError, OSError) as error:
             if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
                 raise

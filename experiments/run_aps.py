@@ -21,6 +21,7 @@ from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
 _KNOWN_ARMS = ("pretrained", "scratch")
+_STAGES = (stages.PRETRAIN, stages.FINETUNE)
 _ARMS = flags.DEFINE_list(
     "arms",
     ["pretrained"],
@@ -38,6 +39,8 @@ def main(argv: Sequence[str]) -> None:
         )
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
+    if common_flags.is_preflight(config, workdir, *_STAGES):
+        return
     rundir.open_run(workdir, stage="run_aps", config=config, arms=_ARMS.value)
     results: dict[str, dict[str, Any]] = {}
     with StopRequests() as stop, Progress() as progress:
