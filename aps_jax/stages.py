@@ -400,9 +400,10 @@ def _learn_task(
         samples_per_step=values.finetune_samples_per_step,
         batch_size=config.learner.batch_size,
     )
-    session.memory = session.memory._replace(
-        actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
-    )
+    if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
+        session.memory = session.memory._replace(
+            actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
+        )
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
@@ -737,6 +738,8 @@ class _Recorder:
     def _dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
+        with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
+            self._checkpointer.finish()
         try:
             np.savez_compressed(path, **error.batch)
             where = f"The batch is in {path}."
