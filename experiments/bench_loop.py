@@ -14,8 +14,14 @@ from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
 from aps_jax import loop, replay
 from aps_jax.config import FRAME_SKIP
-from experiments.bench_table import NOT_MEASURED, Row, Turns, at_least, at_most
-from experiments.bench_table import take_turns
+from experiments.bench_table import (
+    NOT_MEASURED,
+    Row,
+    Turns,
+    at_least,
+    at_most,
+    take_turns,
+)
 
 # The first sketch of the loop on two quiet cores, agent steps per second with learning:
 # the figures that the speed goals of the CPU start from.
@@ -129,6 +135,11 @@ def started(config: config_lib.Config, size: Size) -> loop.Pretraining:
     )
     parts.session.state, parts.session.sums = state, sums
     return parts
+
+
+def close_sessions() -> None:
+    """Forgets the sessions; their environments end with them."""
+    started.cache_clear()
 
 
 def learn_function(parts: loop.Pretraining, sample: loop.Sample) -> loop.Learn:

@@ -200,6 +200,18 @@ def _torch_search(queries: jax.Array, particles: jax.Array) -> Callable[[], None
     return search
 
 
+def _hard_points(
+    rng: np.random.Generator, kind: str, num: int, centres: np.ndarray
+) -> np.ndarray:
+    """Draws points that lie much closer together than to the origin."""
+    noise = rng.normal(size=(num, centres.shape[1]))
+    if kind == "clustered":
+        points = centres[rng.integers(0, len(centres), num)] + 1e-3 * noise
+    else:
+        points = 100.0 + 1e-2 * noise
+    return points.astype(np.float32)
+
+
 def accuracy_rows(size: bench_loop.Size) -> list[Row]:
     """Compares rewards with float64, where float32 has few digits to spare."""
     num_queries, num_particles = size.accuracy_shape
@@ -212,16 +224,11 @@ def accuracy_rows(size: bench_loop.Size) -> list[Row]:
         ("product, tiled", 128, 64),
     ):
         centres = 10.0 * rng.normal(size=(8, dim))
-        for kind, points in (
-            ("clustered", lambda n: centres[rng.integers(0, 8, n)] + 1e-3 * noise(n)),
-            ("offset", lambda n: 100.0 + 1e-2 * noise(n)),
-        ):
-
-            def noise(num, dim=dim):
-                return rng.normal(size=(num, dim))
-
-            queries = points(num_queries).astype(np.float32)
-            particles = points(num_particles).astype(np.float32)
+        for kind in ("clustered", "offset"):
+            queries, particles = (
+                _hard_points(rng, kind, num, centres)
+                for num in (num_queries, num_particles)
+            )
             found = jax.jit(
                 functools.partial(
                     knn.knn_distances, k=NUM_NEIGHBORS, tile_size=tile_size

@@ -151,12 +151,15 @@ def cells(row: Row) -> tuple[str, ...]:
 def to_markdown(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
     """Returns the table as Markdown, under a line that describes the machine."""
     torch = machine["torch"] or "not installed"
-    lines = [
+    description = (
         f"{machine['cores']} cores of {machine['cpu']}, device {machine['device']} "
         f"({machine['platform']}), {machine['utc']} UTC, load average before the run "
         f"{machine['load_average']:.1f}, Python {machine['python']}, JAX "
         f"{machine['jax']}, PyTorch {torch}, commit {machine['commit']}, size "
-        f"{machine['size']}.",
+        f"{machine['size']}."
+    )
+    lines = [
+        description,
         "",
         "| " + " | ".join(HEADER) + " |",
         "| " + " | ".join("---" for _ in HEADER) + " |",
