@@ -78,7 +78,7 @@ def pretrain(
     resources.check_memory(config, is_pretraining=True)
     warn = _warning(progress)
     resources.check_cores(config, warn)
-    values, learner = config.pretrain, config.learner
+    values = config.pretrain
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
         pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
@@ -89,43 +89,7 @@ def pretrain(
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir))
-        agent = agent_lib.make_agent(
-            learner, config.finetune, num_actions=pool.num_actions
-        )
-        ring = replay.make_replay(
-            num_envs=num_envs,
-            size=values.replay_size,
-            feature_dim=learner.feature_dim,
-        )
-        session = loop.Session(
-            pool=pool,
-            state=loop.init_state(agent, config.seed),
-            memory=loop.init_memory(
-                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
-            ),
-            sums=loop.put(
-                metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
-            ),
-        )
-        act = loop.make_act(
-            agent,
-            ring,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_ACT),
-            epsilon=values.pretrain_epsilon,
-            explore=True,
-        )
-        session.sample = loop.make_sample(
-            ring,
-            learner,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_LEARN),
-            with_particles=True,
-        )
-        learn = loop.make_pretrain_learn(agent, session.sample)
-        schedule = loop.Schedule(
-            start=max(values.warmup_agent_steps, learner.window_length * num_envs),
-            samples_per_step=values.samples_per_step,
-            batch_size=learner.batch_size,
-        )
+        _, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
