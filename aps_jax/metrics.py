@@ -272,6 +272,7 @@ class MetricsWriter:
         try:
             if self._events is None or not self._events.path.exists():
                 if self._events is not None:
+                    self._events.close()
                     self._purge_step, self._pending = 0, list(self._rows)
                 self._events = _EventFile(self._folder, self._purge_step)
             for row in self._pending:
