@@ -171,7 +171,10 @@ class AgentConfig:
         1e-4, "Adam's rate for the feature network.", low=0.0
     )
     adam_epsilon: float = _option(
-        1.5e-4, "Added to the denominator of Adam's step.", low=0.0
+        1.5e-4,
+        "Added to the denominator of Adam's step; for the successor network in the "
+        "unit of its values.",
+        low=0.0,
     )
     max_gradient_norm: float = _option(
         10.0, "Norm to which each network's gradient is clipped.", low=1e-12
