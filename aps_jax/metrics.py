@@ -66,12 +66,22 @@ PRETRAINING = (
     ),
 )
 EVALUATION = (
-    Metric("eval_return_mean", "points", "Mean unclipped score of full games."),
+    Metric(
+        "eval_return_mean",
+        "points",
+        "Mean over full games of the sum of the unclipped reward of the task: the score, "
+        "unless `--task` says otherwise.",
+    ),
     Metric("eval_return_std", "points", "Standard deviation over those games."),
+    Metric(
+        "eval_score_mean", "points", "Mean score of those games, whatever the task."
+    ),
+    Metric("eval_length_mean", "agent steps", "Mean length of those games."),
     Metric(
         "eval_human_normalized",
         "-",
-        "(mean score - random) / (human - random); NaN for games without a table.",
+        "(mean score - random) / (human - random); NaN for games without a table, or "
+        "games cut before 108,000 frames.",
     ),
 )
 

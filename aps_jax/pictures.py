@@ -1,5 +1,9 @@
-"""Pictures of a run: its learning curves and its games."""
+"""Pictures of a run: its learning curves, its games, and the features it visited.
 
+Letters: `N` states, `D` feature dimension.
+"""
+
+import importlib.util
 import math
 import pathlib
 from collections.abc import Sequence
@@ -9,6 +13,84 @@ import numpy as np
 from aps_jax import metrics, scores
 
 _GIF_MILLISECONDS = 70  # an agent step lasts 4/60 s; browsers round to 10 ms
+_STEPS_PER_SECOND = 15  # agent steps of 4 frames, 60 frames a second
+_LABEL_HEIGHT = 14  # pixels above each picture of a grid
+
+
+def check_video_format(name: str) -> None:
+    """Raises a `ValueError` if videos of this format cannot be written here."""
+    if name == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
+        raise ValueError(
+            "mp4 videos need the package imageio-ffmpeg: pip install 'aps_jax[video]'. "
+            "Gifs need nothing."
+        )
+
+
+def save_video(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
+    """Writes pictures `[H, W, 3]` uint8 as a gif or an mp4, by the path's suffix.
+
+    Raises:
+      ValueError: There is no picture, or mp4 cannot be written here.
+    """
+    if path.suffix != ".mp4":
+        save_gif(path, pictures)
+        return
+    check_video_format("mp4")
+    import imageio_ffmpeg
+
+    height, width = pictures[0].shape[:2]
+    writer = imageio_ffmpeg.write_frames(
+        str(path),
+        (width, height),
+        fps=_STEPS_PER_SECOND,
+        macro_block_size=2,  # Atari's 160x210 is no multiple of the usual 16.
+        ffmpeg_log_level="error",
+    )
+    writer.send(None)
+    for picture in pictures:
+        writer.send(np.ascontiguousarray(picture))
+    writer.close()
+
+
+def tile(
+    videos: Sequence[Sequence[np.ndarray]], labels: Sequence[str]
+) -> list[np.ndarray]:
+    """Lays videos side by side in a near-square grid, each under its label.
+
+    Args:
+      videos: Each a list of pictures `[H, W, 3]` uint8 of one size, at least one; a
+        video that ends early keeps its last picture, darkened.
+      labels: A line for each, cut where it does not fit.
+
+    Returns:
+      As many pictures as the longest video has.
+    """
+    from PIL import Image, ImageDraw
+
+    num_columns = math.ceil(math.sqrt(len(videos)))
+    num_rows = math.ceil(len(videos) / num_columns)
+    height, width, _ = videos[0][0].shape
+    blank = Image.new(
+        "RGB", (num_columns * width, num_rows * (height + _LABEL_HEIGHT)), "black"
+    )
+    places = [
+        (index % num_columns * width, index // num_columns * (height + _LABEL_HEIGHT))
+        for index in range(len(videos))
+    ]
+    draw = ImageDraw.Draw(blank)
+    for (x, y), label in zip(places, labels, strict=True):
+        while draw.textlength(label) > width:
+            label = label[:-1]
+        draw.text((x + 1, y + 1), label, fill="white")
+    made = []
+    for step in range(max(map(len, videos))):
+        sheet = np.array(blank)
+        for (x, y), video in zip(places, videos, strict=True):
+            picture = video[step] if step < len(video) else video[-1] // 2
+            y += _LABEL_HEIGHT
+            sheet[y : y + height, x : x + width] = picture
+        made.append(sheet)
+    return made
 
 
 def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:

@@ -13,12 +13,13 @@ import rich.console
 import rich.table
 import rich.text
 
-from aps_jax import report_numbers, run_results, scores, statistics
+from aps_jax import protocol, report_numbers, run_results, scores, statistics
 
 KIND = "aps_jax report"
 SCHEMA = 1
 
 _FILE_WIDTH = 400
+_GAIN_TITLE = "Did pretraining help?"
 _CELL_PADDING = 3  # Between two columns in the box style that is used.
 
 
@@ -62,11 +63,23 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
       width: Columns of text; None takes the terminal's, or as many as the widest table
         needs where the output is no terminal, so that nothing is cut in a file.
     """
+    _print(tables(built), built.notices, width)
+
+
+def show_gain(built: report_numbers.Report, *, width: int | None = None) -> None:
+    """Prints what pretraining gained over scratch, and what to know about it."""
+    shown = [t for t in tables(built) if t.title in ("Comparisons", _GAIN_TITLE)]
+    _print(shown, built.notices, width)
+
+
+def _print(
+    shown_tables: Sequence[Table], notices: Sequence[str], width: int | None
+) -> None:
     console = rich.console.Console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
     columns = console.width
-    for table in tables(built):
+    for table in shown_tables:
         for part in _split_columns(table, columns):
             shown = rich.table.Table(
                 title=part.title, title_justify="left", box=rich.box.SIMPLE_HEAD
@@ -82,7 +95,7 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
             console.width = columns
             for note in part.notes:
                 console.print(rich.text.Text(note, style="dim"))
-    for notice in built.notices:
+    for notice in notices:
         console.print(rich.text.Text(f"Note: {notice}"))
 
 
@@ -220,7 +233,7 @@ def _protocol_notes(built: report_numbers.Report) -> tuple[str, ...]:
     """Returns a line for each evaluation protocol: most often a single one."""
     having: dict[str, list[str]] = {}
     for method in built.methods:
-        words = _protocol_words(method.settings)
+        words = protocol.text(report_numbers.protocol_of(method.settings))
         having.setdefault(words, []).append(method.label)
     if len(having) == 1:
         return (f"Evaluation: {next(iter(having))}.",)
@@ -228,24 +241,6 @@ def _protocol_notes(built: report_numbers.Report) -> tuple[str, ...]:
         f"Evaluation of {', '.join(labels)}: {words}."
         for words, labels in having.items()
     )
-
-
-def _protocol_words(settings: Mapping[str, Any]) -> str:
-    protocol = {
-        name.removeprefix("protocol."): value
-        for name, value in settings.items()
-        if name.startswith("protocol.")
-    }
-    words = [
-        f"{protocol.pop('episodes', '?')} full games",
-        f"epsilon {protocol.pop('epsilon', '?')}",
-        f"up to {protocol.pop('noop_max', '?')} no-ops",
-    ]
-    sticky = protocol.pop("sticky", "?")
-    words.append("no sticky actions" if sticky == 0 else f"sticky actions {sticky}")
-    words.append(f"{_count(protocol.pop('max_frames', None))} frames at most")
-    words += [f"{name} {value}" for name, value in sorted(protocol.items())]
-    return ", ".join(words)
 
 
 def _games_table(built: report_numbers.Report) -> Table:
@@ -411,7 +406,7 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
     if gains:
         made.append(
             Table(
-                "Did pretraining help?",
+                _GAIN_TITLE,
                 ("game", "", "gain (points)", "P(improvement)"),
                 tuple(gains),
                 (

@@ -58,13 +58,18 @@ def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
     ).num_bytes
 
 
+def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
+    """Returns about what a stage takes: its replay and what goes with any run."""
+    return replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+
+
 def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:
     """Checks that a stage's replay can fit.
 
     Raises:
       ValueError: It cannot, with the estimate and what there is.
     """
-    needed = replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+    needed = needed_bytes(config, is_pretraining=is_pretraining)
     there = available_bytes()
     if needed > _USABLE * there:
         name = "replay_size" if is_pretraining else "finetune_agent_steps"
