@@ -343,6 +343,9 @@ class ReportConfig:
     checkpoint_agent_steps: int = _option(
         2_500_000, "Agent steps between two checkpoints.", low=1
     )
+    wandb: bool = _option(
+        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -1,6 +1,10 @@
-"""What a stage measures: each metric declared once, written as CSV and TensorBoard."""
+"""What a stage measures: each metric declared once, written as CSV and TensorBoard.
+
+docs/metrics.md is made from these declarations, by `python -m experiments.pages`.
+"""
 
 import csv
+import itertools
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -87,7 +91,24 @@ EVALUATION = (
 
 PRETRAIN_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + PRETRAINING)
 FINETUNE_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + EVALUATION)
-ALL = COUNTERS + LEARNING + PRETRAINING + EVALUATION
+# The groups by the heading that explains them.
+GROUPS = {
+    "Progress, in every stage": COUNTERS,
+    "Learning, in every stage": LEARNING,
+    "Pretraining only": PRETRAINING,
+    "Fine-tuning only, in the rows after which full games were played": EVALUATION,
+}
+ALL = tuple(itertools.chain.from_iterable(GROUPS.values()))
+
+
+def to_markdown() -> str:
+    """Returns a table for each group of metrics, as docs/metrics.md shows them."""
+    lines = []
+    for heading, group in GROUPS.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 class RunningSums(NamedTuple):
@@ -141,6 +162,7 @@ class MetricsWriter:
         *,
         resume_agent_steps: int = 0,
         tensorboard: bool = True,
+        wandb_run: Any = None,
     ):
         """Opens the files.
 
@@ -149,6 +171,7 @@ class MetricsWriter:
           columns: Names of the columns; the first is `agent_steps`.
           resume_agent_steps: Rows of later steps are dropped.
           tensorboard: Whether event files are written as well.
+          wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
 
         Raises:
           ValueError: The file on disk has other columns.
@@ -160,6 +183,7 @@ class MetricsWriter:
             writer = csv.writer(file, lineterminator="\n")
             writer.writerow(self._columns)
             writer.writerows(kept)
+        self._wandb_run = wandb_run
         self._events = None
         if tensorboard:
             import tensorboardX  # Takes a second to import, and only runs write events.
@@ -195,16 +219,21 @@ class MetricsWriter:
         # shows at the row where it happens.
         with self._path.open("a", newline="") as file:
             csv.writer(file, lineterminator="\n").writerow(values.values())
+        steps = int(values["agent_steps"])
+        known = {name: value for name, value in values.items() if not math.isnan(value)}
         if self._events is not None:
-            for name, value in values.items():
-                if not math.isnan(value):
-                    self._events.add_scalar(name, value, int(values["agent_steps"]))
+            for name, value in known.items():
+                self._events.add_scalar(name, value, steps)
             self._events.flush()
+        if self._wandb_run is not None:
+            self._wandb_run.log(known, step=steps)
 
     def close(self) -> None:
-        """Closes the event file."""
+        """Closes the event file, and the W&B run."""
         if self._events is not None:
             self._events.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
 
 def read_metrics(path: pathlib.Path) -> dict[str, list[float]]:

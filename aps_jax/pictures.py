@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aps_jax import metrics, scores
+from aps_jax import metrics, scores, snapshots
 
 _GIF_MILLISECONDS = 70  # an agent step lasts 4/60 s; browsers round to 10 ms
 _STEPS_PER_SECOND = 15  # agent steps of 4 frames, 60 frames a second
@@ -163,6 +163,80 @@ def save_learning_curves(
         axis.axhline(reference.human, color="black", ls="--", label="human")
     axis.legend(fontsize="small")
     axes[0][0].legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def save_feature_picture(
+    path: pathlib.Path, visited: Sequence[snapshots.Snapshot]
+) -> None:
+    """Draws the visited part of the feature sphere at up to six moments of pretraining.
+
+    The sphere is seen from outside: points are projected onto the plane in which the
+    last snapshot's features vary most (`snapshots.plane_of`), the circle is the
+    sphere's outline. The colour is the direction, in that plane, of the task under
+    which a state was reached: where features tell the tasks apart, each colour gathers
+    on its own side, as in the small wheel.
+
+    Args:
+      path: The png to write.
+      visited: From `snapshots.read_snapshots`, at least one.
+
+    Raises:
+      ValueError: There is none.
+    """
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    if not visited:
+        raise ValueError("There are no feature snapshots to draw.")
+    chosen = [
+        visited[index]
+        for index in sorted({round(i * (len(visited) - 1) / 5) for i in range(6)})
+    ]
+    plane = snapshots.plane_of(visited[-1].phi)
+    figure, axes = plt.subplots(
+        1,
+        len(chosen) + 1,
+        figsize=(2.3 * len(chosen) + 1.2, 3.0),
+        layout="constrained",
+        width_ratios=[1.0] * len(chosen) + [0.5],
+        squeeze=False,
+    )
+    last = chosen[-1].phi - chosen[-1].phi.mean(axis=0)
+    share = np.square(last @ plane).sum() / max(np.square(last).sum(), 1e-12)
+    figure.suptitle(
+        "Visited states on the feature sphere, seen in the plane of their largest "
+        f"variation ({100 * share:.0f} % of it at the end)",
+        fontsize="medium",
+    )
+    for axis, snapshot in zip(axes[0], chosen, strict=False):
+        points, w = snapshot.phi @ plane, snapshot.task @ plane
+        axis.scatter(
+            points[:, 0],
+            points[:, 1],
+            c=np.arctan2(w[:, 1], w[:, 0]),
+            cmap="hsv",
+            vmin=-math.pi,
+            vmax=math.pi,
+            s=9,
+            alpha=0.8,
+            linewidths=0,
+        )
+        axis.set_title(f"{snapshot.agent_steps:,} agent steps", fontsize="small")
+    angles = np.linspace(-math.pi, math.pi, 60, endpoint=False)
+    wheel = axes[0][-1]
+    wheel.scatter(np.cos(angles), np.sin(angles), c=angles, cmap="hsv", s=25)
+    wheel.set_title("task", fontsize="small")
+    for axis in axes[0]:
+        if axis is not wheel:
+            axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey", lw=0.8))
+        axis.set_aspect("equal")
+        axis.set_xlim(-1.15, 1.15)
+        axis.set_ylim(-1.15, 1.15)
+        axis.set_axis_off()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 

@@ -140,14 +140,30 @@ def to_markdown(built: report_numbers.Report, *, pictures: Sequence[str] = ()) -
     ]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
-        lines += [f"## {table.title}", ""]
-        lines.append("| " + " | ".join(map(_escape, table.columns)) + " |")
-        lines.append("|" + " --- |" + " ---: |" * (len(table.columns) - 1))
-        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in table.rows]
-        lines += [""] + [f"{note}\n" for note in table.notes]
+        lines += [f"## {table.title}", "", *_markdown_table(table), ""]
+        lines += [f"{note}\n" for note in table.notes]
     for name in pictures:
         lines += [f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def results_markdown(built: report_numbers.Report) -> str:
+    """Returns the tables that say what was run, what it scored and what it gained."""
+    lines = []
+    for table in tables(built):
+        if table.title in ("Methods", "Scores per game", "Comparisons", _GAIN_TITLE):
+            lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
+            lines += [f"{note}\n" for note in table.notes]
+    lines += [f"- {notice}" for notice in built.notices]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def _markdown_table(table: Table) -> list[str]:
+    return [
+        "| " + " | ".join(map(_escape, table.columns)) + " |",
+        "|" + " --- |" + " ---: |" * (len(table.columns) - 1),
+        *("| " + " | ".join(map(_escape, row)) + " |" for row in table.rows),
+    ]
 
 
 def to_csv(built: report_numbers.Report) -> str:

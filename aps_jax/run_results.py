@@ -40,6 +40,7 @@ _NOT_COMPARED = frozenset(
         "report_agent_steps",
         "seed",
         "sticky",
+        "wandb",
     }
 )
 _STEP_COLUMNS = ("agent_steps", "finetune_agent_steps")

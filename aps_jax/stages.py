@@ -21,7 +21,9 @@ from aps_jax import (
     replay,
     resources,
     rundir,
+    snapshots,
     tasks,
+    tracking,
 )
 from aps_jax import config as config_lib
 from aps_jax import progress as progress_lib
@@ -118,8 +120,13 @@ def pretrain(
             samples_per_step=values.samples_per_step,
             batch_size=learner.batch_size,
         )
-        with _Recorder(workdir, metrics.PRETRAIN_COLUMNS, session, stop) as recorder:
+        with _Recorder(
+            workdir, metrics.PRETRAIN_COLUMNS, session, stop, config
+        ) as recorder:
             recorder.resume()
+            snapshot = snapshots.SnapshotWriter(
+                workdir, agent, ring, loop.stream_key(config.seed, loop.Stream.SNAPSHOT)
+            )
             total = -(-values.pretrain_agent_steps // num_envs)
             if progress is not None:
                 progress.start(
@@ -130,6 +137,10 @@ def pretrain(
             while session.iteration < total:
                 session.step(act, learn, schedule)
                 is_last = session.iteration == total
+                if session.agent_steps >= schedule.start and (
+                    is_last or recorder.is_row_due(config.report)
+                ):
+                    snapshot.write(session)
                 recorder.record(config.report, is_last=is_last, progress=progress)
             result = {
                 **_describe(config, PRETRAIN),
@@ -216,7 +227,9 @@ def finetune(
             ),
             sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
         )
-        with _Recorder(workdir, metrics.FINETUNE_COLUMNS, session, stop) as recorder:
+        with _Recorder(
+            workdir, metrics.FINETUNE_COLUMNS, session, stop, config
+        ) as recorder:
             facts = recorder.resume()
             inferred = (
                 Inferred.from_facts(facts["inferred"])
@@ -463,8 +476,10 @@ class _Recorder:
         columns: tuple[str, ...],
         session: loop.Session,
         stop: interrupts.StopRequests | None,
+        config: config_lib.Config,
     ):
         self._stop = stop
+        self._config = config
         self._saved: int | None = None  # number of the newest checkpoint
         self._workdir = workdir
         self._columns = columns
@@ -502,9 +517,23 @@ class _Recorder:
             session.iteration = self.facts["agent_steps"] // session.pool.num_envs
             self._saved = session.agent_steps
         self._writer = metrics.MetricsWriter(
-            self._workdir, self._columns, resume_agent_steps=session.agent_steps
+            self._workdir,
+            self._columns,
+            resume_agent_steps=session.agent_steps,
+            wandb_run=(
+                tracking.start_wandb(self._config, self._workdir)
+                if self._config.report.wandb
+                else None
+            ),
         )
         return self.facts
+
+    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
+        """Returns whether a row of metrics belongs to the last step."""
+        session = self._session
+        return loop.is_due(
+            values.report_agent_steps, session.agent_steps, session.pool.num_envs
+        )
 
     def record(
         self,
@@ -519,7 +548,7 @@ class _Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
-        if loop.is_due(values.report_agent_steps, steps, num_envs) or is_last:
+        if self.is_row_due(values) or is_last:
             self.write(self._session.row())
         if loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last:
             self.save()

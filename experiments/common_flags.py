@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, resources
+from aps_jax import envs, interrupts, resources, tracking
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -92,6 +92,8 @@ def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Confi
         base = config_lib.preset_config(_PRESET.value)
     config = config_lib.apply_options(base, **given_options())
     envs.check_game(config.game)
+    if config.report.wandb:
+        tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
         resources.check_accelerator()
     return config

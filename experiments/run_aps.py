@@ -26,6 +26,7 @@ from aps_jax import (
     report,
     report_tables,
     rundir,
+    snapshots,
     stages,
 )
 from aps_jax.interrupts import StopRequests
@@ -57,6 +58,8 @@ def main(argv: Sequence[str]) -> None:
             summary.print_results(one, results)
             print(f"Result: {folder / rundir.RESULT_NAME}")
             print(f"Learning curves: {folder / 'curves.png'}")
+            if (folder / "features.png").exists():
+                print(f"Visited features: {folder / 'features.png'}")
             print(f"The agent playing: {folder / 'game.gif'}")
     if len(arms) == 2 and config.finetune.task == "score":
         report_tables.show_gain(report.report(list(runs)))
@@ -110,6 +113,10 @@ def _draw(
         ),
         finetune_csvs={arm: workdir / arm / metrics.FILE_NAME for arm in arms},
     )
+    if has_pretraining:
+        visited = snapshots.read_snapshots(workdir / "pretrain")
+        if visited:
+            pictures.save_feature_picture(workdir / "features.png", visited)
     if (workdir / "game.gif").exists():
         return
     trained = stages.load_finetuned(workdir / arms[0])
