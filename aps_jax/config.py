@@ -346,6 +346,23 @@ class ReportConfig:
     wandb: bool = _option(
         False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
     )
+    checkpoint_replay: bool = _option(
+        True,
+        "Whether checkpoints hold the replay; without it they are small, and a resumed "
+        "run plays for a while before it learns again.",
+    )
+    keep_checkpoints: int = _option(2, "Newest checkpoints that are kept.", low=1)
+    keep_every_frames: int = _option(
+        0,
+        "Also keep the first checkpoint after each multiple of this many emulator "
+        "frames; 0 for none.",
+        low=0,
+    )
+    keep_best: bool = _option(
+        False,
+        "Also keep the checkpoint with the best score so far: of the last evaluation, "
+        "or before there is one of the last games played.",
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)

@@ -92,7 +92,8 @@ def evaluate(
     try:
         if progress is not None:
             progress.start("evaluate", total=num_games, unit="games")
-        timestep = pool.reset()
+        with loop.blaming_environment():
+            timestep = pool.reset()
         while is_playing.any():
             if stop is not None:
                 stop.check()
@@ -104,8 +105,10 @@ def evaluate(
             if only_record and not is_taking:
                 break
             actor, action = act(params, actor, loop.put(timestep))
-            pool.send(jax.device_get(action))
-            timestep = pool.recv()
+            action = jax.device_get(action)
+            with loop.blaming_environment():
+                pool.send(action)
+                timestep = pool.recv()
             score = game_tasks.game_reward(pool, timestep)
             returns += np.where(is_playing, timestep.reward, 0.0)
             score_returns += np.where(is_playing, score, 0.0)

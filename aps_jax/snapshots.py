@@ -6,6 +6,7 @@ dimension.
 """
 
 import pathlib
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -36,17 +37,20 @@ class SnapshotWriter:
         agent: agent_lib.Agent,
         ring: replay.Replay,
         key: types.PRNGKey,
+        warn: Callable[[str], None],
     ):
-        """Makes the folder.
+        """Writes nothing yet.
 
         Args:
           workdir: Folder of the pretraining, which exists.
           agent: Whose features they are.
           ring: The replay to draw from.
           key: Key of a stream that nothing else uses.
+          warn: Is told of a snapshot that could not be written: pictures are no reason
+            to end a run.
         """
         self._folder = workdir / FOLDER_NAME
-        self._folder.mkdir(exist_ok=True)
+        self._warn = warn
 
         def sample(
             params: types.Params, replay_state: replay.ReplayState, agent_steps: int
@@ -68,7 +72,11 @@ class SnapshotWriter:
         sampled = self._sample(
             session.state.params, session.memory.replay, loop.put(np.int32(steps))
         )
-        np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))
+        try:
+            self._folder.mkdir(exist_ok=True)
+            np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))
+        except OSError as error:
+            self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
 
 
 def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:

@@ -2,12 +2,16 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from absl import logging
 
 from aps_jax import agent as agent_lib
 from aps_jax import (
@@ -68,11 +72,15 @@ def pretrain(
 
     Raises:
       ValueError: The folder holds another run.
-      FloatingPointError: A loss or reward is not finite; nothing is saved after it.
+      loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
+        batch that it was computed from.
+      loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=True)
+    warn = _warning(progress)
+    resources.check_cores(config, warn)
     values, learner = config.pretrain, config.learner
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
@@ -83,7 +91,7 @@ def pretrain(
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
-        held.enter_context(rundir.lock_run(workdir))
+        lock = held.enter_context(rundir.RunLock(workdir))
         agent = agent_lib.make_agent(
             learner, config.finetune, num_actions=pool.num_actions
         )
@@ -109,25 +117,31 @@ def pretrain(
             epsilon=values.pretrain_epsilon,
             explore=True,
         )
-        learn = loop.make_pretrain_learn(
-            agent,
+        session.sample = loop.make_sample(
             ring,
             learner,
             loop.stream_key(config.seed, loop.Stream.PRETRAIN_LEARN),
+            with_particles=True,
         )
+        learn = loop.make_pretrain_learn(agent, session.sample)
         schedule = loop.Schedule(
             start=max(values.warmup_agent_steps, learner.window_length * num_envs),
             samples_per_step=values.samples_per_step,
             batch_size=learner.batch_size,
         )
         with _Recorder(
-            workdir, metrics.PRETRAIN_COLUMNS, session, stop, config
+            workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
-            recorder.resume()
+            recorder.resume(ring)
             snapshot = snapshots.SnapshotWriter(
-                workdir, agent, ring, loop.stream_key(config.seed, loop.Stream.SNAPSHOT)
+                workdir,
+                agent,
+                ring,
+                loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
+                warn,
             )
             total = -(-values.pretrain_agent_steps // num_envs)
+            recorder.wait_for_refill(schedule, total)
             if progress is not None:
                 progress.start(
                     PRETRAIN,
@@ -146,10 +160,10 @@ def pretrain(
                 **_describe(config, PRETRAIN),
                 "pretrain_frames": session.agent_steps * FRAME_SKIP,
                 "updates": int(jax.device_get(session.state.num_updates)),
-                "last_metrics": loop.without_nan(recorder.last_row),
+                "last_metrics": recorder.last_row,
                 **_rate(session.agent_steps, started),
             }
-        rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        _write_result(workdir, result, warn, stop)
     return result
 
 
@@ -183,12 +197,16 @@ def finetune(
 
     Raises:
       ValueError: The folder holds another run, or `init` does not fit.
-      FloatingPointError: A loss is not finite; nothing is saved after it.
+      loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
+        batch that it was computed from.
+      loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
     constructor = game_tasks.constructor_for(config.finetune.task, constructor)
     resources.check_memory(config, is_pretraining=False)
+    warn = _warning(progress)
+    resources.check_cores(config, warn)
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
     with contextlib.ExitStack() as held:
@@ -212,7 +230,7 @@ def finetune(
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
-        held.enter_context(rundir.lock_run(workdir))
+        lock = held.enter_context(rundir.RunLock(workdir))
         ring = replay.make_replay(
             num_envs=num_envs,
             # Rounded up, so that nothing is overwritten.
@@ -228,9 +246,9 @@ def finetune(
             sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
         )
         with _Recorder(
-            workdir, metrics.FINETUNE_COLUMNS, session, stop, config
+            workdir, metrics.FINETUNE_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
-            facts = recorder.resume()
+            facts = recorder.resume(ring)
             inferred = (
                 Inferred.from_facts(facts["inferred"])
                 if facts.get("inferred")
@@ -262,7 +280,7 @@ def finetune(
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
-        rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        _write_result(workdir, result, warn, stop)
     return result
 
 
@@ -388,11 +406,15 @@ def _learn_task(
         epsilon=values.finetune_epsilon,
         explore=False,
     )
-    learn = loop.make_finetune_learn(
-        agent,
+    session.sample = loop.make_sample(
         ring,
         config.learner,
         loop.stream_key(config.seed, loop.Stream.FINETUNE_LEARN),
+        with_particles=False,
+    )
+    learn = loop.make_finetune_learn(
+        agent,
+        session.sample,
         task=task,
         reward_scale=jnp.float32(scale),
     )
@@ -406,6 +428,7 @@ def _learn_task(
     )
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
+    recorder.wait_for_refill(schedule, total)
     points = _evaluation_points(config.evaluation, first, total, num_envs)
     evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
     played: evaluation.Evaluation | None = None
@@ -467,24 +490,51 @@ def _evaluation_points(
     return points if count > 1 else [total]
 
 
+_RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
+
+
 class _Recorder:
-    """Writes a stage's rows and checkpoints, and takes the stage up from the last."""
+    """Writes a stage's rows and checkpoints, and takes the stage up from the last.
+
+    A disk that cannot be written is no reason to end a stage that runs: it is warned of
+    and tried again with every row.
+    """
 
     def __init__(
         self,
         workdir: pathlib.Path,
         columns: tuple[str, ...],
         session: loop.Session,
-        stop: interrupts.StopRequests | None,
         config: config_lib.Config,
+        lock: rundir.RunLock,
+        warn: Callable[[str], None],
+        stop: interrupts.StopRequests | None,
     ):
+        report = config.report
         self._stop = stop
+        self._warn = warn
+        self._lock = lock
         self._config = config
-        self._saved: int | None = None  # number of the newest checkpoint
         self._workdir = workdir
         self._columns = columns
         self._session = session
-        self._checkpointer = checkpoint.Checkpointer(workdir / rundir.CHECKPOINTS_NAME)
+        self._has_replay = report.checkpoint_replay
+        self._origin = {
+            "config": config_lib.to_dict(config),
+            "versions": rundir.versions(),
+            "git_commit": rundir.git_commit(),
+        }
+        self._checkpointer = checkpoint.Checkpointer(
+            workdir / rundir.CHECKPOINTS_NAME,
+            policy=checkpoint.Policy(
+                keep_last=report.keep_checkpoints,
+                keep_every=-(-report.keep_every_frames // FRAME_SKIP),
+                keep_best=report.keep_best,
+            ),
+            warn=warn,
+        )
+        self._saved: int | None = None  # number of the newest checkpoint
+        self._is_behind = False  # whether one that was due is not on disk
         self._writer: metrics.MetricsWriter | None = None
         self.facts: dict[str, Any] = {}
         self.last_row: dict[str, float] = {}
@@ -492,34 +542,61 @@ class _Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc_info) -> None:
-        if kind is not None and issubclass(kind, interrupts.Interrupted):
-            self.save()
-        if self._writer is not None:
-            self._writer.close()
-        self._checkpointer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace
+    ) -> None:
+        try:
+            if error is None:
+                _patiently(self._settle, self._warn, self._stop)
+            elif isinstance(error, interrupts.Interrupted | loop.EnvironmentFailure):
+                self._save_at_the_end(error)
+            elif isinstance(error, loop.NonFinite):
+                self._dump(error)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+            self._checkpointer.close()
 
-    def resume(self) -> dict[str, Any]:
+    def resume(self, ring: replay.Replay) -> dict[str, Any]:
         """Takes the session to the newest checkpoint, if there is one.
+
+        Args:
+          ring: Makes the replay, where the checkpoint has none.
 
         Returns:
           The facts of that checkpoint; empty for a new run.
+
+        Raises:
+          ValueError: The folder cannot be written, has not room for a checkpoint, or
+            holds one of another agent.
         """
         session = self._session
+        parts = self._parts()
+        resources.check_disk(
+            self._workdir,
+            fixed_bytes=_num_bytes(parts["agent"]) + _num_bytes(parts["loop"]),
+            replay_bytes=_num_bytes(session.memory.replay) if self._has_replay else 0,
+            kept=self._origin["config"]["report"]["keep_checkpoints"],
+            warn=self._warn,
+        )
+        self._checkpointer.clean()
+        templates = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            {**parts, "replay": session.memory.replay},
+        )
+        if self._checkpointer.numbers():
+            # Not both at once: the one on disk needs the place.
+            session.memory = session.memory._replace(replay=None)
+        del parts
         found = self._checkpointer.restore_newest(
-            {"agent": session.state, "loop": (session.memory, session.sums)},
-            set_damaged_aside=True,
+            templates, optional=("replay",), set_damaged_aside=True
         )
         if found is not None:
-            self.facts, parts = found
-            session.state = parts["agent"]
-            session.memory, session.sums = parts["loop"]
-            session.iteration = self.facts["agent_steps"] // session.pool.num_envs
-            self._saved = session.agent_steps
+            self._take_up(*found, ring)
         self._writer = metrics.MetricsWriter(
             self._workdir,
             self._columns,
-            resume_agent_steps=session.agent_steps,
+            kept_rows=self.facts.get("num_rows", 0),
             wandb_run=(
                 tracking.start_wandb(self._config, self._workdir)
                 if self._config.report.wandb
@@ -535,6 +612,59 @@ class _Recorder:
             values.report_agent_steps, session.agent_steps, session.pool.num_envs
         )
 
+    def _parts(self) -> dict[str, Any]:
+        session = self._session
+        memory = session.memory
+        return {
+            "agent": session.state,
+            "loop": (memory.actor, memory.episodes, memory.regression, session.sums),
+        }
+
+    def _take_up(
+        self, facts: dict[str, Any], parts: dict[str, Any], ring: replay.Replay
+    ) -> None:
+        session = self._session
+        self.facts = facts
+        session.state = parts["agent"]
+        actor, episodes, regression, session.sums = parts["loop"]
+        session.iteration = facts["agent_steps"] // session.pool.num_envs
+        self._saved = session.agent_steps
+        self.last_row = facts["last_row"]
+        if "replay" not in parts:
+            parts["replay"] = loop.put(jax.jit(ring.init)())
+            facts["replay_since"] = session.agent_steps
+        session.memory = loop.Memory(actor, parts["replay"], episodes, regression)
+        if isinstance(session.pool, loop.ResumablePool) and facts["environment"]:
+            session.timestep = session.pool.set_state(facts["environment"])
+        else:
+            self._warn(
+                f"resumed at agent step {session.agent_steps:,}. The emulators' state "
+                "cannot be saved: new games begin, and all else goes on as it was."
+            )
+
+    def wait_for_refill(self, schedule: loop.Schedule, total: int) -> None:
+        """Puts learning off after a checkpoint without replay, and says for how long.
+
+        Until there is as much as when learning first began, but for no more than a
+        quarter of what is still to be played.
+
+        Args:
+          schedule: When learning begins in a run that is not interrupted.
+          total: Iterations of the whole stage.
+        """
+        session = self._session
+        since = self.facts.get("replay_since", 0)
+        if not since:
+            return
+        left = total * session.pool.num_envs - since
+        session.learn_from = since + min(schedule.start, left // 4)
+        waiting = session.learn_from - session.agent_steps
+        if waiting > 0:
+            self._warn(
+                f"the checkpoint has no replay: learning goes on after {waiting:,} "
+                f"agent steps, at {session.learn_from:,}."
+            )
+
     def record(
         self,
         values: config_lib.ReportConfig,
@@ -548,33 +678,169 @@ class _Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
-        if self.is_row_due(values) or is_last:
+        is_row = self.is_row_due(values) or is_last
+        if is_row:
             self.write(self._session.row())
-        if loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last:
+        failure = self._checkpointer.failure()
+        if failure is not None:
+            self._complain(failure)
+        is_save = loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last
+        if is_save or (is_row and self._is_behind):
             self.save()
         if progress is not None:
             progress.tick(steps * FRAME_SKIP, self.last_row.get("episode_return"))
         if self._stop is not None and not is_last:
             self._stop.check()
 
+    def _complain(self, error: Exception) -> None:
+        """Warns that something could not be written."""
+        self._is_behind = True
+        numbers = self._checkpointer.numbers()
+        last = f"of agent step {numbers[-1]:,}" if numbers else "missing yet"
+        self._warn(
+            f"cannot write to {self._workdir} at agent step "
+            f"{self._session.agent_steps:,} ({error}). The stage goes on and tries "
+            f"again; the last good checkpoint is {last}."
+        )
+
     def write(self, row: dict[str, float]) -> None:
         """Writes one row of metrics."""
-        self.last_row = row
-        self._writer.write(row)
+        self.last_row = loop.without_nan(row)
+        score = row.get("eval_return_mean", row["episode_return"])
+        if not math.isnan(score) and not (
+            self.facts.get("is_evaluated") and "eval_return_mean" not in row
+        ):
+            self.facts["score"] = score
+            self.facts["is_evaluated"] = "eval_return_mean" in row
+        try:
+            self._ensure_folder()
+            self._writer.write(row)
+        except (OSError, ValueError) as error:
+            self._complain(error)
+
+    def _ensure_folder(self) -> None:
+        """Makes the folder anew if somebody deleted it."""
+        if self._lock.ensure():
+            self._warn(f"{self._workdir} was deleted, and has been made anew.")
 
     def save(self) -> None:
-        """Begins to write a checkpoint of the session, unless there is one of it."""
+        """Begins to write a checkpoint of the session, unless there is one of it.
+
+        Raises:
+          loop.NonFinite: Something is not finite; nothing is written.
+        """
         session = self._session
-        if self._saved == session.agent_steps:
+        if self._saved == session.agent_steps and not self._is_behind:
             return
-        self._saved = session.agent_steps
+        session.check_finite()
         self.facts["agent_steps"] = session.agent_steps
-        self._checkpointer.save(
-            session.agent_steps,
-            session.state,
-            (session.memory, session.sums),
-            self.facts,
+        self.facts["num_rows"] = self._writer.num_rows
+        self.facts["last_row"] = self.last_row
+        self.facts["environment"] = (
+            session.pool.get_state()
+            if isinstance(session.pool, loop.ResumablePool)
+            and session.timestep is not None
+            else None
         )
+        parts = self._parts()
+        if self._has_replay:
+            parts["replay"] = session.memory.replay
+        self._is_behind = False
+        try:
+            self._ensure_folder()
+            self._writer.sync()  # First the rows, which the checkpoint counts.
+            self._checkpointer.save(
+                session.agent_steps, parts, {**self.facts, **self._origin}
+            )
+            self._saved = session.agent_steps
+        except (OSError, ValueError) as error:
+            self._complain(error)
+
+    def _settle(self) -> None:
+        """Brings the last checkpoint to disk.
+
+        Raises:
+          OSError: It could not.
+        """
+        self.save()
+        try:
+            self._checkpointer.finish()
+        except OSError:
+            self._is_behind = True
+            raise
+        if self._is_behind:
+            raise OSError(f"{self._workdir} cannot be written")
+
+    def _save_at_the_end(self, error: BaseException) -> None:
+        """Saves what there is before an error ends the stage, and says so in it."""
+        session = self._session
+        if isinstance(error, loop.EnvironmentFailure):
+            session.timestep = None  # Its pool is in no state to go on from.
+        try:
+            self._settle()
+            done = f"a checkpoint of agent step {session.agent_steps:,} was saved"
+        except loop.NonFinite as bad:
+            self._dump(bad)
+            raise
+        except OSError as failure:
+            done = f"no checkpoint could be saved ({failure})"
+        error.args = (f"{error}; {done}",)
+
+    def _dump(self, error: loop.NonFinite) -> None:
+        """Writes the batch of what is not finite, and says in the error where it is."""
+        path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
+        try:
+            np.savez_compressed(path, **error.batch)
+            where = f"The batch is in {path}."
+        except OSError as failure:
+            where = f"The batch could not be written ({failure})."
+        numbers = self._checkpointer.numbers()
+        last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
+        error.args = (f"{error} {where} The last good checkpoint {last}.",)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _warning(progress: progress_lib.Progress | None) -> Callable[[str], None]:
+    """Returns where warnings go: to those who watch, else to the log."""
+    if progress is None:
+        return logging.warning
+    return lambda text: progress.say(f"warning: {text}")
+
+
+def _patiently(
+    write: Callable[[], None],
+    warn: Callable[[str], None],
+    stop: interrupts.StopRequests | None,
+) -> None:
+    """Writes what a finished stage must leave, however long the disk is full.
+
+    Raises:
+      interrupts.Interrupted: A stop was requested meanwhile.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            warn(f"{error}; trying again every {_RETRY_SECONDS:.0f} s.")
+        ends = time.monotonic() + _RETRY_SECONDS
+        while time.monotonic() < ends:
+            if stop is not None:
+                stop.check()
+            time.sleep(0.2)
+
+
+def _write_result(
+    workdir: pathlib.Path,
+    result: dict[str, Any],
+    warn: Callable[[str], None],
+    stop: interrupts.StopRequests | None,
+) -> None:
+    _patiently(
+        lambda: rundir.write_json(workdir / rundir.RESULT_NAME, result), warn, stop
+    )
 
 
 def load_pretrained(workdir: pathlib.Path) -> Trained:

@@ -15,7 +15,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, resources, tracking
+from aps_jax import envs, interrupts, loop, preflight, resources, tracking
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -44,6 +44,20 @@ _ARMS = flags.DEFINE_list(
 )
 
 
+_PREFLIGHT = flags.DEFINE_bool(
+    "preflight",
+    False,
+    "Only check devices, memory, disk, cores and folder, measure the rate, and say how "
+    "many hours the run will take.",
+)
+_PREFLIGHT_SECONDS = flags.DEFINE_float(
+    "preflight_seconds",
+    20.0,
+    "Seconds for which --preflight measures the rate of each stage.",
+    lower_bound=0.0,
+)
+
+
 def _define_option(name: str, field: Any) -> flags.FlagHolder:
     help_text = field.metadata["help"]
     if field.metadata["choices"] is not None:
@@ -64,7 +78,15 @@ _OPTIONS = {
 }
 
 # What `--helpshort` shows of the flags here; `--helpfull` shows all.
-SHORT = ("game", "seed", "agent", "preset", "workdir", "require_accelerator")
+SHORT = (
+    "game",
+    "seed",
+    "agent",
+    "preset",
+    "workdir",
+    "require_accelerator",
+    "preflight",
+)
 
 
 def given_options() -> dict[str, Any]:
@@ -143,6 +165,31 @@ def arms_from_flags(default: Sequence[str]) -> list[str]:
     return arms
 
 
+def is_preflight(
+    config: config_lib.Config, workdir: pathlib.Path, *stage_names: str
+) -> bool:
+    """Does what `--preflight` asks for; returns whether it was asked for.
+
+    Args:
+      config: The run's values.
+      workdir: Its folder.
+      *stage_names: Its stages, `pretrain` or `finetune`.
+
+    Raises:
+      ValueError: The machine cannot do the run; the table says why.
+    """
+    if not _PREFLIGHT.value:
+        return False
+    checks = preflight.run_checks(
+        config, workdir, stage_names, seconds=_PREFLIGHT_SECONDS.value
+    )
+    preflight.print_table(checks)
+    failed = [check.name for check in checks if check.verdict == "failed"]
+    if failed:
+        raise ValueError(f"This machine cannot do the run: {', '.join(failed)}.")
+    return True
+
+
 def reject_words(argv: Sequence[str]) -> None:
     """Checks that the command line has flags alone; absl would let words pass.
 
@@ -173,12 +220,14 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
     def guarded(argv: Sequence[str]) -> None:
         try:
             main(argv)
-        except interrupts.Interrupted:
-            print(
-                "stopped as asked, with a checkpoint; the same command continues",
-                file=sys.stderr,
-            )
+        except interrupts.Interrupted as error:
+            print(error, file=sys.stderr)
             sys.exit(interrupts.EXIT_CODE)
+        except loop.EnvironmentFailure as error:
+            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                raise
+            print(f"error: {error}; the same command continues", file=sys.stderr)
+            sys.exit(1)
         except (ValueError, FloatingPointError, OSError) as error:
             if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
                 raise

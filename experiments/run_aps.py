@@ -34,6 +34,7 @@ from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
 _SHORT = (*common_flags.SHORT, "arms", "seeds")
+_STAGES = (stages.PRETRAIN, stages.FINETUNE)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -50,6 +51,8 @@ def main(argv: Sequence[str]) -> None:
             workdir / f"seed_{seed}": config_lib.replace_options(config, seed=seed)
             for seed in seeds
         }
+    if common_flags.is_preflight(config, workdir, *_STAGES):
+        return
     with StopRequests() as stop, Progress() as progress:
         for folder, one in runs.items():
             results = _run(one, folder, arms, progress=progress, stop=stop)

@@ -15,7 +15,9 @@ import dataclasses
 import glob
 import os
 import pathlib
+import platform
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -28,7 +30,17 @@ import rich.console
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, report, report_tables, resources, rundir, scores
+from aps_jax import (
+    envs,
+    game_tasks,
+    interrupts,
+    metrics,
+    report,
+    report_tables,
+    resources,
+    rundir,
+    scores,
+)
 from experiments import common_flags
 
 _GAMES = flags.DEFINE_list(
@@ -73,8 +85,15 @@ _SLURM_CLUSTER = flags.DEFINE_enum(
     ["slurm", "local"],
     "local tries --run=slurm without a cluster, in processes of this machine.",
 )
+_KEEP = flags.DEFINE_string(
+    "keep",
+    None,
+    "Folder that gets the results and curves of what is finished, and sweep.json: "
+    "commands, commit and machine. Checkpoints stay behind.",
+)
 _SHORT = ("preset", "workdir", "seeds", "arms")
 _NOT_PASSED = frozenset({"game", "seed", "agent"})
+_KEPT_FILES = (rundir.RESULT_NAME, metrics.FILE_NAME)
 # A run that its scheduler stopped says so by its exit code and is begun again; one
 # that does so more often than this is broken.
 _MAX_REQUEUES = 100
@@ -111,6 +130,7 @@ def main(argv: Sequence[str]) -> None:
             print(shlex.join(job.command))
         console.print("Nothing was run: give --run=local or --run=slurm.")
         return
+    started = time.monotonic()
     if left:
         (workdir / "logs").mkdir(parents=True, exist_ok=True)
         run = _run_local if _RUN.value == "local" else _run_slurm
@@ -119,6 +139,10 @@ def main(argv: Sequence[str]) -> None:
             console.print(f"FAILED with exit code {code}: {job.name}, see {job.log}")
     else:
         failed = {}
+    _write_summary(workdir, jobs, time.monotonic() - started)
+    if _KEEP.value:
+        keep(workdir, pathlib.Path(_KEEP.value))
+        console.print(f"Kept in {_KEEP.value}.")
     if _STAGE.value in ("run_aps", "finetune", "scratch") and any(
         job.is_done for job in jobs
     ):
@@ -126,6 +150,61 @@ def main(argv: Sequence[str]) -> None:
         console.print(f"Written to {workdir / 'report'}.")
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
+
+
+def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -> None:
+    """Writes `sweep.json`: how the runs of this folder were made, and where."""
+    path = workdir / "sweep.json"
+    before = rundir.read_json(path) if path.exists() else {}
+    commands = dict.fromkeys(before.get("commands", []))
+    commands |= dict.fromkeys(
+        shlex.join(("python", *job.command[1:])) for job in jobs if job.is_done
+    )
+    commits = dict.fromkeys(before.get("git_commits", []))
+    if seconds > 1.0:
+        commits[rundir.git_commit()] = None
+    rundir.write_json(
+        path,
+        {
+            "schema": rundir.SCHEMA,
+            "kind": "aps_jax sweep",
+            "commands": list(commands),
+            "git_commits": list(commits),
+            "machine": machine(),
+            "versions": rundir.versions(),
+            "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 1),
+        },
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Describes this machine, without naming it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if line.startswith("model name")
+    ]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
+        "system": platform.system(),
+    }
+
+
+def keep(workdir: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies `sweep.json`, and result and curves of each stage that has both."""
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copy(workdir / "sweep.json", to / "sweep.json")
+    for result in sorted(workdir.glob(f"*/*/seed_*/*/{rundir.RESULT_NAME}")):
+        folder = to / result.parent.relative_to(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _KEPT_FILES:
+            if (result.parent / name).exists():
+                shutil.copy(result.parent / name, folder / name)
 
 
 def make_jobs(workdir: pathlib.Path) -> list[Job]:
@@ -168,15 +247,18 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     arms = common_flags.arms_from_flags(["pretrained", "scratch"])
     own = {"game": config.game, "agent": config.agent, "seed": config.seed}
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
+    # Each task that is learned has folders of its own.
+    task = config.finetune.task
+    suffix = "" if task == game_tasks.SCORE else "_" + task.replace(":", "_")
     script, folder, words = {
         "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", root / "pretrain", []),
         "finetune": (
             "finetune",
-            root / rundir.STAGE_FOLDERS["finetune"],
+            root / (rundir.STAGE_FOLDERS["finetune"] + suffix),
             [f"--init={root / 'pretrain'}"],
         ),
-        "scratch": ("finetune", root / "scratch", []),
+        "scratch": ("finetune", root / f"scratch{suffix}", []),
         "tasks": ("evaluate", root / "tasks", [f"--checkpoint={root / 'pretrain'}"]),
     }[stage]
     passed = {**own, **common_flags.given_options()}

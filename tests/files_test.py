@@ -34,7 +34,7 @@ def test_a_resumed_metrics_file_equals_an_uninterrupted_one(tmp_path):
     write_rows(tmp_path / "parts", [10, 20, 30])
     with (tmp_path / "parts" / "metrics.csv").open("a") as file:
         file.write("40,16")  # A crash in the middle of a row.
-    write_rows(tmp_path / "parts", [30, 40], resume_agent_steps=20)
+    write_rows(tmp_path / "parts", [30, 40], kept_rows=2)
     assert (tmp_path / "parts" / "metrics.csv").read_bytes() == (
         tmp_path / "whole" / "metrics.csv"
     ).read_bytes()
@@ -53,7 +53,7 @@ def test_rows_are_on_disk_as_soon_as_written_and_lack_nothing(tmp_path):
 def test_a_file_of_other_columns_is_refused(tmp_path):
     write_rows(tmp_path, [10])
     with pytest.raises(ValueError, match="has columns"):
-        metrics.MetricsWriter(tmp_path, ("agent_steps",), resume_agent_steps=10)
+        metrics.MetricsWriter(tmp_path, ("agent_steps",), kept_rows=1)
 
 
 def test_events_are_written_for_tensorboard(tmp_path):
@@ -62,16 +62,19 @@ def test_events_are_written_for_tensorboard(tmp_path):
     assert b"loss_td" in events.read_bytes()
 
 
+PLACE = {"replay_index": jnp.int32(0), "replay_is_full": jnp.bool_(False)}
+
+
 def test_sums_average_and_reject_other_names():
     running = metrics.init_sums(["a", "b"])
     assert all(math.isnan(value) for value in metrics.means(running).values())
     for a, b in ((1.0, 0.0), (2.0, 4.0)):
         running = jax.jit(metrics.add_to_sums)(
-            running, {"a": jnp.float32(a), "b": jnp.float32(b)}
+            running, {"a": jnp.float32(a), "b": jnp.float32(b)}, **PLACE
         )
     assert metrics.means(running) == {"a": 1.5, "b": 2.0}
     with pytest.raises(ValueError, match="Expected metrics"):
-        metrics.add_to_sums(running, {"a": jnp.float32(1)})
+        metrics.add_to_sums(running, {"a": jnp.float32(1)}, **PLACE)
 
 
 def test_every_metric_is_declared_once():
@@ -130,7 +133,11 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
     saver = checkpoint.Checkpointer(tmp_path / "c")
     tree = {"x": jax.random.normal(jax.random.key(0), (5,)), "n": jnp.int32(3)}
     for number in (1, 2, 3):
-        saver.save(number, tree, {"loop": jnp.arange(number)}, {"agent_steps": number})
+        saver.save(
+            number,
+            {"agent": tree, "loop": {"loop": jnp.arange(number)}},
+            {"agent_steps": number},
+        )
     saver.close()
     reader = checkpoint.Checkpointer(tmp_path / "c")
     facts, parts = reader.restore_newest(
@@ -168,7 +175,7 @@ def damage(folder, kind):
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplog):
     saver = checkpoint.Checkpointer(tmp_path / "c")
     for number in (1, 2):
-        saver.save(number, {"x": jnp.arange(1000.0) * number}, {"n": number}, {})
+        saver.save(number, {"agent": {"x": jnp.arange(1000.0) * number}}, {})
     saver.close()
     damage(tmp_path / "c" / "2", kind)
     reader = checkpoint.Checkpointer(tmp_path / "c")
@@ -178,7 +185,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplo
     assert str(tmp_path / "c" / "2") in caplog.text
     # Its number is free again, and what is left of it is kept.
     assert (tmp_path / "damaged_checkpoint_2").is_dir()
-    reader.save(2, {"x": jnp.ones(1000)}, {"n": 2}, {})
+    reader.save(2, {"agent": {"x": jnp.ones(1000)}}, {})
     reader.close()
     again = checkpoint.Checkpointer(tmp_path / "c")
     np.testing.assert_array_equal(again.restore_newest(template)[1]["agent"]["x"], 1.0)
@@ -190,19 +197,20 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplo
 
 
 def test_a_second_process_is_kept_out_of_a_folder(tmp_path):
+    rundir.write_json(tmp_path / "config.json", {})
     with (
-        rundir.lock_run(tmp_path),
+        rundir.RunLock(tmp_path),
         pytest.raises(ValueError, match=f"in use by another.*process {os.getpid()} on"),
-        rundir.lock_run(tmp_path),
+        rundir.RunLock(tmp_path),
     ):
         pass
-    with rundir.lock_run(tmp_path):
+    with rundir.RunLock(tmp_path):
         pass  # Free again.
 
 
 def test_a_checkpoint_that_does_not_fit_is_described(tmp_path):
     saver = checkpoint.Checkpointer(tmp_path / "c")
-    saver.save(1, make_tree(), {"n": jnp.int32(0)}, {})
+    saver.save(1, {"agent": make_tree()}, {})
     saver.close()
     reader = checkpoint.Checkpointer(tmp_path / "c")
     words = r"layer/kernel is float32\[2, 3\] on disk and float32\[2, 4\] here"
@@ -286,7 +294,7 @@ def test_durations_are_written_for_people(seconds, text):
 
 def test_a_replay_larger_than_memory_is_refused_with_the_estimate():
     huge = config_lib.replace_options(config_lib.Config(), replay_size=10**10)
-    with pytest.raises(ValueError, match=r"needs about 6\d{4}\.\d GiB.*--replay_size"):
+    with pytest.raises(ValueError, match=r"needs about 13\d{4}\.\d GiB.*--replay_size"):
         resources.check_memory(huge, is_pretraining=True)
     resources.check_memory(config_lib.preset_config("smoke"), is_pretraining=False)
 

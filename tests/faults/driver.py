@@ -1,0 +1,76 @@
+"""What the processes of the fault harness run: both stages, on the chain.
+
+Everything is imported here, once, in the server process from which they are forked.
+"""
+
+import os
+import pathlib
+import sys
+import time
+import warnings
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore")
+    import distrax  # noqa: F401
+    import orbax.checkpoint  # noqa: F401
+
+import fakes
+import tensorboardX.event_file_writer  # noqa: F401
+
+from aps_jax import config as config_lib
+from aps_jax import interrupts, stages
+
+OPTIONS = {
+    "game": "Chain",
+    "pretrain_frames": 4 * 240,
+    "replay_size": 200,
+    "warmup_agent_steps": 60,
+    "report_agent_steps": 24,
+    "checkpoint_agent_steps": 40,
+    "finetune_agent_steps": 120,
+    "infer_agent_steps": 60,
+    "infer_episodes": 1000,
+    # Draws random numbers, whose state must be resumed too.
+    "sticky": 0.25,
+}
+
+
+def make_config(**options):
+    """The smoke preset on the chain, smaller still."""
+    return config_lib.apply_options(
+        config_lib.preset_config("smoke"), **{**OPTIONS, **options}
+    )
+
+
+def run(workdir, sends, step_seconds, options):
+    """Runs pretraining and fine-tuning; returns what a scheduler would see.
+
+    Args:
+      workdir: Folder of both stages.
+      sends: Shared counter of the steps of all pools.
+      step_seconds: How long a step of the environments takes.
+      options: Options of the config that differ from `OPTIONS`.
+    """
+    warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
+    workdir = pathlib.Path(workdir)
+    log = os.open(f"{workdir}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    os.dup2(log, 1)
+    os.dup2(log, 2)
+
+    class Counted(fakes.ChainPool):
+        def send(self, actions):
+            sends.value += 1
+            time.sleep(step_seconds)
+            super().send(actions)
+
+    config = make_config(**options)
+    try:
+        with interrupts.StopRequests() as stop:
+            watched = {"constructor": Counted, "stop": stop}
+            stages.pretrain(config, workdir / "pretrain", **watched)
+            stages.finetune(
+                config, workdir / "finetune", workdir / "pretrain", **watched
+            )
+    except interrupts.Interrupted as error:
+        print(error, file=sys.stderr)
+        sys.exit(interrupts.EXIT_CODE)
