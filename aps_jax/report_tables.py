@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -63,18 +63,19 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
       width: Columns of text; None takes the terminal's, or as many as the widest table
         needs where the output is no terminal, so that nothing is cut in a file.
     """
-    _print(tables(built), built.notices, width)
+    show_tables(tables(built), built.notices, width)
 
 
 def show_gain(built: report_numbers.Report, *, width: int | None = None) -> None:
     """Prints what pretraining gained over scratch, and what to know about it."""
     shown = [t for t in tables(built) if t.title in ("Comparisons", _GAIN_TITLE)]
-    _print(shown, built.notices, width)
+    show_tables(shown, built.notices, width)
 
 
-def _print(
-    shown_tables: Sequence[Table], notices: Sequence[str], width: int | None
+def show_tables(
+    shown_tables: Sequence[Table], notices: Sequence[str], width: int | None = None
 ) -> None:
+    """Prints tables and notices to the terminal; `width` as for `show`."""
     console = rich.console.Console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
@@ -140,7 +141,7 @@ def to_markdown(built: report_numbers.Report, *, pictures: Sequence[str] = ()) -
     ]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
-        lines += [f"## {table.title}", "", *_markdown_table(table), ""]
+        lines += [f"## {table.title}", "", *markdown_table(table), ""]
         lines += [f"{note}\n" for note in table.notes]
     for name in pictures:
         lines += [f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})", ""]
@@ -152,13 +153,14 @@ def results_markdown(built: report_numbers.Report) -> str:
     lines = []
     for table in tables(built):
         if table.title in ("Methods", "Scores per game", "Comparisons", _GAIN_TITLE):
-            lines += [f"**{table.title}**", "", *_markdown_table(table), ""]
+            lines += [f"**{table.title}**", "", *markdown_table(table), ""]
             lines += [f"{note}\n" for note in table.notes]
     lines += [f"- {notice}" for notice in built.notices]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def _markdown_table(table: Table) -> list[str]:
+def markdown_table(table: Table) -> list[str]:
+    """Returns a table's lines of Markdown, without its title and notes."""
     return [
         "| " + " | ".join(map(_escape, table.columns)) + " |",
         "|" + " --- |" + " ---: |" * (len(table.columns) - 1),
@@ -277,7 +279,7 @@ def _games_table(built: report_numbers.Report) -> Table:
                 continue
             mark = "\u2020" if cell.interval_over == "games" else ""
             has_game_interval |= bool(mark)
-            words.append(_with_interval(cell.score, _points) + mark)
+            words.append(with_interval(cell.score, _points) + mark)
             words.append(
                 "" if cell.normalized is None else _percent(cell.normalized.value)
             )
@@ -308,11 +310,11 @@ def _games_table(built: report_numbers.Report) -> Table:
 
 def _summary_words(summary: report_numbers.Summary) -> tuple[str, ...]:
     return (
-        _with_interval(summary.mean, _percent),
-        _with_interval(summary.median, _percent),
-        _with_interval(summary.interquartile_mean, _percent),
-        _with_interval(summary.optimality_gap, _percent),
-        _with_interval(summary.superhuman, lambda count: f"{count:.0f}"),
+        with_interval(summary.mean, _percent),
+        with_interval(summary.median, _percent),
+        with_interval(summary.interquartile_mean, _percent),
+        with_interval(summary.optimality_gap, _percent),
+        with_interval(summary.superhuman, lambda count: f"{count:.0f}"),
     )
 
 
@@ -413,8 +415,8 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
         (
             _game_words(gain.game),
             f"{item.label} over {item.baseline}",
-            _with_interval(gain.gain, _signed_points),
-            _with_interval(gain.probability, _share),
+            with_interval(gain.gain, _signed_points),
+            with_interval(gain.probability, _share),
         )
         for item in arms
         for gain in item.games
@@ -449,7 +451,8 @@ def _game_words(game: str) -> str:
     return scores.camel_case(game)
 
 
-def _with_interval(estimate: statistics.Estimate, word: Any) -> str:
+def with_interval(estimate: statistics.Estimate, word: Callable[[Any], str]) -> str:
+    """Words an estimate, with its interval where there is one."""
     text = word(estimate.value)
     if np.isnan(estimate.low):
         return text
@@ -457,7 +460,7 @@ def _with_interval(estimate: statistics.Estimate, word: Any) -> str:
 
 
 def _maybe(estimate: statistics.Estimate | None, word: Any) -> str:
-    return "" if estimate is None else _with_interval(estimate, word)
+    return "" if estimate is None else with_interval(estimate, word)
 
 
 def _points(value: float | None) -> str:

@@ -6,6 +6,7 @@ r"""Writes the parts of pages that are made from code and results, never typed.
 They stand between two comments in the page, which name what makes them.
 """
 
+import json
 import pathlib
 import re
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
-from aps_jax import metrics, report, report_tables
+from aps_jax import metrics, report, report_tables, report_tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
@@ -28,7 +29,19 @@ def results_table() -> str:
     if not (ROOT / RESULTS).is_dir():
         return "No sweep has been measured yet.\n"
     built = report.report([ROOT / RESULTS], systems=("APS",))
-    return report_tables.results_markdown(built)
+    text = report_tables.results_markdown(built)
+    if rows := report_tasks.collect(ROOT / RESULTS):
+        tasks = report_tasks.table(rows)
+        lines = [f"**{tasks.title}**", "", *report_tables.markdown_table(tasks), ""]
+        text += "\n" + "\n".join([*lines, *tasks.notes]) + "\n"
+    made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
+    hours = made["wall_seconds"] / 3600
+    return text + (
+        f"\nMade in {hours:.1f} hours on {made['machine']['cores']} cores "
+        f"({made['machine']['cpu']}, no GPU) at commit "
+        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result and "
+        f"command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
+    )
 
 
 # Page -> name of the part -> what makes it.

@@ -32,11 +32,11 @@ from absl import flags
 from aps_jax import config as config_lib
 from aps_jax import (
     envs,
-    game_tasks,
     interrupts,
     metrics,
     report,
     report_tables,
+    report_tasks,
     resources,
     rundir,
     scores,
@@ -148,6 +148,8 @@ def main(argv: Sequence[str]) -> None:
     ):
         report_tables.show(report.report([workdir], out=workdir / "report"))
         console.print(f"Written to {workdir / 'report'}.")
+    if _STAGE.value == "tasks" and (rows := report_tasks.collect(workdir)):
+        report_tables.show_tables([report_tasks.table(rows)], ())
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
 
@@ -248,8 +250,7 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     own = {"game": config.game, "agent": config.agent, "seed": config.seed}
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
     # Each task that is learned has folders of its own.
-    task = config.finetune.task
-    suffix = "" if task == game_tasks.SCORE else "_" + task.replace(":", "_")
+    suffix = report_tasks.task_suffix(config.finetune.task)
     script, folder, words = {
         "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", root / "pretrain", []),
