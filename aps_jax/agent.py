@@ -25,6 +25,7 @@ from aps_jax import (
     sphere,
     tasks,
     types,
+    whitening,
 )
 from aps_jax.config import AgentConfig, FinetuneConfig
 
@@ -36,7 +37,7 @@ _FOREVER = jnp.iinfo(jnp.int32).max
 class AgentState(NamedTuple):
     """All that is learned. `init` creates it, the updates alone change it."""
 
-    params: types.Params  # {"features": ..., "successor": ...}
+    params: types.Params  # {"features": ..., "successor": ..., "whitening": ...}
     target_params: types.Params  # of the successor network
     opt_state: optax.OptState
     distance_scale: rewards.DistanceScale  # running mean distance of the kNN reward
@@ -183,24 +184,32 @@ def make_agent(
       `init_actor(num_envs)` creates the memory of that many environments.
       `act(params, actor, timestep, key, step_id, *, epsilon, explore, use_gpi)` chooses
       an action per environment and returns the new actor and the `replay.Step` to store;
-      `explore` adds the value of the entropy reward (split form), `use_gpi` maximises
+      `explore` adds the value of the entropy reward (split forms), `use_gpi` maximises
       over further tasks.
       `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
       `update(state, windows, particles)` makes one reward-free update from `[B]` windows
       of `config.window_states` states and `[P]` windows of one state.
       `finetune_update(state, windows, task, reward_scale)` makes one update from the
-      game's reward for one task `[D]`, in units of `reward_scale`.
+      game's reward for one task `[D]`: `psi^T w` learns the value of
+      `config.value_unit / reward_scale` times the reward. With the norm of the inferred
+      w as `reward_scale` that is the unit of the pretrained psi, with
+      `config.value_unit` it is the reward's own.
       Both updates return the new state and scalar metrics.
     """
     m, n = config.window_targets, config.n_steps
-    is_split = config.td_form == "split"
+    has_exploration = config.has_exploration_value
+    two_headed_td_error = (
+        losses.off_policy_td_error
+        if config.td_form == "off_policy"
+        else losses.split_td_error
+    )
     feature_network = networks.FeatureNetwork(make_encoder(config), config.feature_dim)
     successor_network = networks.SuccessorNetwork(
         make_encoder(config),
         num_actions,
         config.feature_dim,
         hidden=config.hidden_units,
-        exploration_head=is_split,
+        exploration_head=has_exploration,
     )
 
     def adam(learning_rate: float) -> optax.GradientTransformation:
@@ -213,8 +222,13 @@ def make_agent(
         features: optax.GradientTransformation, successor: optax.GradientTransformation
     ) -> optax.GradientTransformation:
         return optax.partition(
-            {"features": features, "successor": successor},
-            {"features": "features", "successor": "successor"},
+            {
+                "features": features,
+                "successor": successor,
+                # Follows the features by itself.
+                "whitening": optax.set_to_zero(),
+            },
+            {name: name for name in ("features", "successor", "whitening")},
         )
 
     optimizer = by_network(
@@ -231,6 +245,7 @@ def make_agent(
         params = {
             "features": feature_network.init(features_key, observation),
             "successor": successor_network.init(successor_key, observation, task),
+            "whitening": whitening.init_whitening(config.feature_dim),
         }
         return AgentState(
             params=params,
@@ -256,8 +271,17 @@ def make_agent(
             num_steps=jnp.zeros((), jnp.int32),
         )
 
+    def raw_features(params: types.Params, observation: jax.Array) -> jax.Array:
+        return feature_network.apply(params["features"], observation).h
+
+    def finished_features(
+        moments: whitening.Whitening, h: jax.Array
+    ) -> networks.Features:
+        h = whitening.whiten(moments, h)
+        return networks.Features(h=h, phi=sphere.normalize(h))
+
     def features(params: types.Params, observation: jax.Array) -> networks.Features:
-        return feature_network.apply(params["features"], observation)
+        return finished_features(params["whitening"], raw_features(params, observation))
 
     def successor(
         params: types.Params, observation: jax.Array, task: jax.Array
@@ -269,7 +293,7 @@ def make_agent(
     def behaviour_values(output: networks.Successor, w: jax.Array) -> jax.Array:
         """Values `[A]` of one state that include the exploration still to come."""
         q = losses.q_values(output.psi, w)
-        if not is_split:
+        if not has_exploration:
             return q
         return config.skill_weight * q + config.entropy_weight * output.exploration
 
@@ -331,20 +355,19 @@ def make_agent(
         return actor, step
 
     def entropy_rewards(
-        params: types.Params,
         distance_scale: rewards.DistanceScale,
         h_t: jax.Array,
         ids_t: jax.Array,
-        particles: replay.Window,
+        particle_h: jax.Array,
+        particle_ids: jax.Array,
     ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
         """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances."""
-        particle_h = features(params, particles.observation[:, 0]).h
         distances = knn.knn_distances(
             h_t,
             particle_h,
             k=config.num_neighbors,
             query_ids=ids_t,
-            particle_ids=particles.id[:, 0],
+            particle_ids=particle_ids,
         )
         distance_scale = rewards.update_distance_scale(
             distance_scale, distances, decay=config.scale_decay
@@ -367,8 +390,8 @@ def make_agent(
         w: jax.Array,
     ) -> jax.Array:
         """Returns the errors of one target in the config's form, as one vector."""
-        if is_split:
-            error = losses.split_td_error(
+        if has_exploration:
+            error = two_headed_td_error(
                 output_tm1.psi,
                 output_tm1.exploration,
                 a_tm1,
@@ -437,9 +460,21 @@ def make_agent(
 
         # Each reached state is encoded once, for the feature loss (which needs the
         # gradient of the first m alone), the skill reward and the entropy reward.
-        learned = features(params, windows.observation[:, 1 : m + 1])
         frozen = jax.lax.stop_gradient(params)
-        further = features(frozen, windows.observation[:, m + 1 :])
+        particle_h = raw_features(frozen, particles.observation[:, 0])
+        learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
+        further_h = raw_features(frozen, windows.observation[:, m + 1 :])
+        moments = used = frozen["whitening"]
+        if config.whiten_features:
+            moments = whitening.update_whitening(
+                moments, particle_h, decay=config.scale_decay
+            )
+            # Features that move all together would outrun the running mean.
+            used = moments._replace(mean=jnp.mean(particle_h, axis=0))
+            learned_h = whitening.without_common_gradient(learned_h)
+        learned = finished_features(used, learned_h)
+        further = finished_features(used, further_h)
+        particle_h = finished_features(used, particle_h).h
         reached: networks.Features = jax.lax.stop_gradient(
             jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
         )
@@ -451,11 +486,11 @@ def make_agent(
 
         num_windows, num_reached, dim = reached.h.shape
         flat_rewards, distance_scale, distances = entropy_rewards(
-            frozen,
             state.distance_scale,
             reached.h.reshape(-1, dim),
             windows.id[:, 1:].reshape(-1),
-            particles,
+            particle_h,
+            particles.id[:, 0],
         )
         r_entropy = flat_rewards.reshape(num_windows, num_reached)
 
@@ -471,12 +506,23 @@ def make_agent(
             return phi_sum, r_sum, discount
 
         phi_t, r_entropy_t, discount_t = jax.vmap(sum_cumulants)(
-            reached.phi, r_entropy, targets
+            config.value_unit * reached.phi, config.value_unit * r_entropy, targets
         )
         is_finite = jnp.isfinite(distances)
 
         w = windows.task[:, :m]
-        output_tm1 = successor(params["successor"], windows.observation[:, :m], w)
+        # Of each state also for another's task: does what to do depend on the task?
+        both = jnp.stack([w, jnp.roll(w, 1, axis=0)], axis=2)
+        outputs = successor_network.apply(
+            params["successor"], windows.observation[:, :m], both
+        )
+        greedy = jnp.argmax(
+            jax.vmap(jax.vmap(jax.vmap(behaviour_values)))(
+                jax.lax.stop_gradient(outputs), both
+            ),
+            axis=-1,
+        )
+        output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
         output_t = successor(
             state.target_params, bootstrap_observations(windows, targets), w
         )
@@ -499,6 +545,10 @@ def make_agent(
             "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
             "reward_entropy": jnp.mean(r_entropy),
             "cosine_phi_task": -feature_loss,
+            "task_dependence": jnp.mean(
+                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
+            ),
+            "mean_phi_norm": optax.tree.norm(jnp.mean(reached.phi, axis=(0, 1))),
             "loss_feature": feature_loss,
             "loss_td": td_loss,
             "td_error": _mean_of_valid(
@@ -510,7 +560,7 @@ def make_agent(
             ),
             "distance_scale": distance_scale.mean,
         }
-        return feature_loss + td_loss, (distance_scale, metrics)
+        return feature_loss + td_loss, (distance_scale, moments, metrics)
 
     def apply_gradients(
         state: AgentState,
@@ -537,12 +587,13 @@ def make_agent(
     def update(
         state: AgentState, windows: replay.Window, particles: replay.Window
     ) -> tuple[AgentState, dict[str, jax.Array]]:
-        (_, (distance_scale, metrics)), grads = jax.value_and_grad(
+        (_, (distance_scale, moments, metrics)), grads = jax.value_and_grad(
             pretrain_loss, has_aux=True
         )(state.params, state, windows, particles)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(state, grads, optimizer)
-        return state._replace(distance_scale=distance_scale), metrics
+        params = {**state.params, "whitening": moments}
+        return state._replace(params=params, distance_scale=distance_scale), metrics
 
     def finetune_loss(
         successor_params: types.Params,
@@ -556,7 +607,8 @@ def make_agent(
             cut_at_task_change=False,
             cut_at_life_loss=finetune.cut_at_life_loss,
         )
-        rewards_t = clip_rewards(windows.reward, finetune.reward_clip) / reward_scale
+        rewards_t = clip_rewards(windows.reward, finetune.reward_clip)
+        rewards_t = (config.value_unit / reward_scale) * rewards_t
 
         def sum_rewards(r, target: Targets):
             return jax.vmap(losses.n_step_cumulant)(
@@ -599,6 +651,7 @@ def make_agent(
         grads = {
             "features": jax.tree.map(jnp.zeros_like, state.params["features"]),
             "successor": grads,
+            "whitening": jax.tree.map(jnp.zeros_like, state.params["whitening"]),
         }
         return apply_gradients(state, grads, finetune_optimizer), metrics
 

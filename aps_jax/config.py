@@ -19,7 +19,7 @@ STACK_SIZE = 4
 # https://arxiv.org/abs/2108.13956. VISR is the skill half alone, APT the entropy half.
 AGENTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 ENCODERS = ("small", "nature", "paper")
-TD_FORMS = ("split", "vector", "scalar")
+TD_FORMS = ("off_policy", "split", "vector", "scalar")
 
 
 def _option(
@@ -102,10 +102,20 @@ class AgentConfig:
         1.0, "Weight of the particle entropy in the intrinsic reward.", low=0.0
     )
     td_form: str = _option(
-        "split",
-        "Target of the successor features: split (phi and exploration apart), "
-        "vector, or scalar.",
+        "off_policy",
+        "Target of the successor features: off_policy (phi and exploration apart, phi "
+        "greedy for the task alone), split (greedy for both), vector, or scalar.",
         choices=TD_FORMS,
+    )
+    unit_values: bool = _option(
+        True,
+        "Whether cumulants are multiplied by 1 - discount, so that values have the "
+        "size of a mean reward; no greedy action changes.",
+    )
+    whiten_features: bool = _option(
+        True,
+        "Whether features are made of mean 0 and covariance 1 over the replay before "
+        "they are projected onto the sphere.",
     )
     num_neighbors: int = _option(
         12, "Nearest particles k that measure how new a state is.", low=1
@@ -182,8 +192,20 @@ class AgentConfig:
                 "batch_size must be a multiple of window_targets, got "
                 f"{self.batch_size} and {self.window_targets}."
             )
+        if self.unit_values and self.discount == 1.0:
+            raise ValueError("unit_values needs a discount below 1, got 1.")
         if self.skill_weight == 0.0 and self.entropy_weight == 0.0:
             raise ValueError("skill_weight and entropy_weight must not both be 0.")
+
+    @property
+    def has_exploration_value(self) -> bool:
+        """Whether a value of the entropy reward is learned apart from psi."""
+        return self.td_form in ("off_policy", "split")
+
+    @property
+    def value_unit(self) -> float:
+        """What cumulants are multiplied by before values are learned from them."""
+        return 1.0 - self.discount if self.unit_values else 1.0
 
     @property
     def num_windows(self) -> int:
@@ -550,6 +572,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "small",
         "hidden_units": 128,
         "num_particles": 64,
+        "task_steps": 40,
         "learning_rate": 5e-4,
         "feature_learning_rate": 5e-4,
         "batch_size": 32,

@@ -69,6 +69,17 @@ PRETRAINING = (
         "Cosine between phi(s_t) and the task under which s_t was reached; near 1, "
         "the features tell the tasks apart.",
     ),
+    Metric(
+        "task_dependence",
+        "-",
+        "Share of states in which the greedy action of behaviour is another for "
+        "another state's task; 0 if the task does not matter.",
+    ),
+    Metric(
+        "mean_phi_norm",
+        "-",
+        "Norm of the mean of phi over a batch; 1 if all states have the same features.",
+    ),
     Metric("knn_distance", "feature units", "Mean distance to the k nearest."),
     Metric(
         "distance_scale",
@@ -301,6 +312,7 @@ class MetricsWriter:
         try:
             if self._events is None or not self._events.path.exists():
                 if self._events is not None:
+                    self._events.close()
                     self._purge_step, self._pending = 0, list(self._rows)
                 self._events = _EventFile(self._folder, self._purge_step)
             for row in self._pending:

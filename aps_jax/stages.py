@@ -398,7 +398,7 @@ def _learn_task(
     num_envs = session.pool.num_envs
     task = jnp.asarray(inferred.task, jnp.float32)
     # An untrained psi is in no unit, so the scratch arm learns in the reward's own.
-    scale = inferred.scale if is_pretrained else 1.0
+    scale = inferred.scale if is_pretrained else config.learner.value_unit
     act = loop.make_act(
         agent,
         ring,
@@ -891,7 +891,7 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
 
 
 # What a pretrained agent must share with the run that takes it over.
-_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form")
+_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form", "unit_values")
 
 
 def check_fits(

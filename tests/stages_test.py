@@ -1,9 +1,11 @@
 """Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
 
 import csv
+import errno
 import functools
 import json
 import math
+import shutil
 
 import fakes
 import jax
@@ -11,8 +13,8 @@ import numpy as np
 import pytest
 
 from aps_jax import agent as agent_lib
+from aps_jax import checkpoint, evaluation, loop, metrics, stages
 from aps_jax import config as config_lib
-from aps_jax import evaluation, loop, metrics, stages
 
 pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
 finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
@@ -202,6 +204,182 @@ def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
     whole = read_rows(folder / "pretrain" / "metrics.csv")
     # The chain's state is in the checkpoint, so that it is the same run.
     assert rows == whole
+
+
+def test_a_game_that_raises_is_saved_first(run, tmp_path):
+    folder, pretrained, _ = run
+
+    class Broken(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            if self.steps == 50:
+                raise OSError("the emulator is gone")
+            return super().recv()
+
+    words = "raised OSError: the emulator is gone; a checkpoint of agent step 200 was"
+    with pytest.raises(loop.EnvironmentFailure, match=words):
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Broken)
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 200
+    resumed = pretrain(make_config(), tmp_path / "p")
+    # The games are new ones, the updates and the rows are those that were due.
+    assert resumed["updates"] == pretrained["updates"]
+    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    whole = read_rows(folder / "pretrain" / "metrics.csv")
+    assert [row[0] for row in rows] == [row[0] for row in whole]
+
+
+def test_a_reward_that_is_not_finite_leaves_its_batch_and_the_last_good(tmp_path):
+    class Poisoned(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            timestep = super().recv()
+            if self.steps == 45:
+                timestep.reward[2] = np.nan
+            return timestep
+
+    with pytest.raises(loop.NonFinite) as caught:
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Poisoned)
+    path = tmp_path / "p" / "nonfinite_180.npz"
+    assert str(caught.value) == (
+        "The game's reward of environment 2 is nan at agent step 180. The batch is in "
+        f"{path}. The last good checkpoint is of agent step 120."
+    )
+    with np.load(path, allow_pickle=False) as batch:
+        assert np.isnan(batch["reward"]).tolist() == [False, False, True, False]
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 120
+
+
+def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
+    tmp_path, monkeypatch
+):
+    """The loss of one update is spoilt on the device, as by an overflow."""
+    make_agent = agent_lib.make_agent
+
+    def spoilt(*arguments, **options):
+        agent = make_agent(*arguments, **options)
+
+        def update(state, windows, particles):
+            is_bad = state.num_updates == 7
+            state, values = agent.update(state, windows, particles)
+            values["loss_td"] = jax.numpy.where(is_bad, np.inf, values["loss_td"])
+            return state, values
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(agent_lib, "make_agent", spoilt)
+    config = make_config(report_agent_steps=240, checkpoint_agent_steps=80)
+    with pytest.raises(loop.NonFinite) as caught:
+        pretrain(config, tmp_path / "p")
+    # Update 7 is made at agent step 60 + 8 * 8 / 0.5 = 188; the next look is the save.
+    words = str(caught.value)
+    assert "Not finite in update 7, noticed at agent step 240: loss_td." in words
+    assert "The last good checkpoint is of agent step 160." in words
+    with np.load(tmp_path / "p" / "nonfinite_240.npz", allow_pickle=False) as batch:
+        # Windows of what had been played by then; ids count the steps.
+        assert batch["windows.id"].max() < 192
+        assert batch["windows.observation"].shape == (4, 5, 84, 84, 4)
+        assert batch["particles.id"].shape == (8, 1)
+
+
+def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
+    config = make_config(checkpoint_replay=False)
+    with pytest.raises(Stop):
+        stages.pretrain(config, tmp_path / "p", constructor=interrupted(40))
+    saved = tmp_path / "p" / "checkpoints" / "120"
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["agent", "loop"]
+    resumed = pretrain(config, tmp_path / "p")
+    # A quarter of the 120 agent steps that are left is less than the 60 of the warm-up.
+    assert "learning goes on after 30 agent steps, at 150" in caplog.text
+    # (120 - 60) / 16 = 3 updates before, (240 - 60) / 16 - (150 - 60) / 16 = 6 after.
+    assert resumed["updates"] == 9
+
+
+def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
+    """From the first checkpoint on nothing can be written for a while."""
+    folder, pretrained, _ = run
+    to_disk, tries = checkpoint._to_disk, []
+
+    def full(path):
+        tries.append(path)
+        if len(tries) < 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        to_disk(path)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", full)
+    result = pretrain(make_config(), tmp_path / "p")
+    assert result["updates"] == pretrained["updates"]
+    assert "No space left on device" in caplog.text
+    assert "the last good checkpoint is missing yet" in caplog.text
+    assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
+        folder / "pretrain" / "metrics.csv"
+    )
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
+
+
+def test_the_last_checkpoint_is_waited_for(tmp_path, monkeypatch, caplog):
+    """A stage whose end finds the disk full tries until there is room."""
+    to_disk, tries = checkpoint._to_disk, []
+
+    def full(path):
+        if path.name.startswith("writing_") and len(tries) < 2:
+            tries.append(path)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        to_disk(path)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", full)
+    monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
+    config = make_config(checkpoint_agent_steps=1000)
+    pretrain(config, tmp_path / "p")
+    assert len(tries) == 2
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
+    assert "trying again every" in caplog.text
+
+
+def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, caplog):
+    folder, pretrained, _ = run
+    workdir = tmp_path / "p"
+
+    class Deleting(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            self.steps += 1
+            if self.steps == 35:
+                shutil.rmtree(workdir)
+            super().send(actions)
+
+    result = stages.pretrain(make_config(), workdir, constructor=Deleting)
+    assert result["updates"] == pretrained["updates"]
+    assert f"{workdir} was deleted, and has been made anew" in caplog.text
+    assert (workdir / "metrics.csv").read_bytes() == (
+        folder / "pretrain" / "metrics.csv"
+    ).read_bytes()
+    assert_same(
+        stages.load_pretrained(workdir).state,
+        stages.load_pretrained(folder / "pretrain").state,
+    )
+
+
+def test_a_checkpoint_says_where_it_comes_from(run):
+    folder, _, _ = run
+    facts = stages.load_pretrained(folder / "pretrain").facts
+    assert facts["format"] == checkpoint.FORMAT
+    assert config_lib.from_dict(facts["config"]) == make_config()
+    assert facts["versions"]["jax"] == jax.__version__
+    assert "git_commit" in facts
+
+
+def test_retention_may_change_when_a_run_is_resumed(tmp_path):
+    with pytest.raises(Stop):
+        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
+    config = make_config(keep_checkpoints=7, checkpoint_agent_steps=40)
+    pretrain(config, tmp_path / "p")
+    kept = sorted(int(p.name) for p in (tmp_path / "p" / "checkpoints").iterdir())
+    assert kept == [120, 160, 200, 240]
 
 
 def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):

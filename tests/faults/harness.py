@@ -5,6 +5,7 @@ which saves the seconds that importing takes.
 """
 
 import csv
+import functools
 import json
 import multiprocessing
 import os
@@ -19,16 +20,21 @@ import tensorboardX.proto.event_pb2
 from aps_jax import checkpoint, interrupts
 
 _TESTS = pathlib.Path(__file__).resolve().parent.parent
-# Threads of a library that is merely imported would not survive a fork.
-os.environ["OPENBLAS_NUM_THREADS"] = "1"
-os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["faults.driver"])
 
 # What is left when a run is over, and how far it is: what must never go wrong.
 STAGES = ("pretrain", "finetune")
 _SECONDS = 600.0  # after which a process is taken for dead
+
+
+@functools.cache
+def _server():
+    """Returns the server of processes, which starts with the first of them."""
+    # Threads of a library that is merely imported would not survive a fork.
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["faults.driver"])
+    return context
 
 
 def _run(workdir, sends, step_seconds, options):
@@ -43,8 +49,8 @@ class Process:
     def __init__(self, workdir: pathlib.Path, *, step_seconds: float = 0.0, **options):
         """Starts it."""
         self.workdir = workdir
-        self._sends = _CONTEXT.Value("i", 0)
-        self._process = _CONTEXT.Process(
+        self._sends = _server().Value("i", 0)
+        self._process = _server().Process(
             target=_run, args=(str(workdir), self._sends, step_seconds, options)
         )
         self._process.start()
