@@ -276,6 +276,11 @@ class PretrainConfig:
 class FinetuneConfig:
     """The stage that sees the reward: inference of the task, then TD learning."""
 
+    task: str = _option(
+        "score",
+        "What is rewarded: score, survival (lives kept, per agent step), or your own "
+        "module:function of two time steps.",
+    )
     finetune_agent_steps: int = _option(
         100_000, "Agent steps with reward in all, inference included.", low=1
     )
@@ -344,9 +349,27 @@ class EvaluationConfig:
         low=1,
         high=1000,
     )
+    eval_agent_steps: str = _option(
+        "",
+        "Agent steps of fine-tuning after which to evaluate, separated by commas, "
+        "besides zero-shot and the end; empty spaces `evaluations` evenly.",
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        words = self.eval_agent_steps.split(",") if self.eval_agent_steps else []
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise ValueError(
+                "eval_agent_steps must be positive numbers separated by commas, got "
+                f"{self.eval_agent_steps!r}."
+            )
+
+    @property
+    def set_agent_steps(self) -> tuple[int, ...]:
+        """The agent steps in `eval_agent_steps`."""
+        if not self.eval_agent_steps:
+            return ()
+        return tuple(int(word) for word in self.eval_agent_steps.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -358,6 +381,9 @@ class ReportConfig:
     )
     checkpoint_agent_steps: int = _option(
         2_500_000, "Agent steps between two checkpoints.", low=1
+    )
+    wandb: bool = _option(
+        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
     )
     checkpoint_replay: bool = _option(
         True,
@@ -402,6 +428,13 @@ class Config:
 
     def __post_init__(self) -> None:
         learner, pretrain, finetune = self.learner, self.pretrain, self.finetune
+        if max(self.evaluation.set_agent_steps, default=0) > (
+            finetune.finetune_agent_steps
+        ):
+            raise ValueError(
+                f"eval_agent_steps must not exceed the {finetune.finetune_agent_steps} "
+                f"of finetune_agent_steps, got {self.evaluation.eval_agent_steps}."
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
         if self.seed > _MOST:
