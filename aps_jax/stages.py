@@ -92,7 +92,7 @@ def pretrain(
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir))
-        _, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
+        agent, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
