@@ -3,12 +3,15 @@
 #   make test    all tests, at most ten minutes on two cores
 # and, for those who change what a run survives:
 #   make test-faults    kills real processes, and watches a long run's memory
+# and, for those who change what a page says:
+#   make docs    the documentation, in docs/_build/html; any warning is an error
+#   make pages   the tables in README.md and docs/ that code and results make
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint format clean
+.PHONY: demo test test-faults docs pages lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
@@ -21,6 +24,13 @@ test: $(VENV)/installed
 # The settings of pyproject.toml leave these tests out.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest --override-ini addopts= -n 2 --dist worksteal -v tests/faults
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+pages: $(VENV)/installed
+	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

@@ -153,8 +153,8 @@ class Checkpointer:
         Damaged ones are passed over with a warning that names the file.
 
         Args:
-          templates: What to restore: part to a pytree of arrays or
-            `jax.ShapeDtypeStruct`s of the same structure.
+          templates: What to restore: part to a pytree of arrays, or of
+            `jax.ShapeDtypeStruct`, of the same structure.
           optional: Parts that a checkpoint may lack; what is returned lacks them too.
           set_damaged_aside: Whether to rename damaged ones, so that their numbers are
             free for a run that passes them again.

@@ -6,9 +6,7 @@ import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, scores
-
-VIDEO_AGENT_STEPS = 900  # one minute of play
+from aps_jax import evaluation, protocol, scores
 
 _SMALL_BUDGET = (
     "This budget is small: it shows that the machine works, not what the method "
@@ -40,12 +38,56 @@ def print_results(
     console = rich.console.Console()
     console.print(table)
     console.print(
-        f"Protocol: {evaluation.protocol_text(config)}.",
+        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
         soft_wrap=True,
         highlight=False,
     )
     if config.preset in ("smoke", "cpu"):
         console.print(_SMALL_BUDGET, soft_wrap=True)
+
+
+def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
+    """Prints a row for each task of a pretrained agent, and how the games were played.
+
+    Args:
+      config: The run's values.
+      results: From `zero_shot.to_dict`.
+    """
+    table = rich.table.Table(
+        title=f"{config.game}: one pretrained agent, no gradient step"
+    )
+    for column in (
+        "task",
+        "zero-shot return",
+        "random play",
+        "zero-shot score",
+        "agent steps per game",
+        "R^2",
+        "rewards seen",
+        "not 0",
+    ):
+        table.add_column(column, justify="left" if column == "task" else "right")
+    for result in results:
+        inferred, played, random = (
+            result[name] for name in ("inferred", "zero_shot", "random")
+        )
+        table.add_row(
+            result["name"] + (" (random w)" if inferred["is_fallback"] else ""),
+            f"{played['return_mean']:.1f}",
+            f"{random['return_mean']:.1f}",
+            f"{played['score_mean']:.1f}",
+            f"{played['length_mean']:.0f}",
+            f"{inferred['r_squared']:.3f}",
+            f"{inferred['num_samples']:,}",
+            f"{inferred['num_nonzero']:,}",
+        )
+    console = rich.console.Console()
+    console.print(table)
+    console.print(
+        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
+        soft_wrap=True,
+        highlight=False,
+    )
 
 
 def _zero_shot(result: dict[str, Any]) -> str:

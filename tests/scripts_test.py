@@ -6,11 +6,13 @@ import re
 import subprocess
 import sys
 
+import fake_runs
 import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 from hypothesis import strategies as st
+from PIL import Image
 
 from aps_jax import config as config_lib
 from aps_jax import loop, resources, stages
@@ -57,7 +59,8 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     # The score beside random and human ones, the protocol, and where things are.
     for words in ("-20.7", "14.6", "2 full games", "small: it shows that the machine"):
         assert words in said
-    for name in ("result.json", "curves.png", "game.gif"):
+    assert "Did pretraining help?" in said and "single seeds, so" in said
+    for name in ("result.json", "curves.png", "game.gif", "features.png"):
         assert str(workdir / name) in said.replace("\n", "")
         assert (workdir / name).stat().st_size > 1000
 
@@ -70,12 +73,71 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     assert (tmp_path / "eval" / "game.gif").exists()
 
     with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir))
+        set_flags(task="score, examples.tasks:pong_high", infer_agent_steps=40)
+        evaluate.main(["evaluate"])
+    zero = json.loads((tmp_path / "zero" / "result.json").read_text())
+    score, high = zero["tasks"]
+    assert high["name"] == "examples.tasks:pong_high"
+    assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
+    # What fine-tuning inferred and scored before it learned.
+    first = result["evaluations"][0]
+    assert score["zero_shot"]["return_mean"] == first["eval_return_mean"]
+    assert score["inferred"]["r_squared"] == result["task"]["r_squared"]
+    said = capsys.readouterr().out
+    assert "one pretrained agent, no gradient step" in said
+    assert "not Atari-100k: episodes 2" in said
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "grid"), checkpoint=str(workdir))
+        set_flags(video_tasks=3)
+        evaluate.main(["evaluate"])
+    with Image.open(tmp_path / "grid" / "tasks.gif") as image:
+        assert image.size == (2 * 160, 2 * (210 + 14)) and image.n_frames > 10
+
+    with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "ft"), init=str(workdir), evaluations=1)
         finetune.main(["finetune"])
     tuned = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert tuned["init"] == str(workdir / "pretrain")
     assert tuned["pretrain_frames"] == result["pretrain_frames"] == 640
     assert len(tuned["evaluations"]) == 1
+
+
+def test_several_seeds_end_with_the_gain_and_its_interval(
+    tmp_path, capsys, monkeypatch
+):
+    """Pretrained scores 3, 4, 5 against 1, 1, 1: a gain of 3, whatever the resample."""
+
+    def fake_finetune(config, workdir, init, *, progress, stop):
+        del progress, stop
+        values = fake_runs.result(
+            [1.0 if init is None else 3.0 + config.seed] * 4,
+            seed=config.seed,
+            init=init and str(init),
+        )
+        fake_runs.write(workdir, values)
+        return {**values, "human_normalized_score": None}
+
+    monkeypatch.setattr(stages, "pretrain", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
+    monkeypatch.setattr(
+        run_aps.report.report,
+        "__kwdefaults__",
+        {**run_aps.report.report.__kwdefaults__, "num_resamples": 200},
+    )
+    set_flags(workdir=str(tmp_path / "r"), arms=["pretrained", "scratch"])
+    set_flags(seeds=["3"], **TINY)
+    run_aps.main(["run_aps"])
+    said = capsys.readouterr().out
+    for seed in range(3):
+        assert (tmp_path / "r" / f"seed_{seed}" / "result.json").exists()
+    (line,) = [line for line in said.splitlines() if "aps over aps scratch" in line][1:]
+    assert " ".join(line.split()) == (
+        "Pong aps over aps scratch +3.0 [+2.0, +4.0] 1.00 [1.00, 1.00]"
+    )
+    assert "with 3 seeds, 95 % intervals are too narrow" in said
 
 
 def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
@@ -243,6 +305,14 @@ WRONG = {
     "no accelerator": (
         ["pretrain", "--require_accelerator", "--workdir={new}"],
         r"JAX sees no GPU or TPU",
+    ),
+    "seeds that are no numbers": (
+        ["run_aps", "--seeds=a,b", "--workdir={new}"],
+        r"--seeds must be a number, or numbers, got \['a', 'b'\]",
+    ),
+    "a task that cannot be imported": (
+        ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
+        r"module of the task 'gone:f' cannot be imported: ModuleNotFoundError",
     ),
     "an unknown arm": (
         ["run_aps", "--arms=random", "--workdir={new}"],

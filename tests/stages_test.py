@@ -379,7 +379,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
         )
     before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
-    assert resumed["task"] == before
+    assert resumed["task"] == {"name": "score", **before}
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
@@ -472,11 +472,53 @@ def test_a_recorded_game_has_a_picture_per_step(run):
         trained.state.params,
         np.float32([1, 0, 0, 0, 0]),
         use_gpi=False,
-        record_agent_steps=1000,
+        record_games=1,
         constructor=fakes.ChainPool,
     )
-    assert len(played.pictures) == played.lengths[0]
-    assert played.pictures[0].shape == (84, 84, 3)
+    (pictures,) = played.pictures
+    assert len(pictures) == played.lengths[0]
+    assert pictures[0].shape == (84, 84, 3)
+
+
+def test_a_film_stops_when_its_pictures_are_taken(run):
+    """Each game has its own task, and its own pictures until it ends."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    played = evaluation.evaluate(
+        make_config(eval_episodes=3),
+        trained.agent,
+        trained.state.params,
+        np.eye(5, dtype=np.float32)[:3],
+        use_gpi=False,
+        record_games=2,
+        record_agent_steps=4,
+        only_record=True,
+        constructor=fakes.ChainPool,
+    )
+    assert [len(pictures) for pictures in played.pictures] == [4, 4]
+    np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+
+
+def test_evaluations_at_set_steps(run, tmp_path):
+    """Steps before inference is over are covered by zero-shot; 90 is rounded up."""
+    folder, _, _ = run
+    config = make_config(eval_agent_steps="8, 90,100")
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("8,,9", "positive numbers separated by commas, got '8,,9'"),
+        ("0", "positive numbers"),
+        ("-5", "positive numbers"),
+        ("121", "must not exceed the 120 of finetune_agent_steps, got 121"),
+    ],
+)
+def test_set_steps_are_checked(steps, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(eval_agent_steps=steps)
 
 
 @pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
@@ -484,9 +526,12 @@ def test_only_whole_games_are_normalised(max_frames, expected):
     config = config_lib.replace_options(
         make_config(), game="Pong", max_frames=max_frames
     )
-    summary = evaluation.summary(config, np.array([-20.7, -20.7]))
+    scores = np.array([-20.7, -20.7])
+    # Returns of another task do not count.
+    played = evaluation.Evaluation(np.array([3.0, 3.0]), scores, np.array([9, 9]), [])
+    summary = evaluation.summary(config, played)
     np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
-    assert summary["eval_return_std"] == 0.0
+    assert summary["eval_return_mean"] == 3.0 and summary["eval_return_std"] == 0.0
 
 
 def test_agents_are_the_same_code_with_other_weights():
