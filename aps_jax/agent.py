@@ -7,7 +7,7 @@ particles, `A` actions, `D` feature dimension.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import distrax
@@ -32,6 +32,10 @@ from aps_jax.config import AgentConfig, FinetuneConfig
 # `steps_left` of a task that is never redrawn; counted down once per agent step, it
 # lasts longer than any run.
 _FOREVER = jnp.iinfo(jnp.int32).max
+
+# Rows that `apply_where` computes together on a CPU: enough for fast matrix products,
+# and on average half of them computed for nothing.
+_ROWS_PER_CHUNK = 16
 
 
 class AgentState(NamedTuple):
@@ -166,6 +170,52 @@ def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> jax.Array:
     return jnp.sum(values * is_valid) / jnp.maximum(jnp.sum(is_valid), 1.0)
 
 
+def apply_where(function: Callable[[jax.Array], Any], is_needed: jax.Array) -> Any:
+    """Computes the rows that are needed, and leaves the others 0.
+
+    On a CPU the other rows cost nothing: the needed ones are computed a chunk at a time,
+    as many chunks as it takes. An accelerator, which would have to ask the device how
+    many, computes all rows together. Not differentiable.
+
+    Args:
+      function: Maps `[C]` int32 numbers of rows to a pytree with leading axis `[C]`.
+      is_needed: `[N]` bool.
+
+    Returns:
+      The pytree, with leading axis `[N]`.
+    """
+    num_rows = is_needed.shape[0]
+    if jax.default_backend() != "cpu" or num_rows <= _ROWS_PER_CHUNK:
+        results = function(jnp.arange(num_rows, dtype=jnp.int32))
+    else:
+        needed_first = jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
+
+        def add_chunk(number: jax.Array, results: Any) -> Any:
+            # The last chunk starts earlier if it would not be full, and repeats rows.
+            rows = jax.lax.dynamic_slice_in_dim(
+                needed_first, number * _ROWS_PER_CHUNK, _ROWS_PER_CHUNK
+            )
+            return jax.tree.map(
+                lambda all_rows, some: all_rows.at[rows].set(some),
+                results,
+                function(rows),
+            )
+
+        shapes = jax.eval_shape(function, needed_first[:_ROWS_PER_CHUNK])
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes
+        )
+        num_needed = jnp.sum(is_needed, dtype=jnp.int32)
+        num_chunks = (num_needed + _ROWS_PER_CHUNK - 1) // _ROWS_PER_CHUNK
+        results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
+    return jax.tree.map(
+        lambda x: jnp.where(
+            jnp.expand_dims(is_needed, tuple(range(1, x.ndim))), x, jnp.zeros_like(x)
+        ),
+        results,
+    )
+
+
 def make_agent(
     config: AgentConfig, finetune: FinetuneConfig, *, num_actions: int
 ) -> Agent:
@@ -212,10 +262,12 @@ def make_agent(
         exploration_head=has_exploration,
     )
 
-    def adam(learning_rate: float) -> optax.GradientTransformation:
+    def adam(learning_rate: float, unit: float = 1.0) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.max_gradient_norm),
-            optax.adam(learning_rate, eps=config.adam_epsilon),
+            # A TD error's gradient has the unit of the values; so has epsilon, else it
+            # would swallow the small gradients of unit values.
+            optax.adam(learning_rate, eps=config.adam_epsilon * unit),
         )
 
     def by_network(
@@ -232,10 +284,11 @@ def make_agent(
         )
 
     optimizer = by_network(
-        adam(config.feature_learning_rate), adam(config.learning_rate)
+        adam(config.feature_learning_rate),
+        adam(config.learning_rate, config.value_unit),
     )
     finetune_optimizer = by_network(
-        optax.set_to_zero(), adam(finetune.finetune_learning_rate)
+        optax.set_to_zero(), adam(finetune.finetune_learning_rate, config.value_unit)
     )
 
     def init(key: types.PRNGKey) -> AgentState:
@@ -358,10 +411,14 @@ def make_agent(
         distance_scale: rewards.DistanceScale,
         h_t: jax.Array,
         ids_t: jax.Array,
+        is_used: jax.Array,
         particle_h: jax.Array,
         particle_ids: jax.Array,
     ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
-        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances."""
+        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances.
+
+        States that are not used have no neighbours: distances of +inf, which do not count.
+        """
         distances = knn.knn_distances(
             h_t,
             particle_h,
@@ -369,6 +426,7 @@ def make_agent(
             query_ids=ids_t,
             particle_ids=particle_ids,
         )
+        distances = jnp.where(is_used[:, None], distances, jnp.inf)
         distance_scale = rewards.update_distance_scale(
             distance_scale, distances, decay=config.scale_decay
         )
@@ -433,10 +491,45 @@ def make_agent(
         )
         return jax.vmap(lay_out_one)(windows)
 
-    def bootstrap_observations(windows: replay.Window, targets: Targets) -> jax.Array:
-        return jax.vmap(lambda x, place: x[place])(
-            windows.observation, targets.bootstrap
+    def bootstrap_outputs(
+        target_params: types.Params,
+        windows: replay.Window,
+        targets: Targets,
+        w: jax.Array,
+    ) -> networks.Successor:
+        """Predicts at the states that targets bootstrap from, for tasks `[B, m, D]`.
+
+        Where the sum is cut, consecutive targets of a window bootstrap from the same
+        state, which is encoded once. (They also have the same task: a return that ends
+        where the task changes ends between targets of different tasks.)
+        """
+        num_windows, num_states = windows.action.shape
+        place = targets.bootstrap  # [B, m]
+        is_new = jnp.any(w[:, 1:] != w[:, :-1], axis=-1) | (
+            place[:, 1:] != place[:, :-1]
         )
+        is_new = jnp.pad(is_new, ((0, 0), (1, 0)), constant_values=True)
+        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
+        first_row = num_states * jnp.arange(num_windows, dtype=jnp.int32)
+        row = (first_row[:, None] + place).reshape(-1)
+        flat_w = w.reshape(-1, w.shape[-1])
+        outputs = apply_where(
+            lambda i: successor(target_params, observations[row[i]], flat_w[i]),
+            is_new.reshape(-1),
+        )
+        number = jnp.arange(num_windows * m, dtype=jnp.int32).reshape(num_windows, m)
+        source = jax.lax.cummax(jnp.where(is_new, number, 0), axis=1)
+        return jax.tree.map(lambda x: x[source], outputs)
+
+    def is_summed(targets: Targets) -> jax.Array:
+        """Returns `[B, T - 1]` which reached states a valid target sums."""
+
+        def of_window(target: Targets) -> jax.Array:
+            is_used = (target.weight > 0.0) & (target.is_valid > 0.0)[:, None]
+            never = jnp.zeros((m + n - 1,), bool)
+            return never.at[target.rewarded - 1].max(is_used)
+
+        return jax.vmap(of_window)(targets)
 
     def skill_reward_mean(
         phi: jax.Array, task: jax.Array, targets: Targets
@@ -459,11 +552,19 @@ def make_agent(
         targets = lay_out(windows, cut_at_task_change=True, cut_at_life_loss=False)
 
         # Each reached state is encoded once, for the feature loss (which needs the
-        # gradient of the first m alone), the skill reward and the entropy reward.
+        # gradient of the first m alone), the skill reward and the entropy reward; those
+        # that no target sums are not encoded.
         frozen = jax.lax.stop_gradient(params)
+        num_windows, num_states = windows.action.shape
+        is_used = is_summed(targets)
+        is_further = jnp.pad(is_used.at[:, :m].set(False), ((0, 0), (1, 0)))
+        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
         particle_h = raw_features(frozen, particles.observation[:, 0])
         learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
-        further_h = raw_features(frozen, windows.observation[:, m + 1 :])
+        further_h = apply_where(
+            lambda row: raw_features(frozen, observations[row]), is_further.reshape(-1)
+        )
+        further_h = further_h.reshape(num_windows, num_states, -1)[:, m + 1 :]
         moments = used = frozen["whitening"]
         if config.whiten_features:
             moments = whitening.update_whitening(
@@ -484,15 +585,15 @@ def make_agent(
         feature_losses = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w_tm1)
         feature_loss = _mean_of_valid(feature_losses, is_reached)
 
-        num_windows, num_reached, dim = reached.h.shape
         flat_rewards, distance_scale, distances = entropy_rewards(
             state.distance_scale,
-            reached.h.reshape(-1, dim),
+            reached.h.reshape(-1, reached.h.shape[-1]),
             windows.id[:, 1:].reshape(-1),
+            is_used.reshape(-1),
             particle_h,
             particles.id[:, 0],
         )
-        r_entropy = flat_rewards.reshape(num_windows, num_reached)
+        r_entropy = flat_rewards.reshape(num_windows, num_states - 1)
 
         def sum_cumulants(phi, r, target: Targets):
             """Sums `[T-1, D]` features and `[T-1]` rewards over each target's steps."""
@@ -523,9 +624,7 @@ def make_agent(
             axis=-1,
         )
         output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
-        output_t = successor(
-            state.target_params, bootstrap_observations(windows, targets), w
-        )
+        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
         errors = jax.vmap(jax.vmap(td_errors))(
             output_tm1,
             windows.action[:, :m],
@@ -543,12 +642,12 @@ def make_agent(
         )
         metrics = {
             "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
-            "reward_entropy": jnp.mean(r_entropy),
+            "reward_entropy": _mean_of_valid(r_entropy, is_used.astype(jnp.float32)),
             "cosine_phi_task": -feature_loss,
             "task_dependence": jnp.mean(
                 (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
             ),
-            "mean_phi_norm": optax.tree.norm(jnp.mean(reached.phi, axis=(0, 1))),
+            "mean_phi_norm": optax.tree.norm(jnp.mean(learned.phi, axis=(0, 1))),
             "loss_feature": feature_loss,
             "loss_td": td_loss,
             "td_error": _mean_of_valid(
@@ -620,9 +719,7 @@ def make_agent(
             task[None, None, :], (*windows.action[:, :m].shape, config.feature_dim)
         )
         output_tm1 = successor(successor_params, windows.observation[:, :m], w)
-        output_t = successor(
-            state.target_params, bootstrap_observations(windows, targets), w
-        )
+        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
         a_tm1 = windows.action[:, :m]
         errors = jax.vmap(jax.vmap(losses.scalar_td_error))(
             output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w

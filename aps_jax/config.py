@@ -7,6 +7,7 @@ or updates (gradient steps).
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -20,6 +21,9 @@ STACK_SIZE = 4
 AGENTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 ENCODERS = ("small", "nature", "paper")
 TD_FORMS = ("off_policy", "split", "vector", "scalar")
+
+
+_MOST = 2**31 - 1  # of every count: on the device they are 32-bit integers.
 
 
 def _option(
@@ -45,11 +49,15 @@ def _check_fields(config: Any) -> None:
             raise ValueError(
                 f"{field.name} must be one of {', '.join(choices)}, got {value!r}."
             )
+        if type(value) is int and value > _MOST:
+            raise ValueError(f"{field.name} must be at most {_MOST}, got {value}.")
         # Comparisons are written so that NaN fails them.
         if low is not None and not value >= low:
             raise ValueError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and not value <= high:
             raise ValueError(f"{field.name} must be at most {high}, got {value}.")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +171,10 @@ class AgentConfig:
         1e-4, "Adam's rate for the feature network.", low=0.0
     )
     adam_epsilon: float = _option(
-        1.5e-4, "Added to the denominator of Adam's step.", low=0.0
+        1.5e-4,
+        "Added to the denominator of Adam's step; for the successor network in the "
+        "unit of its values.",
+        low=0.0,
     )
     max_gradient_norm: float = _option(
         10.0, "Norm to which each network's gradient is clipped.", low=1e-12
@@ -240,7 +251,10 @@ class PretrainConfig:
         20_000, "Agent steps played before the first update of pretraining.", low=1
     )
     samples_per_step: float = _option(
-        3.2, "TD targets replayed per agent step of pretraining.", low=0.0
+        3.2,
+        "TD targets replayed per agent step of pretraining.",
+        low=0.0,
+        high=1e6,
     )
     pretrain_epsilon: float = _option(
         0.05,
@@ -282,7 +296,10 @@ class FinetuneConfig:
         8, "Environments that fine-tuning steps together.", low=1, high=65536
     )
     finetune_samples_per_step: float = _option(
-        32.0, "TD targets replayed per agent step of learning.", low=0.0
+        32.0,
+        "TD targets replayed per agent step of learning.",
+        low=0.0,
+        high=1e6,
     )
     finetune_epsilon: float = _option(
         0.05, "Probability of a random action while learning.", low=0.0, high=1.0
@@ -420,6 +437,8 @@ class Config:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if self.seed > _MOST:
+            raise ValueError(f"seed must be at most {_MOST}, got {self.seed}.")
         if self.agent not in AGENTS:
             raise ValueError(
                 f"agent must be one of {', '.join(AGENTS)}, got {self.agent!r}."
@@ -575,8 +594,8 @@ PRESETS: dict[str, dict[str, Any]] = {
         "task_steps": 40,
         "learning_rate": 5e-4,
         "feature_learning_rate": 5e-4,
-        "batch_size": 32,
-        "window_targets": 4,
+        "batch_size": 64,
+        "window_targets": 8,
         "pretrain_frames": 320_000,
         "num_envs": 16,
         "replay_size": 50_000,

@@ -514,3 +514,58 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
 def names_of(group: Sequence[metrics.Metric]) -> list[str]:
     """Returns the names of a group of metrics."""
     return [metric.name for metric in group]
+
+
+class Pretraining(NamedTuple):
+    """All that the loop of pretraining needs."""
+
+    agent: agent_lib.Agent
+    ring: replay.Replay
+    session: Session
+    act: Act
+    learn: Learn
+    schedule: Schedule
+
+
+def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
+    """Makes a new session of pretraining, and its jitted steps.
+
+    Args:
+      config: The run's values.
+      pool: Environments, not yet reset, as many as the config says.
+    """
+    values, learner = config.pretrain, config.learner
+    num_envs = values.num_envs
+    agent = agent_lib.make_agent(learner, config.finetune, num_actions=pool.num_actions)
+    ring = replay.make_replay(
+        num_envs=num_envs, size=values.replay_size, feature_dim=learner.feature_dim
+    )
+    sample = make_sample(
+        ring,
+        learner,
+        stream_key(config.seed, Stream.PRETRAIN_LEARN),
+        with_particles=True,
+    )
+    session = Session(
+        pool=pool,
+        state=init_state(agent, config.seed),
+        memory=init_memory(
+            agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+        ),
+        sums=put(metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING))),
+        sample=sample,
+    )
+    act = make_act(
+        agent,
+        ring,
+        stream_key(config.seed, Stream.PRETRAIN_ACT),
+        epsilon=values.pretrain_epsilon,
+        explore=True,
+    )
+    schedule = Schedule(
+        start=max(values.warmup_agent_steps, learner.window_length * num_envs),
+        samples_per_step=values.samples_per_step,
+        batch_size=learner.batch_size,
+    )
+    learn = make_pretrain_learn(agent, sample)
+    return Pretraining(agent, ring, session, act, learn, schedule)

@@ -1,9 +1,11 @@
 """What a run will take, and what this machine has: told before heavy work starts."""
 
 import contextlib
+import hashlib
 import math
 import os
 import pathlib
+import platform
 import shutil
 from collections.abc import Callable
 
@@ -132,6 +134,28 @@ def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
     if jax.default_backend() == "cpu" and config.report.checkpoint_replay:
         copies = 2  # One more while a checkpoint is written.
     return copies * replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the user's folder for what can be made again on this kind of machine.
+
+    `$XDG_CACHE_HOME/aps_jax` (`~/.cache/aps_jax`), and in it a folder for this version of
+    JAX and this CPU's instructions.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    kind = f"{platform.machine()} {jax.__version__} {_cpu_flags()}"
+    digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    return pathlib.Path(root, "aps_jax", digest)
+
+
+def _cpu_flags() -> str:
+    """Returns what the CPU can do, in the kernel's words; empty where it does not say."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line.split(":", 1)[1].strip()
+    return ""
 
 
 def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:

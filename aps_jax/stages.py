@@ -81,7 +81,7 @@ def pretrain(
     resources.check_memory(config, is_pretraining=True)
     warn = _warning(progress)
     resources.check_cores(config, warn)
-    values, learner = config.pretrain, config.learner
+    values = config.pretrain
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
         pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
@@ -92,43 +92,7 @@ def pretrain(
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir))
-        agent = agent_lib.make_agent(
-            learner, config.finetune, num_actions=pool.num_actions
-        )
-        ring = replay.make_replay(
-            num_envs=num_envs,
-            size=values.replay_size,
-            feature_dim=learner.feature_dim,
-        )
-        session = loop.Session(
-            pool=pool,
-            state=loop.init_state(agent, config.seed),
-            memory=loop.init_memory(
-                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
-            ),
-            sums=loop.put(
-                metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
-            ),
-        )
-        act = loop.make_act(
-            agent,
-            ring,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_ACT),
-            epsilon=values.pretrain_epsilon,
-            explore=True,
-        )
-        session.sample = loop.make_sample(
-            ring,
-            learner,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_LEARN),
-            with_particles=True,
-        )
-        learn = loop.make_pretrain_learn(agent, session.sample)
-        schedule = loop.Schedule(
-            start=max(values.warmup_agent_steps, learner.window_length * num_envs),
-            samples_per_step=values.samples_per_step,
-            batch_size=learner.batch_size,
-        )
+        agent, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
@@ -423,9 +387,10 @@ def _learn_task(
         samples_per_step=values.finetune_samples_per_step,
         batch_size=config.learner.batch_size,
     )
-    session.memory = session.memory._replace(
-        actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
-    )
+    if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
+        session.memory = session.memory._replace(
+            actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
+        )
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
@@ -789,6 +754,8 @@ class _Recorder:
     def _dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
+        with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
+            self._checkpointer.finish()
         try:
             np.savez_compressed(path, **error.batch)
             where = f"The batch is in {path}."

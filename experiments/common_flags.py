@@ -5,6 +5,7 @@ given takes its value from the preset.
 """
 
 import logging as python_logging
+import os
 import pathlib
 import sys
 import warnings
@@ -27,6 +28,12 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: made, or continued if it is this very run."
 )
 _PRESET = flags.DEFINE_enum("preset", "paper", list(config_lib.PRESETS), _PRESET_HELP)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "Folder in which compiled programs are kept for the next start; auto is the user's "
+    "cache folder (that of JAX_COMPILATION_CACHE_DIR where it is set), empty keeps none.",
+)
 _REQUIRE_ACCELERATOR = flags.DEFINE_bool(
     "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
 )
@@ -203,6 +210,23 @@ def reject_words(argv: Sequence[str]) -> None:
         )
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs where the flag says, for this and later processes.
+
+    The default folder differs between users, versions of JAX and models of CPU: what is
+    compiled for one CPU must not run on another, and home folders are shared.
+    """
+    folder = _COMPILATION_CACHE.value
+    if folder == "auto":
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return
+        folder = str(resources.cache_folder() / "xla")
+    if not folder:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) -> None:
     """Runs a script's main; an error of the user's is one line and exit code 2.
 
@@ -218,6 +242,7 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv: Sequence[str]) -> None:
+        use_compilation_cache()
         try:
             main(argv)
         except interrupts.Interrupted as error:

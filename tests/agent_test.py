@@ -249,11 +249,21 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
         c=learner.distance_offset,
         clip=learner.distance_clip,
     )
-    states = [
-        (b, t)
+    walks = {
+        (b, start): references_agent.walk_target(
+            pick(windows, b),
+            start,
+            n_steps=3,
+            discount=0.9,
+            task_cut=True,
+            life_cut=False,
+        )
         for b in range(learner.num_windows)
-        for t in range(1, learner.window_states)
-    ]
+        for start in range(learner.window_targets)
+    }
+    # The states that targets sum, and no others, have a reward and count in its scale.
+    states = sorted({(b, p) for (b, _), walk in walks.items() if walk for p in walk[0]})
+    assert len(states) < learner.num_windows * (learner.window_states - 1)
     distances = [rewarder(features.h[i], windows.id[i], sigma=1.0)[1] for i in states]
     sigma = np.mean(distances)
     r_entropy = {
@@ -270,9 +280,7 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
             if not window.is_first[reached]:
                 cosine = features.phi[b, reached] @ window.task[start]
                 feature_losses.append(-np.float64(cosine))
-            walk = references_agent.walk_target(
-                window, start, n_steps=3, discount=0.9, task_cut=True, life_cut=False
-            )
+            walk = walks[b, start]
             if walk is None:
                 continue
             places, discounts, bootstrap, product = walk
@@ -361,7 +369,8 @@ def test_the_td_loss_does_not_move_the_features():
     # No state was reached by an action, so there is no feature loss; nor a TD loss.
     after, metrics = make_update(config)(state, windows, particles)
     assert metrics["loss_feature"] == 0.0 and metrics["loss_td"] == 0.0
-    assert not changed(state.params, after.params)
+    for name in ("features", "successor"):
+        assert not changed(state.params[name], after.params[name])
 
 
 def test_white_features_do_not_move_all_together():
@@ -527,6 +536,32 @@ def test_finetuning_leaves_the_features_and_their_scale_alone():
     assert not changed(state.distance_scale, after.distance_scale)
     assert not changed(state.target_params, after.target_params)
     assert changed(state.params["successor"], after.params["successor"])
+
+
+def test_the_epsilon_of_adam_is_in_the_unit_of_the_values():
+    """Far above the gradient it divides the step; a tenth of it makes ten steps of one.
+
+    The reward is learned in its own unit in both, so the gradients are the same.
+    """
+    steps = []
+    for unit_values, scale in ((True, 0.1), (False, 1.0)):
+        config = make_config(
+            unit_values=unit_values,
+            adam_epsilon=1e6,
+            finetune_learning_rate=1e4,
+            max_gradient_norm=1e9,
+        )
+        agent = make_agent(config)
+        state = agent.init_finetune(trained_state(agent))
+        windows, _ = make_batch(config)
+        w = np.float32([1.0, 0.0])
+        after, _ = jax.jit(agent.finetune_update)(state, windows, w, np.float32(scale))
+        kernels = [
+            x.params["successor"]["params"]["psi"]["kernel"] for x in (after, state)
+        ]
+        steps.append(np.asarray(kernels[0] - kernels[1]))
+    assert np.max(np.abs(steps[1])) > 1e-4
+    np.testing.assert_allclose(steps[0], 10 * steps[1], rtol=1e-2, atol=1e-5)
 
 
 def test_init_finetune_keeps_all_that_was_learned():
@@ -717,3 +752,18 @@ def test_every_preset_updates_a_state_of_its_own_shape(preset):
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )
+
+
+@pytest.mark.parametrize("num_rows", [1, 16, 17, 40])
+@pytest.mark.parametrize("needed", ["none", "some", "all"])
+def test_rows_are_computed_where_they_are_needed(num_rows, needed):
+    share = {"none": 0.0, "some": 0.5, "all": 1.0}[needed]
+    is_needed = np.random.default_rng(num_rows).random(num_rows) < share
+    values = {"x": np.arange(1.0, num_rows + 1, dtype=np.float32) ** 2}
+
+    found = jax.jit(
+        lambda is_needed: agent_lib.apply_where(
+            lambda row: {"x": jnp.asarray(values["x"])[row]}, is_needed
+        )
+    )(is_needed)
+    np.testing.assert_array_equal(found["x"], np.where(is_needed, values["x"], 0.0))

@@ -7,13 +7,15 @@ import subprocess
 import sys
 
 import fake_runs
+import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from hypothesis import strategies as st
 from PIL import Image
 
 from aps_jax import config as config_lib
-from aps_jax import stages
+from aps_jax import loop, resources, stages
 from experiments import common_flags, evaluate, finetune, pretrain, run_aps
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -187,6 +189,71 @@ def test_flags_change_the_run_that_is_taken_over():
         common_flags.config_from_flags(base)
 
 
+WHOLE_NUMBERS = st.one_of(
+    st.sampled_from([-1, 0, 1, 2, 12, 256, 2**31 - 1, 2**31, 2**63, 10**30]),
+    st.integers(-(10**4), 10**8),
+)
+NUMBERS = st.one_of(
+    st.sampled_from(["0", "1", "-0.0", "nan", "inf", "-inf", "1e308", "1e-320", "x"]),
+    st.floats(-2.0, 2.0).map(str),
+)
+WORDS = st.sampled_from(["", "Pong", "pong", "aps", "small", "split", "true", "2", "é"])
+
+
+def given_values(name):
+    """Draws what might be typed for an option, right or wrong."""
+    _, field = config_lib.option_fields()[name]
+    values = {bool: WORDS, int: WHOLE_NUMBERS, float: NUMBERS, str: WORDS}[field.type]
+    if field.metadata["choices"] is not None:
+        values = st.one_of(values, st.sampled_from(field.metadata["choices"]))
+    return values.map(lambda value: f"--{name}={value}")
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@hypothesis.given(
+    words=st.lists(
+        st.sampled_from(sorted(config_lib.option_fields())).flatmap(given_values),
+        min_size=1,
+        max_size=3,
+    ),
+    preset=st.sampled_from(sorted(config_lib.PRESETS)),
+)
+def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
+    """What is accepted has streams, schedules and estimates; the rest is one line."""
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["test", f"--preset={preset}", *words])
+            config = common_flags.config_from_flags()
+            for is_pretraining in (True, False):
+                resources.check_memory(config, is_pretraining=is_pretraining)
+        except (flags.Error, ValueError) as error:
+            assert str(error)
+            return
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+    loop.stream_key(config.seed, loop.Stream.EVALUATE)
+    schedule = loop.Schedule(
+        start=config.pretrain.warmup_agent_steps,
+        samples_per_step=config.pretrain.samples_per_step,
+        batch_size=config.learner.batch_size,
+    )
+    assert schedule.num_due(2**31) >= schedule.num_due(10) >= 0
+
+
+def test_a_game_that_raises_ends_a_script_with_code_1(monkeypatch, capsys):
+    def broken(argv):
+        raise loop.EnvironmentFailure(
+            "the environment raised X; a checkpoint was saved"
+        )
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit) as ended:
+        common_flags.run(broken)
+    assert ended.value.code == 1
+    assert (
+        "raised X; a checkpoint was saved; the same command" in capsys.readouterr().err
+    )
+
+
 # Wrong input, each in a process of its own as a user would type it.
 
 WRONG = {
@@ -232,7 +299,7 @@ WRONG = {
         r"flag --seed=one: invalid literal for int",
     ),
     "more than fits memory": (
-        ["pretrain", "--replay_size=9000000000", "--workdir={new}"],
+        ["pretrain", "--replay_size=2000000000", "--workdir={new}"],
         r"needs about \d+\.\d GiB.*GiB of memory are free",
     ),
     "no accelerator": (
