@@ -493,11 +493,12 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     """Each game has its own task, and its own pictures until it ends."""
     folder, _, _ = run
     trained = stages.load_finetuned(folder / "finetune")
+    tasks = jax.numpy.eye(5)[:3]
     played = evaluation.evaluate(
         make_config(eval_episodes=3),
         trained.agent,
         trained.state.params,
-        np.eye(5, dtype=np.float32)[:3],
+        tasks,
         use_gpi=False,
         record_games=2,
         record_agent_steps=4,
@@ -506,6 +507,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     )
     assert [len(pictures) for pictures in played.pictures] == [4, 4]
     np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+    assert not tasks.is_deleted()  # The caller's array is not donated.
 
 
 def test_evaluations_at_set_steps(run, tmp_path):
