@@ -81,7 +81,8 @@ def evaluate(
         return actor, step.action
 
     act = jax.jit(act, donate_argnames="actor")
-    tasks = jnp.broadcast_to(task, (num_games, config.learner.feature_dim))
+    # A copy: the actor is donated, and the task is the caller's.
+    tasks = jnp.copy(jnp.broadcast_to(task, (num_games, config.learner.feature_dim)))
     actor = agent_lib.pin_task(agent.init_actor(num_games), tasks[0])
     actor = loop.put(actor._replace(task=tasks))
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)

@@ -151,10 +151,17 @@ def to_markdown(built: report_numbers.Report, *, pictures: Sequence[str] = ()) -
 def results_markdown(built: report_numbers.Report) -> str:
     """Returns the tables that say what was run, what it scored and what it gained."""
     lines = []
+    told: set[str] = set()
     for table in tables(built):
         if table.title in ("Methods", "Scores per game", "Comparisons", _GAIN_TITLE):
             lines += [f"**{table.title}**", "", *markdown_table(table), ""]
-            lines += [f"{note}\n" for note in table.notes]
+            lines += [f"{note}\n" for note in table.notes if note not in told]
+            told.update(table.notes)
+    if built.published:
+        lines.append(
+            f"{', '.join(built.published)} in capitals: published, with budgets and "
+            "networks far beyond these (docs/protocol.md).\n"
+        )
     lines += [f"- {notice}" for notice in built.notices]
     return "\n".join(lines).rstrip() + "\n"
 

@@ -7,8 +7,9 @@ r"""Evaluates an agent: full games, unclipped scores, no learning.
     --video_tasks=9
 
 Game, network and protocol come from the checkpoint's run; flags that are given change
-them, and the protocol is printed beside every score. With --task a pretrained agent is
-tried on these reward functions of its game at once, without a gradient step.
+them, and the protocol is printed beside every score. With --task, or where the folder is
+that of a pretraining, the pretrained agent is tried on these reward functions of its game
+at once, without a gradient step.
 """
 
 import pathlib
@@ -64,6 +65,10 @@ def main(argv: Sequence[str]) -> None:
         pictures.check_video_format(_VIDEO_FORMAT.value)
     checkpoint = pathlib.Path(_CHECKPOINT.value)
     names = common_flags.given_options().get("task")
+    facts, base = rundir.read_run(checkpoint)
+    # A pretraining alone has no task yet: it is tried on that of its config.
+    if names is None and facts["stage"] == stages.PRETRAIN:
+        names = base.finetune.task
     if _VIDEO_TASKS.value or names is not None:
         names = [name.strip() for name in (names or game_tasks.SCORE).split(",")]
         for name in names:

@@ -1,12 +1,13 @@
 """What scripts print of a result: the score beside random and human, and the protocol."""
 
+import statistics
 from typing import Any
 
 import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, protocol, scores
+from aps_jax import evaluation, game_tasks, protocol, scores
 
 _SMALL_BUDGET = (
     "This budget is small: it shows that the machine works, not what the method "
@@ -18,18 +19,31 @@ def print_results(
     config: config_lib.Config, results: dict[str, dict[str, Any]]
 ) -> None:
     """Prints a table with a row per arm, and how the games were played."""
-    reference = scores.find_reference_scores(config.game)
-    table = rich.table.Table(title=f"{config.game}: points per game")
-    for column in ("", "score", "min to max", "human-normalized", "zero-shot"):
+    task = config.finetune.task
+    is_score = task == game_tasks.SCORE
+    reference = scores.find_reference_scores(config.game) if is_score else None
+    table = rich.table.Table(
+        title=f"{config.game}: "
+        + ("points per game" if is_score else f"return of the task {task} per game")
+    )
+    # Of another task the game's score is shown beside its return.
+    columns = ("return", "min to max", "score", "zero-shot")
+    if is_score:
+        columns = ("score", "min to max", "human-normalized", "zero-shot")
+    for column in ("", *columns):
         table.add_column(column, justify="left" if not column else "right")
     for arm, result in results.items():
         returns = result["returns"]
         normalized = result["human_normalized_score"]
+        if is_score:
+            third = "-" if normalized is None else f"{normalized:.3f}"
+        else:
+            third = f"{statistics.fmean(result['score_returns']):.1f}"
         table.add_row(
             arm,
             f"{result['return_mean']:.1f}",
             f"{min(returns):.0f} to {max(returns):.0f}",
-            "-" if normalized is None else f"{normalized:.3f}",
+            third,
             _zero_shot(result),
         )
     if reference is not None:

@@ -36,7 +36,7 @@ def test_rows_are_means_over_seeds(tmp_path):
         write_tasks(tmp_path, "Pong", seed, score=value, survival=1.0)
     write(tmp_path / "Pong/aps/seed_1/pretrained", {"return_mean": 7.0})
     write(tmp_path / "Pong/aps/seed_2/pretrained_survival", {"return_mean": 3.0})
-    score, survival = report_tasks.collect(tmp_path, num_resamples=500)
+    score, survival = report_tasks.collect(tmp_path, num_resamples=5_000)
     assert (score.game, score.task, score.num_seeds) == ("Pong", "score", 3)
     assert score.zero_shot.value == 5.0  # (2 + 4 + 9) / 3
     assert score.zero_shot.low == 2.0 and score.zero_shot.high == 9.0

@@ -16,7 +16,14 @@ from PIL import Image
 
 from aps_jax import config as config_lib
 from aps_jax import loop, resources, stages
-from experiments import common_flags, evaluate, finetune, pretrain, run_aps
+from experiments import (
+    common_flags,
+    evaluate,
+    finetune,
+    pretrain,
+    run_aps,
+    summary,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -138,6 +145,22 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
         "Pong aps over aps scratch +3.0 [+2.0, +4.0] 1.00 [1.00, 1.00]"
     )
     assert "with 3 seeds, 95 % intervals are too narrow" in said
+
+
+def test_results_of_another_task_are_not_shown_as_scores(capsys):
+    config = config_lib.apply_options(config_lib.preset_config("cpu"), task="survival")
+    result = {
+        **fake_runs.result([100.0, 200.0]),
+        "score_returns": [-20.0, -21.0],
+        "human_normalized_score": 0.5,
+    }
+    summary.print_results(config, {"pretrained": result})
+    said = capsys.readouterr().out
+    assert "return of the task survival per game" in said
+    (line,) = [line for line in said.splitlines() if "pretrained" in line]
+    for words in ("150.0", "100 to 200", "-20.5"):
+        assert words in line
+    assert "human" not in said and "0.500" not in said
 
 
 def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):

@@ -1,5 +1,6 @@
 """Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
 
+import concurrent.futures
 import csv
 import errno
 import functools
@@ -320,6 +321,14 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(checkpoint, "_to_disk", full)
     monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
+    begin = checkpoint.Checkpointer.save
+
+    def save(self, *args):
+        """Waits, so that the failure is there to be noticed at the very next row."""
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
     result = pretrain(make_config(), tmp_path / "p")
     assert tries[0] == "writing_120" and tries.count("writing_240") == 3
     assert result["updates"] == pretrained["updates"]
@@ -483,11 +492,12 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     """Each game has its own task, and its own pictures until it ends."""
     folder, _, _ = run
     trained = stages.load_finetuned(folder / "finetune")
+    tasks = jax.numpy.eye(5)[:3]
     played = evaluation.evaluate(
         make_config(eval_episodes=3),
         trained.agent,
         trained.state.params,
-        np.eye(5, dtype=np.float32)[:3],
+        tasks,
         use_gpi=False,
         record_games=2,
         record_agent_steps=4,
@@ -496,6 +506,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     )
     assert [len(pictures) for pictures in played.pictures] == [4, 4]
     np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+    assert not tasks.is_deleted()  # The caller's array is not donated.
 
 
 def test_evaluations_at_set_steps(run, tmp_path):
