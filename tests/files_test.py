@@ -639,8 +639,10 @@ def test_preflight_says_what_would_end_the_run(tmp_path):
     )
     checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
     failed = [check for check in checks if check.verdict == "failed"]
-    assert [check.name for check in failed] == ["memory, pretrain", "disk, pretrain"]
+    assert failed[0].name == "memory, pretrain"
     assert "--replay_size" in failed[0].found
+    # Nothing is measured on a machine that cannot do it.
+    assert not any(check.name.startswith("rate") for check in checks)
 
 
 def test_memory_there_is_what_the_kernel_says():
