@@ -566,4 +566,5 @@ def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
         samples_per_step=values.samples_per_step,
         batch_size=learner.batch_size,
     )
-    return Pretraining(ring, session, act, make_pretrain_learn(agent, sample), schedule)
+    learn = make_pretrain_learn(agent, sample)
+    return Pretraining(agent, ring, session, act, learn, schedule)
