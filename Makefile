@@ -3,12 +3,16 @@
 #   make test    all tests, at most ten minutes on two cores
 # and, for those who change what a run survives:
 #   make test-faults    kills real processes, and watches a long run's memory
+# and, for those who change what a page says:
+#   make docs    the documentation, in docs/_build/html; any warning is an error
+#   make pages   the tables in README.md and docs/ that code and results make
+#   make results    measures the README's table anew: about an hour on two cores
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults lint format clean
+.PHONY: demo test test-faults docs pages results lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
@@ -21,6 +25,27 @@ test: $(VENV)/installed
 # The settings of pyproject.toml leave these tests out.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest --override-ini addopts= -n 2 --dist worksteal -v tests/faults
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+pages: $(VENV)/installed
+	$(BIN)/python -m experiments.pages
+
+# Three games, three seeds, both arms; then one pretrained agent on several tasks.
+SWEEP := $(BIN)/python -m experiments.sweep --run=local --workdir=runs/cpu_sweep \
+  --keep=results/cpu_sweep --seeds=3 --preset=cpu
+results: $(VENV)/installed
+	$(SWEEP) --games=Pong,Freeway,MsPacman --finetune_agent_steps=20000 \
+	  --infer_agent_steps=6000 --eval_episodes=20 --evaluations=4
+	$(SWEEP) --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
+	$(SWEEP) --stage=tasks --games=Freeway --task=score,survival,examples.tasks:freeway_middle
+	$(SWEEP) --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
+	$(SWEEP) --stage=finetune --games=Pong --task=examples.tasks:pong_high
+	$(SWEEP) --stage=finetune --games=Freeway --task=examples.tasks:freeway_middle
+	$(SWEEP) --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
+	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

@@ -262,10 +262,12 @@ def make_agent(
         exploration_head=has_exploration,
     )
 
-    def adam(learning_rate: float) -> optax.GradientTransformation:
+    def adam(learning_rate: float, unit: float = 1.0) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.max_gradient_norm),
-            optax.adam(learning_rate, eps=config.adam_epsilon),
+            # A TD error's gradient has the unit of the values; so has epsilon, else it
+            # would swallow the small gradients of unit values.
+            optax.adam(learning_rate, eps=config.adam_epsilon * unit),
         )
 
     def by_network(
@@ -282,10 +284,11 @@ def make_agent(
         )
 
     optimizer = by_network(
-        adam(config.feature_learning_rate), adam(config.learning_rate)
+        adam(config.feature_learning_rate),
+        adam(config.learning_rate, config.value_unit),
     )
     finetune_optimizer = by_network(
-        optax.set_to_zero(), adam(finetune.finetune_learning_rate)
+        optax.set_to_zero(), adam(finetune.finetune_learning_rate, config.value_unit)
     )
 
     def init(key: types.PRNGKey) -> AgentState:

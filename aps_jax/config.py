@@ -7,6 +7,7 @@ or updates (gradient steps).
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -20,6 +21,9 @@ STACK_SIZE = 4
 AGENTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 ENCODERS = ("small", "nature", "paper")
 TD_FORMS = ("off_policy", "split", "vector", "scalar")
+
+
+_MOST = 2**31 - 1  # of every count: on the device they are 32-bit integers.
 
 
 def _option(
@@ -45,11 +49,15 @@ def _check_fields(config: Any) -> None:
             raise ValueError(
                 f"{field.name} must be one of {', '.join(choices)}, got {value!r}."
             )
+        if type(value) is int and value > _MOST:
+            raise ValueError(f"{field.name} must be at most {_MOST}, got {value}.")
         # Comparisons are written so that NaN fails them.
         if low is not None and not value >= low:
             raise ValueError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and not value <= high:
             raise ValueError(f"{field.name} must be at most {high}, got {value}.")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -163,7 +171,10 @@ class AgentConfig:
         1e-4, "Adam's rate for the feature network.", low=0.0
     )
     adam_epsilon: float = _option(
-        1.5e-4, "Added to the denominator of Adam's step.", low=0.0
+        1.5e-4,
+        "Added to the denominator of Adam's step; for the successor network in the "
+        "unit of its values.",
+        low=0.0,
     )
     max_gradient_norm: float = _option(
         10.0, "Norm to which each network's gradient is clipped.", low=1e-12
@@ -240,7 +251,10 @@ class PretrainConfig:
         20_000, "Agent steps played before the first update of pretraining.", low=1
     )
     samples_per_step: float = _option(
-        3.2, "TD targets replayed per agent step of pretraining.", low=0.0
+        3.2,
+        "TD targets replayed per agent step of pretraining.",
+        low=0.0,
+        high=1e6,
     )
     pretrain_epsilon: float = _option(
         0.05,
@@ -262,6 +276,11 @@ class PretrainConfig:
 class FinetuneConfig:
     """The stage that sees the reward: inference of the task, then TD learning."""
 
+    task: str = _option(
+        "score",
+        "What is rewarded: score, survival (lives kept, per agent step), or your own "
+        "module:function of two time steps.",
+    )
     finetune_agent_steps: int = _option(
         100_000, "Agent steps with reward in all, inference included.", low=1
     )
@@ -277,7 +296,10 @@ class FinetuneConfig:
         8, "Environments that fine-tuning steps together.", low=1, high=65536
     )
     finetune_samples_per_step: float = _option(
-        32.0, "TD targets replayed per agent step of learning.", low=0.0
+        32.0,
+        "TD targets replayed per agent step of learning.",
+        low=0.0,
+        high=1e6,
     )
     finetune_epsilon: float = _option(
         0.05, "Probability of a random action while learning.", low=0.0, high=1.0
@@ -327,9 +349,27 @@ class EvaluationConfig:
         low=1,
         high=1000,
     )
+    eval_agent_steps: str = _option(
+        "",
+        "Agent steps of fine-tuning after which to evaluate, separated by commas, "
+        "besides zero-shot and the end; empty spaces `evaluations` evenly.",
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        words = self.eval_agent_steps.split(",") if self.eval_agent_steps else []
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise ValueError(
+                "eval_agent_steps must be positive numbers separated by commas, got "
+                f"{self.eval_agent_steps!r}."
+            )
+
+    @property
+    def set_agent_steps(self) -> tuple[int, ...]:
+        """The agent steps in `eval_agent_steps`."""
+        if not self.eval_agent_steps:
+            return ()
+        return tuple(int(word) for word in self.eval_agent_steps.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -341,6 +381,9 @@ class ReportConfig:
     )
     checkpoint_agent_steps: int = _option(
         2_500_000, "Agent steps between two checkpoints.", low=1
+    )
+    wandb: bool = _option(
+        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
     )
     checkpoint_replay: bool = _option(
         True,
@@ -385,8 +428,17 @@ class Config:
 
     def __post_init__(self) -> None:
         learner, pretrain, finetune = self.learner, self.pretrain, self.finetune
+        if max(self.evaluation.set_agent_steps, default=0) > (
+            finetune.finetune_agent_steps
+        ):
+            raise ValueError(
+                f"eval_agent_steps must not exceed the {finetune.finetune_agent_steps} "
+                f"of finetune_agent_steps, got {self.evaluation.eval_agent_steps}."
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if self.seed > _MOST:
+            raise ValueError(f"seed must be at most {_MOST}, got {self.seed}.")
         if self.agent not in AGENTS:
             raise ValueError(
                 f"agent must be one of {', '.join(AGENTS)}, got {self.agent!r}."

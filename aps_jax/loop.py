@@ -32,6 +32,7 @@ class Stream(enum.IntEnum):
     FINETUNE_LEARN = 5
     EVALUATE = 6
     FALLBACK_TASK = 7
+    SNAPSHOT = 8
 
 
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:

@@ -1,4 +1,7 @@
-"""What a stage measures: each metric declared once, written as CSV and TensorBoard."""
+"""What a stage measures: each metric declared once, written as CSV and TensorBoard.
+
+docs/metrics.md is made from these declarations, by `python -m experiments.pages`.
+"""
 
 import contextlib
 import csv
@@ -85,18 +88,45 @@ PRETRAINING = (
     ),
 )
 EVALUATION = (
-    Metric("eval_return_mean", "points", "Mean unclipped score of full games."),
+    Metric(
+        "eval_return_mean",
+        "points",
+        "Mean over full games of the sum of the unclipped reward of the task: the score, "
+        "unless `--task` says otherwise.",
+    ),
     Metric("eval_return_std", "points", "Standard deviation over those games."),
+    Metric(
+        "eval_score_mean", "points", "Mean score of those games, whatever the task."
+    ),
+    Metric("eval_length_mean", "agent steps", "Mean length of those games."),
     Metric(
         "eval_human_normalized",
         "-",
-        "(mean score - random) / (human - random); NaN for games without a table.",
+        "(mean score - random) / (human - random); NaN for games without a table, or "
+        "games cut before 108,000 frames.",
     ),
 )
 
 PRETRAIN_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + PRETRAINING)
 FINETUNE_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + EVALUATION)
-ALL = COUNTERS + LEARNING + PRETRAINING + EVALUATION
+# The groups by the heading that explains them.
+GROUPS = {
+    "Progress, in every stage": COUNTERS,
+    "Learning, in every stage": LEARNING,
+    "Pretraining only": PRETRAINING,
+    "Fine-tuning only, in the rows after which full games were played": EVALUATION,
+}
+ALL = tuple(itertools.chain.from_iterable(GROUPS.values()))
+
+
+def to_markdown() -> str:
+    """Returns a table for each group of metrics, as docs/metrics.md shows them."""
+    lines = []
+    for heading, group in GROUPS.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 class FirstBad(NamedTuple):
@@ -186,6 +216,7 @@ class MetricsWriter:
         *,
         kept_rows: int = 0,
         tensorboard: bool = True,
+        wandb_run: Any = None,
     ):
         """Opens the files.
 
@@ -194,6 +225,7 @@ class MetricsWriter:
           columns: Names of the columns; the first is `agent_steps`.
           kept_rows: Rows of the file on disk to keep: those a checkpoint knows of.
           tensorboard: Whether event files are written as well.
+          wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
 
         Raises:
           ValueError: The file on disk has other columns.
@@ -203,6 +235,7 @@ class MetricsWriter:
         self._folder = folder
         self._path = folder / FILE_NAME
         self._has_events = tensorboard
+        self._wandb_run = wandb_run
         self._rows = self._read(kept_rows)  # lines, as they stand in the file
         self._size: int | None = None  # of the file, in bytes; None: to be written anew
         self._num_written = 0  # rows in that file
@@ -243,6 +276,13 @@ class MetricsWriter:
         self._rows.append(line)
         self._pending.append(line)
         self.sync()
+        if self._wandb_run is not None:
+            known = {
+                name: value
+                for name, value in row.items()
+                if value is not None and not math.isnan(value)
+            }
+            self._wandb_run.log(known, step=_step_of(line))
 
     def sync(self) -> None:
         """Brings to disk what is not there yet.
@@ -288,9 +328,11 @@ class MetricsWriter:
             raise
 
     def close(self) -> None:
-        """Closes the event file."""
+        """Closes the event file, and the W&B run."""
         if self._events is not None:
             self._events.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
 
 
 class _EventFile:

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aps_jax import config, scores
+from aps_jax import config, game_tasks, scores
 
 SCHEMA = 1
 
@@ -27,6 +27,7 @@ _NOT_COMPARED = frozenset(
         "agent",
         "checkpoint_agent_steps",
         "env_threads",
+        "eval_agent_steps",
         "eval_episodes",
         "eval_epsilon",
         "evaluations",
@@ -39,6 +40,7 @@ _NOT_COMPARED = frozenset(
         "report_agent_steps",
         "seed",
         "sticky",
+        "wandb",
     }
 )
 _STEP_COLUMNS = ("agent_steps", "finetune_agent_steps")
@@ -250,15 +252,20 @@ def _parse(folder: pathlib.Path, result: dict[str, Any]) -> tuple[Run, list[str]
         "returns": list,
         "protocol": dict,
     }
+    if "tasks" in result:
+        raise UnusableResultError("it holds several tasks without learning, no score")
     for name, expected in expected_types.items():
         if type(result.get(name)) is not expected:
             raise UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
-    # A dictionary there is what fine-tuning inferred; a name is another reward.
-    if isinstance(result.get("task"), str) and result["task"] != "score":
+    # What fine-tuning inferred, its name included, or the name alone.
+    task = result.get("task") or game_tasks.SCORE
+    if isinstance(task, dict):
+        task = task.get("name", game_tasks.SCORE)
+    if task != game_tasks.SCORE:
         raise UnusableResultError(
-            f"returns of the task {result['task']!r} are not the game's score"
+            f"returns of the task {task!r} are not the game's score"
         )
     returns = result["returns"]
     if not returns or not all(

@@ -18,13 +18,16 @@ from aps_jax import (
     checkpoint,
     envs,
     evaluation,
+    game_tasks,
     interrupts,
     loop,
     metrics,
     replay,
     resources,
     rundir,
+    snapshots,
     tasks,
+    tracking,
 )
 from aps_jax import config as config_lib
 from aps_jax import progress as progress_lib
@@ -89,11 +92,18 @@ def pretrain(
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir))
-        _, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
+        agent, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
             recorder.resume(ring)
+            snapshot = snapshots.SnapshotWriter(
+                workdir,
+                agent,
+                ring,
+                loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
+                warn,
+            )
             total = -(-values.pretrain_agent_steps // num_envs)
             recorder.wait_for_refill(schedule, total)
             if progress is not None:
@@ -105,6 +115,10 @@ def pretrain(
             while session.iteration < total:
                 session.step(act, learn, schedule)
                 is_last = session.iteration == total
+                if session.agent_steps >= schedule.start and (
+                    is_last or recorder.is_row_due(config.report)
+                ):
+                    snapshot.write(session)
                 recorder.record(config.report, is_last=is_last, progress=progress)
             result = {
                 **_describe(config, PRETRAIN),
@@ -153,6 +167,7 @@ def finetune(
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
+    constructor = game_tasks.constructor_for(config.finetune.task, constructor)
     resources.check_memory(config, is_pretraining=False)
     warn = _warning(progress)
     resources.check_cores(config, warn)
@@ -199,14 +214,14 @@ def finetune(
         ) as recorder:
             facts = recorder.resume(ring)
             inferred = (
-                _Inferred.from_facts(facts["inferred"])
+                Inferred.from_facts(facts["inferred"])
                 if facts.get("inferred")
                 else _infer(config, agent, ring, session, recorder, progress)
             )
             recorder.facts["inferred"] = inferred.to_facts()
             if progress is not None:
                 progress.say(inferred.text())
-            returns, evaluations = _learn_task(
+            played, evaluations = _learn_task(
                 config,
                 agent,
                 ring,
@@ -223,9 +238,9 @@ def finetune(
             "pretrain_frames": pretrain_frames,
             "finetune_agent_steps": session.agent_steps,
             "init": None if init is None else str(init),
-            **_score(config, returns),
+            **_score(config, played),
             "evaluations": evaluations,
-            "task": inferred.to_facts(),
+            "task": {"name": values.task, **inferred.to_facts()},
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
@@ -234,7 +249,7 @@ def finetune(
 
 
 @dataclasses.dataclass(frozen=True)
-class _Inferred:
+class Inferred:
     """An inferred task as plain values; float32 survives JSON bit for bit."""
 
     task: list[float]
@@ -250,7 +265,7 @@ class _Inferred:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> "_Inferred":
+    def from_facts(cls, facts: dict[str, Any]) -> "Inferred":
         return cls(**facts)
 
     def text(self) -> str:
@@ -270,7 +285,7 @@ def _infer(
     session: loop.Session,
     recorder: "_Recorder",
     progress: progress_lib.Progress | None,
-) -> _Inferred:
+) -> Inferred:
     """Plays under random tasks until the budget or the games are used up; regresses."""
     values = config.finetune
     act = loop.make_act(
@@ -295,17 +310,25 @@ def _infer(
         recorder.facts["infer_games"] = num_games
         recorder.record(config.report, is_last=False, progress=progress)
 
+    return infer_from(config, session.memory.regression, session.agent_steps)
+
+
+def infer_from(
+    config: config_lib.Config, moments: tasks.RegressionMoments, agent_steps: int
+) -> Inferred:
+    """Infers a task from the moments of rewards and features, after `agent_steps`."""
+    values = config.finetune
     fallback_key = loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK)
     found = jax.device_get(
         tasks.infer_task(
-            session.memory.regression,
+            moments,
             fallback_task=jax.random.normal(
                 fallback_key, (config.learner.feature_dim,)
             ),
             ridge=values.ridge,
         )
     )
-    return _Inferred(
+    return Inferred(
         task=[float(value) for value in found.task],
         scale=float(found.scale),
         intercept=float(found.intercept),
@@ -313,7 +336,7 @@ def _infer(
         num_samples=int(found.num_samples),
         num_nonzero=int(found.num_nonzero),
         is_fallback=bool(found.is_fallback),
-        agent_steps=session.agent_steps,
+        agent_steps=agent_steps,
     )
 
 
@@ -323,17 +346,17 @@ def _learn_task(
     ring: replay.Replay,
     session: loop.Session,
     recorder: "_Recorder",
-    inferred: _Inferred,
+    inferred: Inferred,
     *,
     is_pretrained: bool,
     constructor: loop.MakePool,
     progress: progress_lib.Progress | None,
     stop: interrupts.StopRequests | None,
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+) -> tuple[evaluation.Evaluation, list[dict[str, Any]]]:
     """Learns the inferred task and evaluates on the way.
 
     Returns:
-      The scores of the last evaluation, and a summary of each.
+      The last evaluation, and a summary of each.
     """
     values = config.finetune
     num_envs = session.pool.num_envs
@@ -364,25 +387,23 @@ def _learn_task(
         samples_per_step=values.finetune_samples_per_step,
         batch_size=config.learner.batch_size,
     )
-    session.memory = session.memory._replace(
-        actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
-    )
+    if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
+        session.memory = session.memory._replace(
+            actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
+        )
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
-    count = config.evaluation.evaluations
-    # Evenly spaced from zero-shot to the end; one evaluation means the last alone.
-    points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
-    points = points if count > 1 else [total]
+    points = _evaluation_points(config.evaluation, first, total, num_envs)
     evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
-    returns = np.zeros(0)
+    played: evaluation.Evaluation | None = None
 
     def evaluate_if_due() -> None:
-        nonlocal returns
+        nonlocal played
         is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
         if session.iteration not in points or is_done:
             return
-        returns = evaluation.evaluate(
+        played = evaluation.evaluate(
             config,
             agent,
             session.state.params,
@@ -392,8 +413,8 @@ def _learn_task(
             constructor=constructor,
             progress=progress,
             stop=stop,
-        ).returns
-        summary = evaluation.summary(config, returns)
+        )
+        summary = evaluation.summary(config, played)
         evaluations.append(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
         )
@@ -414,7 +435,24 @@ def _learn_task(
         else:
             recorder.record(config.report, is_last=False, progress=progress)
         evaluate_if_due()
-    return returns, evaluations
+    return played, evaluations
+
+
+def _evaluation_points(
+    values: config_lib.EvaluationConfig, first: int, total: int, num_envs: int
+) -> list[int]:
+    """Returns the iterations after which a fine-tuning is evaluated.
+
+    The last is always among them. Steps that were set come after zero-shot (`first`),
+    rounded up to whole iterations; else the points are evenly spaced from there on, and
+    one evaluation means the last alone.
+    """
+    if set_steps := values.set_agent_steps:
+        points = {-(-steps // num_envs) for steps in set_steps} | {first, total}
+        return sorted(point for point in points if first <= point <= total)
+    count = values.evaluations
+    points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
+    return points if count > 1 else [total]
 
 
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
@@ -441,6 +479,7 @@ class _Recorder:
         self._stop = stop
         self._warn = warn
         self._lock = lock
+        self._config = config
         self._workdir = workdir
         self._columns = columns
         self._session = session
@@ -520,9 +559,23 @@ class _Recorder:
         if found is not None:
             self._take_up(*found, ring)
         self._writer = metrics.MetricsWriter(
-            self._workdir, self._columns, kept_rows=self.facts.get("num_rows", 0)
+            self._workdir,
+            self._columns,
+            kept_rows=self.facts.get("num_rows", 0),
+            wandb_run=(
+                tracking.start_wandb(self._config, self._workdir)
+                if self._config.report.wandb
+                else None
+            ),
         )
         return self.facts
+
+    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
+        """Returns whether a row of metrics belongs to the last step."""
+        session = self._session
+        return loop.is_due(
+            values.report_agent_steps, session.agent_steps, session.pool.num_envs
+        )
 
     def _parts(self) -> dict[str, Any]:
         session = self._session
@@ -590,7 +643,7 @@ class _Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
-        is_row = loop.is_due(values.report_agent_steps, steps, num_envs) or is_last
+        is_row = self.is_row_due(values) or is_last
         if is_row:
             self.write(self._session.row())
         failure = self._checkpointer.failure()
@@ -701,6 +754,8 @@ class _Recorder:
     def _dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
+        with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
+            self._checkpointer.finish()
         try:
             np.savez_compressed(path, **error.batch)
             where = f"The batch is in {path}."
@@ -845,13 +900,17 @@ def _describe(config: config_lib.Config, stage: str) -> dict[str, Any]:
 
 
 def evaluation_result(
-    config: config_lib.Config, returns: np.ndarray, *, checkpoint: str, started: float
+    config: config_lib.Config,
+    played: evaluation.Evaluation,
+    *,
+    checkpoint: str,
+    started: float,
 ) -> dict[str, Any]:
     """Returns what `result.json` holds of an evaluation alone.
 
     Args:
       config: The run's values, the protocol among them.
-      returns: `[episodes]`, unclipped scores.
+      played: The full games.
       checkpoint: Whose agent played.
       started: `time.monotonic()` at the beginning.
     """
@@ -859,20 +918,23 @@ def evaluation_result(
     return {
         **_describe(config, "evaluate"),
         "checkpoint": checkpoint,
-        **_score(config, returns),
+        "task": config.finetune.task,
+        **_score(config, played),
         "wall_seconds": round(seconds, 3),
         "device": jax.devices()[0].platform,
         "git_commit": rundir.git_commit(),
     }
 
 
-def _score(config: config_lib.Config, returns: np.ndarray) -> dict[str, Any]:
-    summary = loop.without_nan(evaluation.summary(config, returns))
+def _score(config: config_lib.Config, played: evaluation.Evaluation) -> dict[str, Any]:
+    summary = loop.without_nan(evaluation.summary(config, played))
     return {
-        "returns": [float(value) for value in returns],
+        "returns": [float(value) for value in played.returns],
+        "score_returns": [float(value) for value in played.score_returns],
+        "lengths": [int(value) for value in played.lengths],
         "return_mean": summary["eval_return_mean"],
         "human_normalized_score": summary["eval_human_normalized"],
-        "protocol": evaluation.protocol(config),
+        "protocol": evaluation.protocol_of(config),
     }
 
 

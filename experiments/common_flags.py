@@ -16,7 +16,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, loop, preflight, resources
+from aps_jax import envs, interrupts, loop, preflight, resources, tracking
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -36,6 +36,18 @@ _COMPILATION_CACHE = flags.DEFINE_string(
 )
 _REQUIRE_ACCELERATOR = flags.DEFINE_bool(
     "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
+)
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    None,
+    "Several seeds: how many, from 0 on, or the seeds themselves, such as 0,1,2.",
+)
+_KNOWN_ARMS = ("pretrained", "scratch")
+_ARMS = flags.DEFINE_list(
+    "arms",
+    None,
+    "Fine-tunings to run: pretrained, scratch (an untrained agent with the same "
+    "budget), or both with a comma between.",
 )
 
 
@@ -109,6 +121,8 @@ def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Confi
         base = config_lib.preset_config(_PRESET.value)
     config = config_lib.apply_options(base, **given_options())
     envs.check_game(config.game)
+    if config.report.wandb:
+        tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
         resources.check_accelerator()
     return config
@@ -123,6 +137,39 @@ def workdir_from_flags() -> pathlib.Path:
     if not _WORKDIR.value:
         raise ValueError("--workdir=DIR is needed: the folder of this run.")
     return pathlib.Path(_WORKDIR.value)
+
+
+def seeds_from_flags() -> list[int] | None:
+    """Returns the seeds of `--seeds`; None if it was not given.
+
+    Raises:
+      ValueError: They are no numbers.
+    """
+    words = _SEEDS.value
+    if words is None:
+        return None
+    if not words or not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--seeds must be a number, or numbers, got {words}.")
+    numbers = list(dict.fromkeys(int(word) for word in words))
+    if len(words) > 1:
+        return numbers
+    if numbers[0] == 0:
+        raise ValueError("--seeds=0 asks for no seed: give a number of seeds.")
+    return list(range(numbers[0]))
+
+
+def arms_from_flags(default: Sequence[str]) -> list[str]:
+    """Returns the arms of `--arms`, without duplicates.
+
+    Raises:
+      ValueError: There is no such arm.
+    """
+    arms = list(dict.fromkeys(default if _ARMS.value is None else _ARMS.value))
+    if not arms or not set(arms) <= set(_KNOWN_ARMS):
+        raise ValueError(
+            f"--arms must be some of {', '.join(_KNOWN_ARMS)}, got {arms}."
+        )
+    return arms
 
 
 def is_preflight(

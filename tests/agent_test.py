@@ -538,6 +538,32 @@ def test_finetuning_leaves_the_features_and_their_scale_alone():
     assert changed(state.params["successor"], after.params["successor"])
 
 
+def test_the_epsilon_of_adam_is_in_the_unit_of_the_values():
+    """Far above the gradient it divides the step; a tenth of it makes ten steps of one.
+
+    The reward is learned in its own unit in both, so the gradients are the same.
+    """
+    steps = []
+    for unit_values, scale in ((True, 0.1), (False, 1.0)):
+        config = make_config(
+            unit_values=unit_values,
+            adam_epsilon=1e6,
+            finetune_learning_rate=1e4,
+            max_gradient_norm=1e9,
+        )
+        agent = make_agent(config)
+        state = agent.init_finetune(trained_state(agent))
+        windows, _ = make_batch(config)
+        w = np.float32([1.0, 0.0])
+        after, _ = jax.jit(agent.finetune_update)(state, windows, w, np.float32(scale))
+        kernels = [
+            x.params["successor"]["params"]["psi"]["kernel"] for x in (after, state)
+        ]
+        steps.append(np.asarray(kernels[0] - kernels[1]))
+    assert np.max(np.abs(steps[1])) > 1e-4
+    np.testing.assert_allclose(steps[0], 10 * steps[1], rtol=1e-2, atol=1e-5)
+
+
 def test_init_finetune_keeps_all_that_was_learned():
     agent = make_agent(make_config())
     state = trained_state(agent)._replace(num_updates=jnp.int32(7))

@@ -494,8 +494,8 @@ def test_durations_are_written_for_people(seconds, text):
 
 
 def test_a_replay_larger_than_memory_is_refused_with_the_estimate():
-    huge = config_lib.replace_options(config_lib.Config(), replay_size=10**10)
-    with pytest.raises(ValueError, match=r"needs about 13\d{4}\.\d GiB.*--replay_size"):
+    huge = config_lib.replace_options(config_lib.Config(), replay_size=2 * 10**9)
+    with pytest.raises(ValueError, match=r"needs about 2\d{4}\.\d GiB.*--replay_size"):
         resources.check_memory(huge, is_pretraining=True)
     resources.check_memory(config_lib.preset_config("smoke"), is_pretraining=False)
 
@@ -635,7 +635,7 @@ def test_preflight_measures_and_predicts(tmp_path, capsys):
 
 def test_preflight_says_what_would_end_the_run(tmp_path):
     config = config_lib.replace_options(
-        config_lib.preset_config("smoke"), replay_size=10**10
+        config_lib.preset_config("smoke"), replay_size=2 * 10**9
     )
     checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
     failed = [check for check in checks if check.verdict == "failed"]

@@ -1,5 +1,6 @@
 """Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
 
+import concurrent.futures
 import csv
 import errno
 import functools
@@ -291,7 +292,15 @@ def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
         stages.pretrain(config, tmp_path / "p", constructor=interrupted(40))
     saved = tmp_path / "p" / "checkpoints" / "120"
     assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["agent", "loop"]
-    resumed = pretrain(config, tmp_path / "p")
+    # What is kept may change when a run is resumed.
+    resumed = pretrain(
+        make_config(
+            checkpoint_replay=False, checkpoint_agent_steps=40, keep_checkpoints=7
+        ),
+        tmp_path / "p",
+    )
+    kept = sorted(int(p.name) for p in saved.parent.iterdir())
+    assert kept == [120, 160, 200, 240]
     # A quarter of the 120 agent steps that are left is less than the 60 of the warm-up.
     assert "learning goes on after 30 agent steps, at 150" in caplog.text
     # (120 - 60) / 16 = 3 updates before, (240 - 60) / 16 - (150 - 60) / 16 = 6 after.
@@ -299,44 +308,38 @@ def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
 
 
 def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
-    """From the first checkpoint on nothing can be written for a while."""
+    """The first checkpoint and the first two tries of the last one cannot be written."""
     folder, pretrained, _ = run
     to_disk, tries = checkpoint._to_disk, []
 
     def full(path):
-        tries.append(path)
-        if len(tries) < 3:
-            raise OSError(errno.ENOSPC, "No space left on device")
-        to_disk(path)
-
-    monkeypatch.setattr(checkpoint, "_to_disk", full)
-    result = pretrain(make_config(), tmp_path / "p")
-    assert result["updates"] == pretrained["updates"]
-    assert "No space left on device" in caplog.text
-    assert "the last good checkpoint is missing yet" in caplog.text
-    assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
-        folder / "pretrain" / "metrics.csv"
-    )
-    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
-
-
-def test_the_last_checkpoint_is_waited_for(tmp_path, monkeypatch, caplog):
-    """A stage whose end finds the disk full tries until there is room."""
-    to_disk, tries = checkpoint._to_disk, []
-
-    def full(path):
-        if path.name.startswith("writing_") and len(tries) < 2:
-            tries.append(path)
-            raise OSError(errno.ENOSPC, "No space left on device")
+        if path.name.startswith("writing_"):
+            tries.append(path.name)
+            if len(tries) == 1 or 3 <= len(tries) <= 4:
+                raise OSError(errno.ENOSPC, "No space left on device")
         to_disk(path)
 
     monkeypatch.setattr(checkpoint, "_to_disk", full)
     monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
-    config = make_config(checkpoint_agent_steps=1000)
-    pretrain(config, tmp_path / "p")
-    assert len(tries) == 2
-    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
+    begin = checkpoint.Checkpointer.save
+
+    def save(self, *args):
+        """Waits, so that the failure is there to be noticed at the very next row."""
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    result = pretrain(make_config(), tmp_path / "p")
+    # The first is tried again with the next row.
+    assert tries == ["writing_120", "writing_160"] + 3 * ["writing_240"]
+    assert result["updates"] == pretrained["updates"]
+    assert "No space left on device" in caplog.text
+    assert "the last good checkpoint is missing yet" in caplog.text
     assert "trying again every" in caplog.text
+    assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
+        folder / "pretrain" / "metrics.csv"
+    )
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
 
 
 def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, caplog):
@@ -373,15 +376,6 @@ def test_a_checkpoint_says_where_it_comes_from(run):
     assert "git_commit" in facts
 
 
-def test_retention_may_change_when_a_run_is_resumed(tmp_path):
-    with pytest.raises(Stop):
-        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
-    config = make_config(keep_checkpoints=7, checkpoint_agent_steps=40)
-    pretrain(config, tmp_path / "p")
-    kept = sorted(int(p.name) for p in (tmp_path / "p" / "checkpoints").iterdir())
-    assert kept == [120, 160, 200, 240]
-
-
 def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
     folder, _, _ = run
     config = make_config(checkpoint_agent_steps=20)
@@ -394,7 +388,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
         )
     before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
-    assert resumed["task"] == before
+    assert resumed["task"] == {"name": "score", **before}
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
@@ -487,11 +481,55 @@ def test_a_recorded_game_has_a_picture_per_step(run):
         trained.state.params,
         np.float32([1, 0, 0, 0, 0]),
         use_gpi=False,
-        record_agent_steps=1000,
+        record_games=1,
         constructor=fakes.ChainPool,
     )
-    assert len(played.pictures) == played.lengths[0]
-    assert played.pictures[0].shape == (84, 84, 3)
+    (pictures,) = played.pictures
+    assert len(pictures) == played.lengths[0]
+    assert pictures[0].shape == (84, 84, 3)
+
+
+def test_a_film_stops_when_its_pictures_are_taken(run):
+    """Each game has its own task, and its own pictures until it ends."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    tasks = jax.numpy.eye(5)[:3]
+    played = evaluation.evaluate(
+        make_config(eval_episodes=3),
+        trained.agent,
+        trained.state.params,
+        tasks,
+        use_gpi=False,
+        record_games=2,
+        record_agent_steps=4,
+        only_record=True,
+        constructor=fakes.ChainPool,
+    )
+    assert [len(pictures) for pictures in played.pictures] == [4, 4]
+    np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+    assert not tasks.is_deleted()  # The caller's array is not donated.
+
+
+def test_evaluations_at_set_steps(run, tmp_path):
+    """Steps before inference is over are covered by zero-shot; 90 is rounded up."""
+    folder, _, _ = run
+    config = make_config(eval_agent_steps="8, 90,100")
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("8,,9", "positive numbers separated by commas, got '8,,9'"),
+        ("0", "positive numbers"),
+        ("-5", "positive numbers"),
+        ("121", "must not exceed the 120 of finetune_agent_steps, got 121"),
+    ],
+)
+def test_set_steps_are_checked(steps, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(eval_agent_steps=steps)
 
 
 @pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
@@ -499,9 +537,12 @@ def test_only_whole_games_are_normalised(max_frames, expected):
     config = config_lib.replace_options(
         make_config(), game="Pong", max_frames=max_frames
     )
-    summary = evaluation.summary(config, np.array([-20.7, -20.7]))
+    scores = np.array([-20.7, -20.7])
+    # Returns of another task do not count.
+    played = evaluation.Evaluation(np.array([3.0, 3.0]), scores, np.array([9, 9]), [])
+    summary = evaluation.summary(config, played)
     np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
-    assert summary["eval_return_std"] == 0.0
+    assert summary["eval_return_mean"] == 3.0 and summary["eval_return_std"] == 0.0
 
 
 def test_agents_are_the_same_code_with_other_weights():

@@ -5,6 +5,7 @@ Everything is imported here, once, in the server process from which they are for
 
 import os
 import pathlib
+import resource
 import sys
 import time
 import warnings
@@ -42,13 +43,21 @@ def make_config(**options):
     )
 
 
-def run(workdir, sends, step_seconds, options):
-    """Runs pretraining and fine-tuning; returns what a scheduler would see.
+def limit_files(num_bytes):
+    """Lets no file of this process grow beyond a size, as a full disk does."""
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes or hard, hard))
+
+
+def run(workdir, sends, step_seconds, full_between, options):
+    """Runs pretraining and fine-tuning; ends as a scheduler would see it.
 
     Args:
       workdir: Folder of both stages.
       sends: Shared counter of the steps of all pools.
       step_seconds: How long a step of the environments takes.
+      full_between: Steps between which no file can grow beyond 16 KiB, less than the
+        arrays of a checkpoint; empty for never.
       options: Options of the config that differ from `OPTIONS`.
     """
     warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
@@ -60,6 +69,8 @@ def run(workdir, sends, step_seconds, options):
     class Counted(fakes.ChainPool):
         def send(self, actions):
             sends.value += 1
+            if sends.value in full_between:
+                limit_files(16 * 2**10 if sends.value == full_between[0] else None)
             time.sleep(step_seconds)
             super().send(actions)
 

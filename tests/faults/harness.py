@@ -21,9 +21,9 @@ from aps_jax import checkpoint, interrupts
 
 _TESTS = pathlib.Path(__file__).resolve().parent.parent
 
-# What is left when a run is over, and how far it is: what must never go wrong.
+EXIT_CODE = interrupts.EXIT_CODE
 STAGES = ("pretrain", "finetune")
-_SECONDS = 600.0  # after which a process is taken for dead
+_SECONDS = 600.0  # after which a process is taken for hanging
 
 
 @functools.cache
@@ -37,21 +37,29 @@ def _server():
     return context
 
 
-def _run(workdir, sends, step_seconds, options):
-    from faults import driver  # In the child: the parent imports no second JAX run.
+def _run(*arguments):
+    from faults import driver  # In the child, where it is imported already.
 
-    driver.run(workdir, sends, step_seconds, options)
+    driver.run(*arguments)
 
 
 class Process:
     """One process of a run, whose progress can be watched."""
 
-    def __init__(self, workdir: pathlib.Path, *, step_seconds: float = 0.0, **options):
-        """Starts it."""
+    def __init__(
+        self,
+        workdir: pathlib.Path,
+        *,
+        step_seconds: float = 0.0,
+        full_between: tuple[int, ...] = (),
+        **options,
+    ):
+        """Starts it; the arguments are those of `driver.run`."""
         self.workdir = workdir
         self._sends = _server().Value("i", 0)
         self._process = _server().Process(
-            target=_run, args=(str(workdir), self._sends, step_seconds, options)
+            target=_run,
+            args=(str(workdir), self._sends, step_seconds, full_between, options),
         )
         self._process.start()
 
@@ -221,6 +229,3 @@ def read_events(stage: pathlib.Path) -> dict:
         tag: [[step, value] for name, step, value in shown if name == tag]
         for tag in sorted({name for name, _, _ in shown})
     }
-
-
-EXIT_CODE = interrupts.EXIT_CODE

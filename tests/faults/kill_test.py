@@ -83,3 +83,21 @@ def test_a_second_interrupt_leaves_the_last_checkpoint_whole(whole, tmp_path):
     harness.assert_on_the_way(workdir, whole)
     harness.finish(workdir)
     harness.assert_same_end(workdir, whole)
+
+
+def test_a_disk_that_is_full_for_a_while_costs_nothing(whole, tmp_path):
+    """From iteration 8 to 32 the kernel refuses all that is larger than 16 KiB."""
+    said = harness.finish(tmp_path / "run", full_between=(8, 32))
+    assert said.count("cannot write to") >= 2
+    harness.assert_same_end(tmp_path / "run", whole)
+
+
+def test_a_second_process_is_refused_and_hurts_nothing(whole, tmp_path):
+    workdir = tmp_path / "run"
+    first = harness.Process(workdir, step_seconds=0.02)
+    assert first.wait_for(lambda: first.sends >= 3)
+    second = harness.Process(workdir)
+    assert second.end() == 1
+    assert "is in use by another process (process" in second.log
+    assert first.end() == 0
+    harness.assert_same_end(workdir, whole)
