@@ -75,6 +75,8 @@ class Checkpointer:
         self._folder = folder.resolve()
         self._policy = policy
         self._warn = warn
+        # One for all saves: each has threads of its own.
+        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
 
@@ -129,6 +131,7 @@ class Checkpointer:
         if failure is not None:
             self._warn(str(failure))
         self._thread.shutdown()
+        self._orbax.close()
 
     def clean(self) -> None:
         """Removes what a process that died left half written; for the owner alone."""
@@ -207,8 +210,7 @@ class Checkpointer:
             self.clean()
             temporary.mkdir()
             for name, part in parts.items():
-                with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as writer:
-                    writer.save(temporary / name, args=ocp.args.StandardSave(part))
+                self._orbax.save(temporary / name, args=ocp.args.StandardSave(part))
             (temporary / FACTS_NAME).write_text(facts)
             (temporary / MANIFEST_NAME).write_text(_manifest(temporary))
             for path in [temporary, *temporary.rglob("*")]:

@@ -1,5 +1,6 @@
 """Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
 
+import concurrent.futures
 import csv
 import errno
 import functools
@@ -320,6 +321,14 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(checkpoint, "_to_disk", full)
     monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
+    begin = checkpoint.Checkpointer.save
+
+    def save(self, *args):
+        """Waits, so that the failure is there to be noticed at the very next row."""
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
     result = pretrain(make_config(), tmp_path / "p")
     # The first is tried again with the next row.
     assert tries == ["writing_120", "writing_160"] + 3 * ["writing_240"]

@@ -12,12 +12,15 @@ import numpy as np
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 
 AGENT_STEPS = 200_000
-WARM_UP = 60_000  # agent steps: compiled, replay full, a few checkpoints written
+# Agent steps until all is compiled, the replay is full, and so many checkpoints were
+# written that the allocator has what it keeps for the threads that write them: about a
+# dozen, each of which adds some MB before.
+WARM_UP = 80_000
 
 COMMAND = (
     "-m", "experiments.pretrain", "--game=Pong", "--preset=smoke",
     f"--pretrain_frames={4 * AGENT_STEPS}", "--num_envs=8", "--replay_size=8000",
-    "--report_agent_steps=2000", "--checkpoint_agent_steps=20000",
+    "--report_agent_steps=2000", "--checkpoint_agent_steps=4000",
 )  # fmt: skip
 
 
@@ -62,6 +65,6 @@ def test_200000_agent_steps_leak_nothing(tmp_path):
     assert slope < 1.0
     half = len(late) // 2
     for counts in (files, threads):
-        assert statistics.median(counts[half:]) <= statistics.median(counts[:half])
-        # A checkpoint under way has files open of its own.
-        assert max(counts[half:]) <= max(counts[:half])
+        # A checkpoint under way has a thread and files of its own.
+        change = statistics.median(counts[half:]) - statistics.median(counts[:half])
+        assert abs(change) <= 1
