@@ -33,12 +33,12 @@ docs: $(VENV)/installed
 pages: $(VENV)/installed
 	$(BIN)/python -m experiments.pages
 
-# Three games, three seeds, both arms; then one pretrained agent on several tasks.
+# Four games, three seeds, both arms; then one pretrained agent on several tasks.
 SWEEP := $(BIN)/python -m experiments.sweep --run=local --workdir=runs/cpu_sweep \
   --keep=results/cpu_sweep --seeds=3 --preset=cpu
 results: $(VENV)/installed
-	$(SWEEP) --games=Pong,Freeway,MsPacman --finetune_agent_steps=20000 \
-	  --infer_agent_steps=6000 --eval_episodes=20 --evaluations=4
+	$(SWEEP) --games=Pong,Freeway,MsPacman,RoadRunner --finetune_agent_steps=20000 \
+	  --infer_agent_steps=6000 --eval_episodes=20 --evaluations=3
 	$(SWEEP) --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
 	$(SWEEP) --stage=tasks --games=Freeway --task=score,survival,examples.tasks:freeway_middle
 	$(SWEEP) --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
