@@ -87,7 +87,7 @@ SMOKE = Size(
     encoder_batches=(2,),
     encoder_seconds=0.0,
     knn_shapes=((16, 64, 5), (16, 64, 32)),
-    knn_memory_shape=(16, 8192, 5),
+    knn_memory_shape=(16, 65536, 5),
     accuracy_shape=(8, 128),
     product_side=32,
     copy_floats=64,
@@ -116,12 +116,15 @@ def main_config(size: Size) -> config_lib.Config:
 def nature_config(size: Size, **options: Any) -> config_lib.Config:
     """Returns `main_config` with the Nature encoder, at the paper's batch on CPUs."""
     config = main_config(size)
-    if jax.default_backend() == "cpu" and not size.options:
+    if size.options:  # Of the smallest size nothing is learned but that it runs.
+        return config
+    options = {"encoder": "nature", **options}
+    if jax.default_backend() == "cpu":
         options = {"batch_size": 32, "hidden_units": 512, **options}
-    return config_lib.replace_options(config, encoder="nature", **options)
+    return config_lib.replace_options(config, **options)
 
 
-@functools.lru_cache(maxsize=2)
+@functools.cache
 def started(config: config_lib.Config, size: Size) -> loop.Pretraining:
     """Returns a session of pretraining that has warmed up, compiled and learned."""
     del size
@@ -360,15 +363,20 @@ def _make_scan(parts: loop.Pretraining, iterations: int) -> Callable[[], None]:
         return jax.lax.scan(iterate, carry, numbers)[0]
 
     def play() -> None:
-        carry = (
-            handle,
-            session.state,
-            session.sums,
-            session.memory,
-            loop.put(session.timestep),
+        nonlocal handle
+        # All committed to the device alike, or the scan would be compiled twice.
+        carry = loop.put(
+            (
+                handle,
+                session.state,
+                session.sums,
+                session.memory,
+                session.timestep,
+            )
         )
         with jax.numpy_dtype_promotion("standard"):
-            _, session.state, session.sums, session.memory, timestep = scan(carry)
+            handle, *states, timestep = scan(carry)
+        session.state, session.sums, session.memory = states
         session.timestep = jax.device_get(timestep)
         jax.block_until_ready(session.state)
 
