@@ -364,6 +364,24 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     assert saver.numbers() == [1, 5]
 
 
+def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
+    tmp_path, monkeypatch
+):
+    saver = checkpoint.Checkpointer(tmp_path / "c")
+    saver.save(1, {"agent": {"x": jnp.ones(3)}}, {})
+    saver.finish()
+    size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file())
+    usage = collections.namedtuple("Usage", "free")
+    free = [size - 1, size]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: usage(free.pop(0)))
+    saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        saver.finish()
+    saver.save(3, {"agent": {"x": jnp.ones(3)}}, {})
+    saver.close()
+    assert saver.numbers() == [1, 3]
+
+
 def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
     for name in ("writing_7", "deleting_3"):
         (tmp_path / "c" / name / "agent").mkdir(parents=True)
