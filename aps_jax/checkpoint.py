@@ -8,6 +8,7 @@ checkpoint cannot run code.
 """
 
 import concurrent.futures
+import errno
 import hashlib
 import json
 import os
@@ -208,6 +209,7 @@ class Checkpointer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.clean()
+            self._check_room()
             temporary.mkdir()
             for name, part in parts.items():
                 self._orbax.save(temporary / name, args=ocp.args.StandardSave(part))
@@ -224,6 +226,15 @@ class Checkpointer:
             raise
         for old in self._superseded():
             self._delete(old)
+
+    def _check_room(self) -> None:
+        """Refuses early what Orbax would refuse late, with a page of its own errors."""
+        needed = 0
+        for number in self.numbers()[-1:]:
+            files = (self._folder / str(number)).rglob("*")
+            needed = sum(path.stat().st_size for path in files if path.is_file())
+        if shutil.disk_usage(self._folder).free < needed:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(self._folder))
 
     def _superseded(self) -> list[int]:
         """Returns the checkpoints that the policy does not keep."""
@@ -271,8 +282,8 @@ def read_facts(path: pathlib.Path) -> dict[str, Any]:
 def _copy_to_host(tree: Any) -> Any:
     """Copies arrays to the host's own memory.
 
-    On a CPU `device_get` returns a view, whose contents the next step, to which the
-    array is donated, would overwrite.
+    On a CPU `asarray` returns a view of an array that is donated to the next step. What is
+    written must not depend on whether XLA then notices the view and copies.
     """
 
     def copy(x: Any) -> np.ndarray:

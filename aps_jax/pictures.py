@@ -158,7 +158,10 @@ def save_learning_curves(
         color = f"C{index}"
         _line(axis, columns, "episode_return", color=color, alpha=0.5, label=arm)
         frames, means = _known(columns, "eval_return_mean")
-        axis.plot(frames, means, "o", color=color, label=f"{arm}, evaluated")
+        # The later arms' marks are smaller: none hides another of the same score.
+        size = max(11 - 5 * index, 4)
+        label = f"{arm}, evaluated"
+        axis.plot(frames, means, "o", color=color, markersize=size, label=label)
     if reference is not None and _is_near(axis, reference.human):
         axis.axhline(reference.human, color="black", ls="--", label="human")
     axis.legend(fontsize="small")

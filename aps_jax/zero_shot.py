@@ -42,10 +42,10 @@ class TaskResult(NamedTuple):
 class _ManyTasksPool(game_tasks.TaskPool):
     """Environments with the game's reward that keep several tasks' beside it."""
 
-    def __init__(self, pool: Any, pools_of: dict[str, game_tasks.TaskFunction]):
+    def __init__(self, pool: Any, functions: dict[str, game_tasks.TaskFunction]):
         super().__init__(pool, game_tasks.SCORE, game_tasks.score)
-        self._functions = pools_of
-        self.rewards = np.zeros((len(pools_of), pool.num_envs), np.float32)  # [K, E]
+        self._functions = functions
+        self.rewards = np.zeros((len(functions), pool.num_envs), np.float32)  # [K, E]
 
     def _rewarded(self, after: types.TimeStep) -> types.TimeStep:
         before = after if self._before is None else self._before
@@ -85,7 +85,8 @@ def evaluate_tasks(
       A result for each task, in their order.
 
     Raises:
-      ValueError: There is no such task, or its function fails.
+      ValueError: There is no such task, or its function cannot work.
+      loop.EnvironmentFailure: The environments raised, or a task's function did.
     """
     makers = {name: game_tasks.load(name) for name in names}
     found = _infer_tasks(
@@ -172,8 +173,10 @@ def _infer_tasks(
                 loop.put(timestep),
                 loop.put(pool.rewards),
             )
-            pool.send(jax.device_get(action))
-            timestep = pool.recv()
+            action = jax.device_get(action)
+            with loop.blaming_environment():
+                pool.send(action)
+                timestep = pool.recv()
             num_steps += 1
             num_games += int(np.sum(timestep.terminated | timestep.truncated))
             if progress is not None:

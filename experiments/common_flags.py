@@ -234,8 +234,9 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
       main: Takes the words of the command line that are no flags, program name first.
       short: Flags of this module that `--helpshort` shows for the script.
     """
-    # Orbax and absl report every file they touch; a script's own lines are enough.
-    logging.set_verbosity(logging.ERROR)
+    resources.limit_arenas()
+    # Orbax reports every file it touches or cannot; a script's own lines are enough.
+    logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
     for name in short:

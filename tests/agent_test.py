@@ -318,6 +318,12 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     np.testing.assert_allclose(metrics["knn_distance"], sigma, rtol=rtol)
     np.testing.assert_allclose(metrics["reward_entropy"], mean_entropy, rtol=rtol)
     np.testing.assert_allclose(metrics["reward_skill"], np.mean(skills), rtol=rtol)
+    learned_phi = features.phi[:, 1 : learner.window_targets + 1]
+    np.testing.assert_allclose(
+        metrics["mean_phi_norm"],
+        np.linalg.norm(learned_phi.mean(axis=(0, 1))),
+        rtol=rtol,
+    )
 
 
 def changed(before, after):

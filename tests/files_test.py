@@ -364,6 +364,24 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     assert saver.numbers() == [1, 5]
 
 
+def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
+    tmp_path, monkeypatch
+):
+    saver = checkpoint.Checkpointer(tmp_path / "c")
+    saver.save(1, {"agent": {"x": jnp.ones(3)}}, {})
+    saver.finish()
+    size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file())
+    usage = collections.namedtuple("Usage", "free")
+    free = [size - 1, size]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda p: usage(free.pop(0)))
+    saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
+    with pytest.raises(OSError, match="No space left on device"):
+        saver.finish()
+    saver.save(3, {"agent": {"x": jnp.ones(3)}}, {})
+    saver.close()
+    assert saver.numbers() == [1, 3]
+
+
 def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
     for name in ("writing_7", "deleting_3"):
         (tmp_path / "c" / name / "agent").mkdir(parents=True)
@@ -584,7 +602,7 @@ def test_a_disk_without_room_is_refused_or_warned_of(tmp_path, monkeypatch):
         resources.check_disk(
             tmp_path,
             fixed_bytes=3 * 2**20,
-            replay_bytes=700 * 2**20,
+            replay_bytes=7000 * 2**20,
             kept=2,
             warn=said.append,
         )
@@ -594,8 +612,8 @@ def test_a_disk_without_room_is_refused_or_warned_of(tmp_path, monkeypatch):
         check(9 * 2**20)
     (warning,) = check(1000 * 2**20)
     assert "1000.0 MiB are free" in warning
-    assert "3 checkpoints take up to 2.1 GiB" in warning
-    assert check(3 * 703 * 2**20) == []
+    assert "3 checkpoints take up to 20.5 GiB" in warning
+    assert check(3 * 7003 * 2**20) == []
 
 
 def test_preflight_measures_and_predicts(tmp_path, capsys):
@@ -639,8 +657,10 @@ def test_preflight_says_what_would_end_the_run(tmp_path):
     )
     checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
     failed = [check for check in checks if check.verdict == "failed"]
-    assert [check.name for check in failed] == ["memory, pretrain", "disk, pretrain"]
+    assert failed[0].name == "memory, pretrain"
     assert "--replay_size" in failed[0].found
+    # Nothing is measured on a machine that cannot do it.
+    assert not any(check.name.startswith("rate") for check in checks)
 
 
 def test_memory_there_is_what_the_kernel_says():

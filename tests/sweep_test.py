@@ -127,7 +127,7 @@ def test_what_is_finished_is_skipped_and_other_values_are_refused(tmp_path, caps
     (command,) = commands(capsys, *words)
     assert "--seed=0" in command
     with pytest.raises(ValueError, match="seed_1 holds a finished run of other values"):
-        run_sweep(*words, "--batch_size=64")
+        run_sweep(*words, "--batch_size=16")
 
 
 # What runs at a time.
@@ -225,6 +225,34 @@ def test_a_local_sweep_requeues_goes_on_past_failures_and_makes_one_table(
     assert "3 runs, 2 of them finished." in capsys.readouterr().out
     assert (tmp_path / "run_0.tries").read_text() == "2"
     assert (tmp_path / "run_1.tries").read_text() == "2"
+
+
+def test_results_are_kept_with_their_commands_and_machine(tmp_path):
+    jobs = make_jobs(tmp_path, "done", "broken")
+    fake_runs.write(jobs[0].folder, fake_runs.result())
+    sweep._write_summary(tmp_path, jobs, 90.0)
+    # A second call that ran nothing, and a third that finished the other.
+    sweep._write_summary(tmp_path, jobs, 0.2)
+    fake_runs.write(jobs[1].folder, fake_runs.result())
+    sweep._write_summary(tmp_path, jobs, 30.0)
+    arm = tmp_path / "Pong" / "aps" / "seed_0" / "pretrained"
+    fake_runs.write(arm, fake_runs.result(), metrics="agent_steps\n1\n", options={})
+    (arm / "checkpoints").mkdir()
+    (arm / "checkpoints" / "result.json").write_text("{}")
+
+    kept = tmp_path / "results" / "kept"
+    sweep.keep(tmp_path, kept)
+    assert sorted(str(path.relative_to(kept)) for path in kept.rglob("*.*")) == [
+        "Pong/aps/seed_0/pretrained/metrics.csv",
+        "Pong/aps/seed_0/pretrained/result.json",
+        "sweep.json",
+    ]
+    made = json.loads((kept / "sweep.json").read_text())
+    assert made["wall_seconds"] == 120.2
+    assert [shlex.split(command)[0] for command in made["commands"]] == ["python"] * 2
+    assert made["machine"]["cores"] == len(os.sched_getaffinity(0))
+    assert made["machine"]["cpu"] and made["versions"]["jax"]
+    assert len(made["git_commits"]) == 1
 
 
 def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):

@@ -56,7 +56,7 @@ def run(workdir, sends, step_seconds, full_between, options):
       workdir: Folder of both stages.
       sends: Shared counter of the steps of all pools.
       step_seconds: How long a step of the environments takes.
-      full_between: Steps between which no file can grow beyond 16 KiB, less than the
+      full_between: Steps between which no file can grow beyond 1 MiB, less than the
         arrays of a checkpoint; empty for never.
       options: Options of the config that differ from `OPTIONS`.
     """
@@ -70,7 +70,7 @@ def run(workdir, sends, step_seconds, full_between, options):
         def send(self, actions):
             sends.value += 1
             if sends.value in full_between:
-                limit_files(16 * 2**10 if sends.value == full_between[0] else None)
+                limit_files(2**20 if sends.value == full_between[0] else None)
             time.sleep(step_seconds)
             super().send(actions)
 

@@ -86,7 +86,7 @@ def test_a_second_interrupt_leaves_the_last_checkpoint_whole(whole, tmp_path):
 
 
 def test_a_disk_that_is_full_for_a_while_costs_nothing(whole, tmp_path):
-    """From iteration 8 to 32 the kernel refuses all that is larger than 16 KiB."""
+    """From iteration 8 to 32 the kernel refuses all that is larger than 1 MiB."""
     said = harness.finish(tmp_path / "run", full_between=(8, 32))
     assert said.count("cannot write to") >= 2
     harness.assert_same_end(tmp_path / "run", whole)
