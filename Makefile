@@ -33,18 +33,19 @@ docs: $(VENV)/installed
 pages: $(VENV)/installed
 	$(BIN)/python -m experiments.pages
 
-# Four games, three seeds, both arms; then one pretrained agent on several tasks.
+# Three games, three seeds, both arms; then one pretrained agent on several tasks, and
+# fine-tuned for one of them.
 SWEEP := $(BIN)/python -m experiments.sweep --run=local --workdir=runs/cpu_sweep \
-  --keep=results/cpu_sweep --seeds=3 --preset=cpu
+  --keep=results/cpu_sweep --preset=cpu --pretrain_frames=128000 \
+  --finetune_samples_per_step=16
 results: $(VENV)/installed
-	$(SWEEP) --games=Pong,Freeway,MsPacman,RoadRunner --finetune_agent_steps=20000 \
-	  --infer_agent_steps=6000 --eval_episodes=20 --evaluations=3
-	$(SWEEP) --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
-	$(SWEEP) --stage=tasks --games=Freeway --task=score,survival,examples.tasks:freeway_middle
-	$(SWEEP) --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
-	$(SWEEP) --stage=finetune --games=Pong --task=examples.tasks:pong_high
-	$(SWEEP) --stage=finetune --games=Freeway --task=examples.tasks:freeway_middle
-	$(SWEEP) --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
+	$(SWEEP) --seeds=3 --games=Pong,MsPacman,RoadRunner
+	$(SWEEP) --seeds=3 --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
+	$(SWEEP) --seeds=3 --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
+	$(SWEEP) --seeds=3 --stage=tasks --games=RoadRunner --task=score,survival
+	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --task=examples.tasks:pong_high
+	$(SWEEP) --seeds=1 --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
+	$(SWEEP) --seeds=1 --stage=finetune --games=RoadRunner --task=survival
 	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed

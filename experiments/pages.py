@@ -6,6 +6,7 @@ r"""Writes the parts of pages that are made from code and results, never typed.
 They stand between two comments in the page, which name what makes them.
 """
 
+import contextlib
 import json
 import pathlib
 import re
@@ -29,7 +30,9 @@ _CHECK = flags.DEFINE_bool(
 def results_table() -> str:
     """Returns the README's table of the first measured results, as `report` makes it."""
     folder = RESULTS if (ROOT / RESULTS).is_dir() else _EARLIER
-    built = report.report([ROOT / folder], systems=("APS",))
+    # Seen from the root: notices name folders, and pages no machine's.
+    with contextlib.chdir(ROOT):
+        built = report.report([folder], systems=("APS",))
     text = report_tables.results_markdown(built)
     if folder == _EARLIER:
         return f"{text}\nThe result: [`{folder}`]({folder}).\n"

@@ -7,7 +7,7 @@ import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, game_tasks, protocol, scores
+from aps_jax import evaluation, game_tasks, protocol, report_tables, scores
 
 _SMALL_BUDGET = (
     "This budget is small: it shows that the machine works, not what the method "
@@ -67,41 +67,37 @@ def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> Non
       config: The run's values.
       results: From `zero_shot.to_dict`.
     """
-    table = rich.table.Table(
-        title=f"{config.game}: one pretrained agent, no gradient step"
-    )
-    for column in (
-        "task",
-        "zero-shot return",
-        "random play",
-        "zero-shot score",
-        "agent steps per game",
-        "R^2",
-        "rewards seen",
-        "not 0",
-    ):
-        table.add_column(column, justify="left" if column == "task" else "right")
+    rows = []
     for result in results:
         inferred, played, random = (
             result[name] for name in ("inferred", "zero_shot", "random")
         )
-        table.add_row(
-            result["name"] + (" (random w)" if inferred["is_fallback"] else ""),
-            f"{played['return_mean']:.1f}",
-            f"{random['return_mean']:.1f}",
-            f"{played['score_mean']:.1f}",
-            f"{played['length_mean']:.0f}",
-            f"{inferred['r_squared']:.3f}",
-            f"{inferred['num_samples']:,}",
-            f"{inferred['num_nonzero']:,}",
+        rows.append(
+            (
+                result["name"] + (" (random w)" if inferred["is_fallback"] else ""),
+                f"{played['return_mean']:,.1f}",
+                f"{random['return_mean']:,.1f}",
+                f"{played['score_mean']:,.1f}",
+                f"{played['length_mean']:,.0f}",
+                f"{inferred['r_squared']:.3f}",
+                f"{inferred['num_samples']:,} ({inferred['num_nonzero']:,})",
+            )
         )
-    console = rich.console.Console()
-    console.print(table)
-    console.print(
-        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
-        soft_wrap=True,
-        highlight=False,
+    table = report_tables.Table(
+        f"{config.game}: one pretrained agent, no gradient step",
+        (
+            "task",
+            "zero-shot return",
+            "random play",
+            "zero-shot score",
+            "agent steps per game",
+            "R^2",
+            "rewards seen (not 0)",
+        ),
+        tuple(rows),
+        (f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",),
     )
+    report_tables.show_tables([table], ())
 
 
 def _zero_shot(result: dict[str, Any]) -> str:

@@ -163,6 +163,26 @@ def test_results_of_another_task_are_not_shown_as_scores(capsys):
     assert "human" not in said and "0.500" not in said
 
 
+def test_a_row_per_task_tells_all_of_it(capsys):
+    games = {"return_mean": 1234.5, "score_mean": 2.0, "length_mean": 600.0}
+    inferred = {"r_squared": 0.301, "num_samples": 1592, "num_nonzero": 313}
+    results = [
+        {
+            "name": "examples.tasks:freeway_middle",
+            "inferred": {**inferred, "is_fallback": True},
+            "zero_shot": games,
+            "random": {**games, "return_mean": 0.3},
+        }
+    ]
+    summary.print_tasks(config_lib.preset_config("paper"), results)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "freeway_middle" in line]
+    assert " ".join(line.split()) == (
+        "examples.tasks:freeway_middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
+    )
+    assert "(Atari-100k protocol)" in said
+
+
 def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(stages, "pretrain", fake_pretrain)
     set_flags(workdir=str(tmp_path / "p"), **TINY)
