@@ -66,6 +66,7 @@ class Agent(NamedTuple):
     init_actor: Callable[[int], ActorState]
     act: Callable[..., tuple[ActorState, replay.Step]]
     features: Callable[[types.Params, jax.Array], networks.Features]
+    calibrate: Callable[[types.Params, jax.Array], types.Params]
     update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
     finetune_update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
 
@@ -237,6 +238,8 @@ def make_agent(
       `explore` adds the value of the entropy reward (split forms), `use_gpi` maximises
       over further tasks.
       `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
+      `calibrate(params, observation)` takes the features' mean and covariance anew from
+      `[N, 84, 84, STACK_SIZE]` states: those of the updates are a step behind.
       `update(state, windows, particles)` makes one reward-free update from `[B]` windows
       of `config.window_states` states and `[P]` windows of one state.
       `finetune_update(state, windows, task, reward_scale)` makes one update from the
@@ -335,6 +338,13 @@ def make_agent(
 
     def features(params: types.Params, observation: jax.Array) -> networks.Features:
         return finished_features(params["whitening"], raw_features(params, observation))
+
+    def calibrate(params: types.Params, observation: jax.Array) -> types.Params:
+        if not config.whiten_features:
+            return params
+        moments = whitening.init_whitening(config.feature_dim)
+        h = raw_features(params, observation)
+        return {**params, "whitening": whitening.update_whitening(moments, h)}
 
     def successor(
         params: types.Params, observation: jax.Array, task: jax.Array
@@ -565,17 +575,15 @@ def make_agent(
             lambda row: raw_features(frozen, observations[row]), is_further.reshape(-1)
         )
         further_h = further_h.reshape(num_windows, num_states, -1)[:, m + 1 :]
-        moments = used = frozen["whitening"]
+        moments = frozen["whitening"]
         if config.whiten_features:
             moments = whitening.update_whitening(
                 moments, particle_h, decay=config.scale_decay
             )
-            # Features that move all together would outrun the running mean.
-            used = moments._replace(mean=jnp.mean(particle_h, axis=0))
             learned_h = whitening.without_common_gradient(learned_h)
-        learned = finished_features(used, learned_h)
-        further = finished_features(used, further_h)
-        particle_h = finished_features(used, particle_h).h
+        learned = finished_features(moments, learned_h)
+        further = finished_features(moments, further_h)
+        particle_h = finished_features(moments, particle_h).h
         reached: networks.Features = jax.lax.stop_gradient(
             jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
         )
@@ -758,6 +766,7 @@ def make_agent(
         init_actor=init_actor,
         act=act,
         features=features,
+        calibrate=calibrate,
         update=update,
         finetune_update=finetune_update,
     )

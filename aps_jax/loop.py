@@ -33,6 +33,7 @@ class Stream(enum.IntEnum):
     EVALUATE = 6
     FALLBACK_TASK = 7
     SNAPSHOT = 8
+    CALIBRATE = 9
 
 
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
@@ -514,6 +515,39 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
 def names_of(group: Sequence[metrics.Metric]) -> list[str]:
     """Returns the names of a group of metrics."""
     return [metric.name for metric in group]
+
+
+# States from which the features' moments are measured: their means are then known to
+# 3 % of a standard deviation.
+_CALIBRATION_STATES = 1024
+
+
+def calibrate(
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    session: Session,
+) -> None:
+    """Measures the features' moments over the replay, for good: learning has ended.
+
+    Args:
+      config: The run's values.
+      agent: The agent's functions.
+      ring: The replay's.
+      session: Has played at least one window; its state is replaced.
+    """
+
+    def measure(params: types.Params, replay_state: replay.ReplayState) -> types.Params:
+        windows = ring.sample(
+            replay_state,
+            stream_key(config.seed, Stream.CALIBRATE),
+            num_windows=_CALIBRATION_STATES,
+            num_states=1,
+        )
+        return agent.calibrate(params, windows.observation[:, 0])
+
+    params = jax.jit(measure)(session.state.params, session.memory.replay)
+    session.state = session.state._replace(params=params)
 
 
 class Pretraining(NamedTuple):

@@ -61,7 +61,9 @@ class SnapshotWriter:
                 num_windows=_NUM_STATES,
                 num_states=1,
             )
-            phi = agent.features(params, windows.observation[:, 0]).phi
+            observation = windows.observation[:, 0]
+            params = agent.calibrate(params, observation)
+            phi = agent.features(params, observation).phi
             return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
         self._sample = jax.jit(sample)

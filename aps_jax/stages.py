@@ -115,6 +115,8 @@ def pretrain(
             while session.iteration < total:
                 session.step(act, learn, schedule)
                 is_last = session.iteration == total
+                if is_last and session.agent_steps >= schedule.start:
+                    loop.calibrate(config, agent, ring, session)
                 if session.agent_steps >= schedule.start and (
                     is_last or recorder.is_row_due(config.report)
                 ):

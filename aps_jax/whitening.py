@@ -1,4 +1,4 @@
-"""Whitening of features by the running moments of the states in the replay.
+"""Whitening of features by their moments over the states in the replay.
 
 The outputs of a fresh network are nearly the same for all pictures of one game: projected
 onto the sphere they are one point, from which no task can be told. Letters: `N` states,
@@ -21,10 +21,10 @@ _SMALLEST_VARIANCE = 1e-12
 
 
 class Whitening(NamedTuple):
-    """The running moments of features, and the map that they define."""
+    """The moments of features, and the map that they define."""
 
     weight: Array  # [] float32, number of batches behind the moments, decayed.
-    mean: Array  # [D] float32
+    mean: Array  # [D] float32, of the last batch alone.
     covariance: Array  # [D, D] float32
     transform: Array  # [D, D] float32, inverse square root of the covariance.
 
@@ -42,11 +42,13 @@ def init_whitening(dim: int) -> Whitening:
 def update_whitening(
     whitening: Whitening, h: Array, *, decay: float = 0.99
 ) -> Whitening:
-    """Adds a batch of features to their decaying running moments.
+    """Takes the mean of a batch of features, and adds it to their running covariance.
 
-    `weight' = decay * weight + 1`, and a moment moves by `1 / weight'` of its distance to
-    the batch's; the covariance is that around the batch's own mean, so that features
-    which drift all together are not taken for features that vary.
+    `weight' = decay * weight + 1`, and the covariance moves by `1 / weight'` of its
+    distance to the batch's, around the batch's own mean: features which drift all
+    together are not taken for features that vary. The mean is the batch's, because the
+    features of a network that learns drift within a few updates by more than they differ
+    between states: by a running mean all states would be on the same side.
 
     Args:
       whitening: the moments so far.
@@ -66,13 +68,12 @@ def update_whitening(
     deviation = h - batch_mean[None, :]
     square = jnp.matmul(deviation.T, deviation, precision=jax.lax.Precision.HIGHEST)
     batch_covariance = square / h.shape[0]
-    mean = whitening.mean + (batch_mean - whitening.mean) / weight
     covariance = (
         whitening.covariance + (batch_covariance - whitening.covariance) / weight
     )
     return Whitening(
         weight=weight,
-        mean=mean,
+        mean=batch_mean,
         covariance=covariance,
         transform=_inverse_square_root(covariance),
     )

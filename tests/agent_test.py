@@ -394,6 +394,18 @@ def test_white_features_do_not_move_all_together():
     assert moments.weight == 1.0 and np.any(moments.mean != 0.0)
 
 
+def test_calibrated_features_are_white_over_the_states_given():
+    rng = np.random.default_rng(3)
+    agent = make_agent(make_config())
+    params = agent.init(jax.random.key(0)).params
+    states = np.uint8(rng.integers(0, 256, (200, 84, 84, 4)))
+    white = agent.features(agent.calibrate(params, states), states).h
+    np.testing.assert_allclose(np.mean(white, axis=0), np.zeros(DIM), atol=1e-3)
+    np.testing.assert_allclose(np.cov(white.T, ddof=0), np.eye(DIM), atol=1e-2)
+    plain = make_agent(make_config(whiten_features=False))
+    assert plain.calibrate(params, states) is params
+
+
 def test_features_stay_raw_unless_they_are_whitened():
     config = make_config(whiten_features=False)
     state = trained_state(make_agent(config))

