@@ -258,9 +258,9 @@ def few_shot(
     The first episodes follow random tasks; then the task is inferred from all
     transitions met so far, and is kept. From then on `psi^T w` learns the game reward by
     Q-learning with frozen features, on every distinct transition met, while acting
-    epsilon-greedily. With heads, psi of an action is that of the policy that values it
-    most, as generalised policy improvement has it. Called with fresh parameters this is
-    the from-scratch arm.
+    epsilon-greedily. With heads one table learns, which starts from psi of the policy
+    that values an action most, as generalised policy improvement has it. Called with
+    fresh parameters this is the from-scratch arm.
 
     Args:
       key: is consumed.
@@ -279,19 +279,24 @@ def few_shot(
     horizon, dim = agent_config.episode_length, agent_config.feature_dim
     phi = maze_agent.feature_table(feature_params, world, agent_config).phi
     gamma = jnp.float32(agent_config.discount)
-    codebook = jnp.zeros((agent_config.num_heads, dim))  # Heads know theirs by order.
     unit = 1.0 - gamma if agent_config.unit_values else jnp.float32(1.0)
     optimiser = optax.adam(config.few_shot_learning_rate)
     if agent_config.num_heads:
         optimiser = optax.sgd(agent_config.head_rate)
 
-    def psi_of(params: Params, w: jax.Array) -> jax.Array:  # [S, A, D]
+    def begin(w: jax.Array) -> Params:
+        """Returns what learning for w starts from."""
         if not agent_config.num_heads:
-            table = maze_agent.successor_table(params, world, w[None], agent_config)
-            return table.psi[:, 0]
-        psi = maze_agent.successor_table(params, world, codebook, agent_config).psi
-        best = jnp.argmax(jnp.sum(psi * w[None, None, None], axis=-1), axis=1)  # [S, A]
+            return successor_params
+        psi = successor_params.psi  # [S, K, A, D]
+        best = jnp.argmax(jnp.sum(psi * w[None, None, None], axis=-1), axis=1)
         return jnp.take_along_axis(psi, best[:, None, :, None], axis=1)[:, 0]
+
+    def psi_of(params: Params, w: jax.Array) -> jax.Array:  # [S, A, D]
+        if agent_config.num_heads:
+            return params
+        table = maze_agent.successor_table(params, world, w[None], agent_config)
+        return table.psi[:, 0]
 
     def values(params: Params, w: jax.Array) -> jax.Array:
         return jax.vmap(losses.q_values, (0, None))(psi_of(params, w), w)
@@ -352,6 +357,11 @@ def few_shot(
             is_random = index + 1 < config.few_shot_inference_episodes
             w = jnp.where(is_last, inferred.task, w)
             w = jnp.where(is_random, sphere.sample_uniform(k_fallback, (), dim), w)
+            params, target_params = jax.tree.map(
+                lambda new, old: jnp.where(is_random | is_last, new, old),
+                (begin(w), begin(w)),
+                (params, target_params),
+            )
             # In the units of psi^T w, which pretraining learnt for a unit task.
             unit_reward = (reward - inferred.intercept) / inferred.scale
             weight = met.astype(jnp.float32)
@@ -382,14 +392,9 @@ def few_shot(
 
         w = sphere.sample_uniform(k_task, (), dim)
         met = jnp.zeros((num_cells, num_actions), bool)
-        carry = (
-            successor_params,
-            successor_params,
-            optimiser.init(successor_params),
-            met,
-            w,
-        )
-        first = score(successor_params, w)
+        params = begin(w)
+        carry = (params, params, optimiser.init(params), met, w)
+        first = score(params, w)
         num = config.few_shot_episodes
         _, scores = jax.lax.scan(
             episode, carry, (jnp.arange(num), jax.random.split(k_episodes, num))

@@ -275,6 +275,7 @@ def run_script(*arguments):
         (["--workdir=unused", "--set=gamma=1"], "no field 'gamma'"),
         (["--workdir=unused", "--set=num_envs=few"], "num_envs needs a whole number"),
         (["--workdir=unused", "--set=num_envs=0"], "num_envs must be positive, got 0"),
+        (["--workdir=README.md"], "--workdir=README.md: [Errno 17] File exists"),
         ([], "--workdir"),
     ],
 )
@@ -314,4 +315,43 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| agent | zero-shot |")
     assert table in finished.stdout
-    chex.assert_shape(np.array(trained["few_shot"]), (21,))
+    chex.assert_shape(np.array(trained["few_shot"]), (31,))
+
+    refused = run_script(f"--workdir={tmp_path}", "--mazes=open", "--agents=random")
+    assert refused.returncode == 1
+    assert "differs in agent_config, agent_weights, test_config, seeds, agents" in (
+        refused.stderr + refused.stdout
+    )
+
+
+def test_a_grid_goes_on_after_its_last_maze():
+    config = maze_agent.AgentConfig(feature_dim=2, num_heads=2, num_iterations=2)
+    test_config = maze_evaluation.TestConfig(
+        num_rewards=1, few_shot_rewards=1, few_shot_inference_episodes=1
+    )
+    settings = ["random"], [0], config, test_config
+    before = {"maze": "open", "agent": "random", "seed": 0}
+    earlier = {
+        "mazes": {"open": {"map": []}},
+        "runs": [before],
+        "wall_seconds": 5.0,
+        "cpu_seconds": 7.0,
+    }
+    (both,) = maze_grid.run_grid(["open", "comb"], *settings, earlier)
+    assert list(both["mazes"]) == ["open", "comb"]
+    assert both["runs"][0] == before
+    assert [run["maze"] for run in both["runs"]] == ["open", "comb"]
+    assert both["wall_seconds"] > 5.0
+    assert both["cpu_seconds"] > 7.0
+    (again,) = maze_grid.run_grid(["open"], *settings, both)
+    assert again == both
+
+
+def test_pages_show_the_table_of_the_results():
+    folder = ROOT / "results" / "maze"
+    with open(folder / "maze.json") as file:
+        result = json.load(file)
+    table = maze_grid.format_table({**result, "table": maze_grid.summarise(result)})
+    assert (folder / "table.md").read_text() == table
+    for page in ("README.md", "docs/maze.md"):
+        assert table in (ROOT / page).read_text()
