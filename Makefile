@@ -1,12 +1,18 @@
 # Two commands on a fresh machine that has Python 3.11 or newer and make:
 #   make demo    the main job on real Atari, a few minutes on two cores
 #   make test    all tests, at most ten minutes on two cores
+# and, for those who change what a run survives:
+#   make test-faults    kills real processes, and watches a long run's memory
+# and, for those who change what a page says:
+#   make docs    the documentation, in docs/_build/html; any warning is an error
+#   make pages   the tables in README.md and docs/ that code and results make
+#   make results    measures the README's table anew: about an hour on two cores
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint format clean
+.PHONY: demo test test-faults docs pages results lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
@@ -15,6 +21,32 @@ test: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
 	$(BIN)/python -m pytest
+
+# The settings of pyproject.toml leave these tests out.
+test-faults: $(VENV)/installed
+	$(BIN)/python -m pytest --override-ini addopts= -n 2 --dist worksteal -v tests/faults
+
+docs: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[docs]'
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs docs/_build/html
+
+pages: $(VENV)/installed
+	$(BIN)/python -m experiments.pages
+
+# Three games, three seeds, both arms; then one pretrained agent on several tasks, and
+# fine-tuned for one of them.
+SWEEP := $(BIN)/python -m experiments.sweep --run=local --workdir=runs/cpu_sweep \
+  --keep=results/cpu_sweep --preset=cpu --pretrain_frames=128000 \
+  --finetune_samples_per_step=16
+results: $(VENV)/installed
+	$(SWEEP) --seeds=3 --games=Pong,MsPacman,RoadRunner
+	$(SWEEP) --seeds=3 --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
+	$(SWEEP) --seeds=3 --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
+	$(SWEEP) --seeds=3 --stage=tasks --games=RoadRunner --task=score,survival
+	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --task=examples.tasks:pong_high
+	$(SWEEP) --seeds=1 --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
+	$(SWEEP) --seeds=1 --stage=finetune --games=RoadRunner --task=survival
+	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .

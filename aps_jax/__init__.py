@@ -11,6 +11,7 @@ from aps_jax.losses import (
     mask_after_cut,
     n_step_cumulant,
     n_step_target,
+    off_policy_td_error,
     q_values,
     scalar_td_error,
     split_td_error,
@@ -44,6 +45,13 @@ from aps_jax.tasks import (
     init_regression_moments,
     update_regression_moments,
 )
+from aps_jax.whitening import (
+    Whitening,
+    init_whitening,
+    update_whitening,
+    whiten,
+    without_common_gradient,
+)
 
 __all__ = (
     "DistanceScale",
@@ -58,18 +66,21 @@ __all__ = (
     "SplitTDError",
     "Successor",
     "SuccessorNetwork",
+    "Whitening",
     "candidate_tasks",
     "feature_loss",
     "gpi_action_values",
     "infer_task",
     "init_distance_scale",
     "init_regression_moments",
+    "init_whitening",
     "intrinsic_reward",
     "knn_distances",
     "mask_after_cut",
     "n_step_cumulant",
     "n_step_target",
     "normalize",
+    "off_policy_td_error",
     "particle_entropy_reward",
     "q_values",
     "sample_uniform",
@@ -79,5 +90,8 @@ __all__ = (
     "split_td_error",
     "update_distance_scale",
     "update_regression_moments",
+    "update_whitening",
     "vector_td_error",
+    "whiten",
+    "without_common_gradient",
 )

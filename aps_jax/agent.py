@@ -7,7 +7,7 @@ particles, `A` actions, `D` feature dimension.
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import chex
 import distrax
@@ -25,6 +25,7 @@ from aps_jax import (
     sphere,
     tasks,
     types,
+    whitening,
 )
 from aps_jax.config import AgentConfig, FinetuneConfig
 
@@ -32,11 +33,15 @@ from aps_jax.config import AgentConfig, FinetuneConfig
 # lasts longer than any run.
 _FOREVER = jnp.iinfo(jnp.int32).max
 
+# Rows that `apply_where` computes together on a CPU: enough for fast matrix products,
+# and on average half of them computed for nothing.
+_ROWS_PER_CHUNK = 16
+
 
 class AgentState(NamedTuple):
     """All that is learned. `init` creates it, the updates alone change it."""
 
-    params: types.Params  # {"features": ..., "successor": ...}
+    params: types.Params  # {"features": ..., "successor": ..., "whitening": ...}
     target_params: types.Params  # of the successor network
     opt_state: optax.OptState
     distance_scale: rewards.DistanceScale  # running mean distance of the kNN reward
@@ -61,6 +66,7 @@ class Agent(NamedTuple):
     init_actor: Callable[[int], ActorState]
     act: Callable[..., tuple[ActorState, replay.Step]]
     features: Callable[[types.Params, jax.Array], networks.Features]
+    calibrate: Callable[[types.Params, jax.Array], types.Params]
     update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
     finetune_update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
 
@@ -165,6 +171,52 @@ def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> jax.Array:
     return jnp.sum(values * is_valid) / jnp.maximum(jnp.sum(is_valid), 1.0)
 
 
+def apply_where(function: Callable[[jax.Array], Any], is_needed: jax.Array) -> Any:
+    """Computes the rows that are needed, and leaves the others 0.
+
+    On a CPU the other rows cost nothing: the needed ones are computed a chunk at a time,
+    as many chunks as it takes. An accelerator, which would have to ask the device how
+    many, computes all rows together. Not differentiable.
+
+    Args:
+      function: Maps `[C]` int32 numbers of rows to a pytree with leading axis `[C]`.
+      is_needed: `[N]` bool.
+
+    Returns:
+      The pytree, with leading axis `[N]`.
+    """
+    num_rows = is_needed.shape[0]
+    if jax.default_backend() != "cpu" or num_rows <= _ROWS_PER_CHUNK:
+        results = function(jnp.arange(num_rows, dtype=jnp.int32))
+    else:
+        needed_first = jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
+
+        def add_chunk(number: jax.Array, results: Any) -> Any:
+            # The last chunk starts earlier if it would not be full, and repeats rows.
+            rows = jax.lax.dynamic_slice_in_dim(
+                needed_first, number * _ROWS_PER_CHUNK, _ROWS_PER_CHUNK
+            )
+            return jax.tree.map(
+                lambda all_rows, some: all_rows.at[rows].set(some),
+                results,
+                function(rows),
+            )
+
+        shapes = jax.eval_shape(function, needed_first[:_ROWS_PER_CHUNK])
+        zeros = jax.tree.map(
+            lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes
+        )
+        num_needed = jnp.sum(is_needed, dtype=jnp.int32)
+        num_chunks = (num_needed + _ROWS_PER_CHUNK - 1) // _ROWS_PER_CHUNK
+        results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
+    return jax.tree.map(
+        lambda x: jnp.where(
+            jnp.expand_dims(is_needed, tuple(range(1, x.ndim))), x, jnp.zeros_like(x)
+        ),
+        results,
+    )
+
+
 def make_agent(
     config: AgentConfig, finetune: FinetuneConfig, *, num_actions: int
 ) -> Agent:
@@ -183,45 +235,63 @@ def make_agent(
       `init_actor(num_envs)` creates the memory of that many environments.
       `act(params, actor, timestep, key, step_id, *, epsilon, explore, use_gpi)` chooses
       an action per environment and returns the new actor and the `replay.Step` to store;
-      `explore` adds the value of the entropy reward (split form), `use_gpi` maximises
+      `explore` adds the value of the entropy reward (split forms), `use_gpi` maximises
       over further tasks.
       `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
+      `calibrate(params, observation)` takes the features' mean and covariance anew from
+      `[N, 84, 84, STACK_SIZE]` states: those of the updates are a step behind.
       `update(state, windows, particles)` makes one reward-free update from `[B]` windows
       of `config.window_states` states and `[P]` windows of one state.
       `finetune_update(state, windows, task, reward_scale)` makes one update from the
-      game's reward for one task `[D]`, in units of `reward_scale`.
+      game's reward for one task `[D]`: `psi^T w` learns the value of
+      `config.value_unit / reward_scale` times the reward. With the norm of the inferred
+      w as `reward_scale` that is the unit of the pretrained psi, with
+      `config.value_unit` it is the reward's own.
       Both updates return the new state and scalar metrics.
     """
     m, n = config.window_targets, config.n_steps
-    is_split = config.td_form == "split"
+    has_exploration = config.has_exploration_value
+    two_headed_td_error = (
+        losses.off_policy_td_error
+        if config.td_form == "off_policy"
+        else losses.split_td_error
+    )
     feature_network = networks.FeatureNetwork(make_encoder(config), config.feature_dim)
     successor_network = networks.SuccessorNetwork(
         make_encoder(config),
         num_actions,
         config.feature_dim,
         hidden=config.hidden_units,
-        exploration_head=is_split,
+        exploration_head=has_exploration,
     )
 
-    def adam(learning_rate: float) -> optax.GradientTransformation:
+    def adam(learning_rate: float, unit: float = 1.0) -> optax.GradientTransformation:
         return optax.chain(
             optax.clip_by_global_norm(config.max_gradient_norm),
-            optax.adam(learning_rate, eps=config.adam_epsilon),
+            # A TD error's gradient has the unit of the values; so has epsilon, else it
+            # would swallow the small gradients of unit values.
+            optax.adam(learning_rate, eps=config.adam_epsilon * unit),
         )
 
     def by_network(
         features: optax.GradientTransformation, successor: optax.GradientTransformation
     ) -> optax.GradientTransformation:
         return optax.partition(
-            {"features": features, "successor": successor},
-            {"features": "features", "successor": "successor"},
+            {
+                "features": features,
+                "successor": successor,
+                # Follows the features by itself.
+                "whitening": optax.set_to_zero(),
+            },
+            {name: name for name in ("features", "successor", "whitening")},
         )
 
     optimizer = by_network(
-        adam(config.feature_learning_rate), adam(config.learning_rate)
+        adam(config.feature_learning_rate),
+        adam(config.learning_rate, config.value_unit),
     )
     finetune_optimizer = by_network(
-        optax.set_to_zero(), adam(finetune.finetune_learning_rate)
+        optax.set_to_zero(), adam(finetune.finetune_learning_rate, config.value_unit)
     )
 
     def init(key: types.PRNGKey) -> AgentState:
@@ -231,6 +301,7 @@ def make_agent(
         params = {
             "features": feature_network.init(features_key, observation),
             "successor": successor_network.init(successor_key, observation, task),
+            "whitening": whitening.init_whitening(config.feature_dim),
         }
         return AgentState(
             params=params,
@@ -256,8 +327,24 @@ def make_agent(
             num_steps=jnp.zeros((), jnp.int32),
         )
 
+    def raw_features(params: types.Params, observation: jax.Array) -> jax.Array:
+        return feature_network.apply(params["features"], observation).h
+
+    def finished_features(
+        moments: whitening.Whitening, h: jax.Array
+    ) -> networks.Features:
+        h = whitening.whiten(moments, h)
+        return networks.Features(h=h, phi=sphere.normalize(h))
+
     def features(params: types.Params, observation: jax.Array) -> networks.Features:
-        return feature_network.apply(params["features"], observation)
+        return finished_features(params["whitening"], raw_features(params, observation))
+
+    def calibrate(params: types.Params, observation: jax.Array) -> types.Params:
+        if not config.whiten_features:
+            return params
+        moments = whitening.init_whitening(config.feature_dim)
+        h = raw_features(params, observation)
+        return {**params, "whitening": whitening.update_whitening(moments, h)}
 
     def successor(
         params: types.Params, observation: jax.Array, task: jax.Array
@@ -269,7 +356,7 @@ def make_agent(
     def behaviour_values(output: networks.Successor, w: jax.Array) -> jax.Array:
         """Values `[A]` of one state that include the exploration still to come."""
         q = losses.q_values(output.psi, w)
-        if not is_split:
+        if not has_exploration:
             return q
         return config.skill_weight * q + config.entropy_weight * output.exploration
 
@@ -331,21 +418,25 @@ def make_agent(
         return actor, step
 
     def entropy_rewards(
-        params: types.Params,
         distance_scale: rewards.DistanceScale,
         h_t: jax.Array,
         ids_t: jax.Array,
-        particles: replay.Window,
+        is_used: jax.Array,
+        particle_h: jax.Array,
+        particle_ids: jax.Array,
     ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
-        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances."""
-        particle_h = features(params, particles.observation[:, 0]).h
+        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances.
+
+        States that are not used have no neighbours: distances of +inf, which do not count.
+        """
         distances = knn.knn_distances(
             h_t,
             particle_h,
             k=config.num_neighbors,
             query_ids=ids_t,
-            particle_ids=particles.id[:, 0],
+            particle_ids=particle_ids,
         )
+        distances = jnp.where(is_used[:, None], distances, jnp.inf)
         distance_scale = rewards.update_distance_scale(
             distance_scale, distances, decay=config.scale_decay
         )
@@ -367,8 +458,8 @@ def make_agent(
         w: jax.Array,
     ) -> jax.Array:
         """Returns the errors of one target in the config's form, as one vector."""
-        if is_split:
-            error = losses.split_td_error(
+        if has_exploration:
+            error = two_headed_td_error(
                 output_tm1.psi,
                 output_tm1.exploration,
                 a_tm1,
@@ -410,10 +501,45 @@ def make_agent(
         )
         return jax.vmap(lay_out_one)(windows)
 
-    def bootstrap_observations(windows: replay.Window, targets: Targets) -> jax.Array:
-        return jax.vmap(lambda x, place: x[place])(
-            windows.observation, targets.bootstrap
+    def bootstrap_outputs(
+        target_params: types.Params,
+        windows: replay.Window,
+        targets: Targets,
+        w: jax.Array,
+    ) -> networks.Successor:
+        """Predicts at the states that targets bootstrap from, for tasks `[B, m, D]`.
+
+        Where the sum is cut, consecutive targets of a window bootstrap from the same
+        state, which is encoded once. (They also have the same task: a return that ends
+        where the task changes ends between targets of different tasks.)
+        """
+        num_windows, num_states = windows.action.shape
+        place = targets.bootstrap  # [B, m]
+        is_new = jnp.any(w[:, 1:] != w[:, :-1], axis=-1) | (
+            place[:, 1:] != place[:, :-1]
         )
+        is_new = jnp.pad(is_new, ((0, 0), (1, 0)), constant_values=True)
+        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
+        first_row = num_states * jnp.arange(num_windows, dtype=jnp.int32)
+        row = (first_row[:, None] + place).reshape(-1)
+        flat_w = w.reshape(-1, w.shape[-1])
+        outputs = apply_where(
+            lambda i: successor(target_params, observations[row[i]], flat_w[i]),
+            is_new.reshape(-1),
+        )
+        number = jnp.arange(num_windows * m, dtype=jnp.int32).reshape(num_windows, m)
+        source = jax.lax.cummax(jnp.where(is_new, number, 0), axis=1)
+        return jax.tree.map(lambda x: x[source], outputs)
+
+    def is_summed(targets: Targets) -> jax.Array:
+        """Returns `[B, T - 1]` which reached states a valid target sums."""
+
+        def of_window(target: Targets) -> jax.Array:
+            is_used = (target.weight > 0.0) & (target.is_valid > 0.0)[:, None]
+            never = jnp.zeros((m + n - 1,), bool)
+            return never.at[target.rewarded - 1].max(is_used)
+
+        return jax.vmap(of_window)(targets)
 
     def skill_reward_mean(
         phi: jax.Array, task: jax.Array, targets: Targets
@@ -436,10 +562,28 @@ def make_agent(
         targets = lay_out(windows, cut_at_task_change=True, cut_at_life_loss=False)
 
         # Each reached state is encoded once, for the feature loss (which needs the
-        # gradient of the first m alone), the skill reward and the entropy reward.
-        learned = features(params, windows.observation[:, 1 : m + 1])
+        # gradient of the first m alone), the skill reward and the entropy reward; those
+        # that no target sums are not encoded.
         frozen = jax.lax.stop_gradient(params)
-        further = features(frozen, windows.observation[:, m + 1 :])
+        num_windows, num_states = windows.action.shape
+        is_used = is_summed(targets)
+        is_further = jnp.pad(is_used.at[:, :m].set(False), ((0, 0), (1, 0)))
+        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
+        particle_h = raw_features(frozen, particles.observation[:, 0])
+        learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
+        further_h = apply_where(
+            lambda row: raw_features(frozen, observations[row]), is_further.reshape(-1)
+        )
+        further_h = further_h.reshape(num_windows, num_states, -1)[:, m + 1 :]
+        moments = frozen["whitening"]
+        if config.whiten_features:
+            moments = whitening.update_whitening(
+                moments, particle_h, decay=config.scale_decay
+            )
+            learned_h = whitening.without_common_gradient(learned_h)
+        learned = finished_features(moments, learned_h)
+        further = finished_features(moments, further_h)
+        particle_h = finished_features(moments, particle_h).h
         reached: networks.Features = jax.lax.stop_gradient(
             jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
         )
@@ -449,15 +593,15 @@ def make_agent(
         feature_losses = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w_tm1)
         feature_loss = _mean_of_valid(feature_losses, is_reached)
 
-        num_windows, num_reached, dim = reached.h.shape
         flat_rewards, distance_scale, distances = entropy_rewards(
-            frozen,
             state.distance_scale,
-            reached.h.reshape(-1, dim),
+            reached.h.reshape(-1, reached.h.shape[-1]),
             windows.id[:, 1:].reshape(-1),
-            particles,
+            is_used.reshape(-1),
+            particle_h,
+            particles.id[:, 0],
         )
-        r_entropy = flat_rewards.reshape(num_windows, num_reached)
+        r_entropy = flat_rewards.reshape(num_windows, num_states - 1)
 
         def sum_cumulants(phi, r, target: Targets):
             """Sums `[T-1, D]` features and `[T-1]` rewards over each target's steps."""
@@ -471,15 +615,24 @@ def make_agent(
             return phi_sum, r_sum, discount
 
         phi_t, r_entropy_t, discount_t = jax.vmap(sum_cumulants)(
-            reached.phi, r_entropy, targets
+            config.value_unit * reached.phi, config.value_unit * r_entropy, targets
         )
         is_finite = jnp.isfinite(distances)
 
         w = windows.task[:, :m]
-        output_tm1 = successor(params["successor"], windows.observation[:, :m], w)
-        output_t = successor(
-            state.target_params, bootstrap_observations(windows, targets), w
+        # Of each state also for another's task: does what to do depend on the task?
+        both = jnp.stack([w, jnp.roll(w, 1, axis=0)], axis=2)
+        outputs = successor_network.apply(
+            params["successor"], windows.observation[:, :m], both
         )
+        greedy = jnp.argmax(
+            jax.vmap(jax.vmap(jax.vmap(behaviour_values)))(
+                jax.lax.stop_gradient(outputs), both
+            ),
+            axis=-1,
+        )
+        output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
+        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
         errors = jax.vmap(jax.vmap(td_errors))(
             output_tm1,
             windows.action[:, :m],
@@ -497,8 +650,12 @@ def make_agent(
         )
         metrics = {
             "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
-            "reward_entropy": jnp.mean(r_entropy),
+            "reward_entropy": _mean_of_valid(r_entropy, is_used.astype(jnp.float32)),
             "cosine_phi_task": -feature_loss,
+            "task_dependence": jnp.mean(
+                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
+            ),
+            "mean_phi_norm": optax.tree.norm(jnp.mean(learned.phi, axis=(0, 1))),
             "loss_feature": feature_loss,
             "loss_td": td_loss,
             "td_error": _mean_of_valid(
@@ -510,7 +667,7 @@ def make_agent(
             ),
             "distance_scale": distance_scale.mean,
         }
-        return feature_loss + td_loss, (distance_scale, metrics)
+        return feature_loss + td_loss, (distance_scale, moments, metrics)
 
     def apply_gradients(
         state: AgentState,
@@ -537,12 +694,13 @@ def make_agent(
     def update(
         state: AgentState, windows: replay.Window, particles: replay.Window
     ) -> tuple[AgentState, dict[str, jax.Array]]:
-        (_, (distance_scale, metrics)), grads = jax.value_and_grad(
+        (_, (distance_scale, moments, metrics)), grads = jax.value_and_grad(
             pretrain_loss, has_aux=True
         )(state.params, state, windows, particles)
         metrics["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(state, grads, optimizer)
-        return state._replace(distance_scale=distance_scale), metrics
+        params = {**state.params, "whitening": moments}
+        return state._replace(params=params, distance_scale=distance_scale), metrics
 
     def finetune_loss(
         successor_params: types.Params,
@@ -556,7 +714,8 @@ def make_agent(
             cut_at_task_change=False,
             cut_at_life_loss=finetune.cut_at_life_loss,
         )
-        rewards_t = clip_rewards(windows.reward, finetune.reward_clip) / reward_scale
+        rewards_t = clip_rewards(windows.reward, finetune.reward_clip)
+        rewards_t = (config.value_unit / reward_scale) * rewards_t
 
         def sum_rewards(r, target: Targets):
             return jax.vmap(losses.n_step_cumulant)(
@@ -568,9 +727,7 @@ def make_agent(
             task[None, None, :], (*windows.action[:, :m].shape, config.feature_dim)
         )
         output_tm1 = successor(successor_params, windows.observation[:, :m], w)
-        output_t = successor(
-            state.target_params, bootstrap_observations(windows, targets), w
-        )
+        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
         a_tm1 = windows.action[:, :m]
         errors = jax.vmap(jax.vmap(losses.scalar_td_error))(
             output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
@@ -599,6 +756,7 @@ def make_agent(
         grads = {
             "features": jax.tree.map(jnp.zeros_like, state.params["features"]),
             "successor": grads,
+            "whitening": jax.tree.map(jnp.zeros_like, state.params["whitening"]),
         }
         return apply_gradients(state, grads, finetune_optimizer), metrics
 
@@ -608,6 +766,7 @@ def make_agent(
         init_actor=init_actor,
         act=act,
         features=features,
+        calibrate=calibrate,
         update=update,
         finetune_update=finetune_update,
     )

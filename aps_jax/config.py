@@ -7,6 +7,7 @@ or updates (gradient steps).
 """
 
 import dataclasses
+import math
 import typing
 from typing import Any
 
@@ -19,7 +20,10 @@ STACK_SIZE = 4
 # https://arxiv.org/abs/2108.13956. VISR is the skill half alone, APT the entropy half.
 AGENTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 ENCODERS = ("small", "nature", "paper")
-TD_FORMS = ("split", "vector", "scalar")
+TD_FORMS = ("off_policy", "split", "vector", "scalar")
+
+
+_MOST = 2**31 - 1  # of every count: on the device they are 32-bit integers.
 
 
 def _option(
@@ -45,11 +49,15 @@ def _check_fields(config: Any) -> None:
             raise ValueError(
                 f"{field.name} must be one of {', '.join(choices)}, got {value!r}."
             )
+        if type(value) is int and value > _MOST:
+            raise ValueError(f"{field.name} must be at most {_MOST}, got {value}.")
         # Comparisons are written so that NaN fails them.
         if low is not None and not value >= low:
             raise ValueError(f"{field.name} must be at least {low}, got {value}.")
         if high is not None and not value <= high:
             raise ValueError(f"{field.name} must be at most {high}, got {value}.")
+        if type(value) is float and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be finite, got {value}.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -102,10 +110,20 @@ class AgentConfig:
         1.0, "Weight of the particle entropy in the intrinsic reward.", low=0.0
     )
     td_form: str = _option(
-        "split",
-        "Target of the successor features: split (phi and exploration apart), "
-        "vector, or scalar.",
+        "off_policy",
+        "Target of the successor features: off_policy (phi and exploration apart, phi "
+        "greedy for the task alone), split (greedy for both), vector, or scalar.",
         choices=TD_FORMS,
+    )
+    unit_values: bool = _option(
+        True,
+        "Whether cumulants are multiplied by 1 - discount, so that values have the "
+        "size of a mean reward; no greedy action changes.",
+    )
+    whiten_features: bool = _option(
+        True,
+        "Whether features are made of mean 0 and covariance 1 over the replay before "
+        "they are projected onto the sphere.",
     )
     num_neighbors: int = _option(
         12, "Nearest particles k that measure how new a state is.", low=1
@@ -153,7 +171,10 @@ class AgentConfig:
         1e-4, "Adam's rate for the feature network.", low=0.0
     )
     adam_epsilon: float = _option(
-        1.5e-4, "Added to the denominator of Adam's step.", low=0.0
+        1.5e-4,
+        "Added to the denominator of Adam's step; for the successor network in the "
+        "unit of its values.",
+        low=0.0,
     )
     max_gradient_norm: float = _option(
         10.0, "Norm to which each network's gradient is clipped.", low=1e-12
@@ -182,8 +203,20 @@ class AgentConfig:
                 "batch_size must be a multiple of window_targets, got "
                 f"{self.batch_size} and {self.window_targets}."
             )
+        if self.unit_values and self.discount == 1.0:
+            raise ValueError("unit_values needs a discount below 1, got 1.")
         if self.skill_weight == 0.0 and self.entropy_weight == 0.0:
             raise ValueError("skill_weight and entropy_weight must not both be 0.")
+
+    @property
+    def has_exploration_value(self) -> bool:
+        """Whether a value of the entropy reward is learned apart from psi."""
+        return self.td_form in ("off_policy", "split")
+
+    @property
+    def value_unit(self) -> float:
+        """What cumulants are multiplied by before values are learned from them."""
+        return 1.0 - self.discount if self.unit_values else 1.0
 
     @property
     def num_windows(self) -> int:
@@ -218,7 +251,10 @@ class PretrainConfig:
         20_000, "Agent steps played before the first update of pretraining.", low=1
     )
     samples_per_step: float = _option(
-        3.2, "TD targets replayed per agent step of pretraining.", low=0.0
+        3.2,
+        "TD targets replayed per agent step of pretraining.",
+        low=0.0,
+        high=1e6,
     )
     pretrain_epsilon: float = _option(
         0.05,
@@ -240,6 +276,11 @@ class PretrainConfig:
 class FinetuneConfig:
     """The stage that sees the reward: inference of the task, then TD learning."""
 
+    task: str = _option(
+        "score",
+        "What is rewarded: score, survival (lives kept, per agent step), or your own "
+        "module:function of two time steps.",
+    )
     finetune_agent_steps: int = _option(
         100_000, "Agent steps with reward in all, inference included.", low=1
     )
@@ -255,7 +296,10 @@ class FinetuneConfig:
         8, "Environments that fine-tuning steps together.", low=1, high=65536
     )
     finetune_samples_per_step: float = _option(
-        32.0, "TD targets replayed per agent step of learning.", low=0.0
+        32.0,
+        "TD targets replayed per agent step of learning.",
+        low=0.0,
+        high=1e6,
     )
     finetune_epsilon: float = _option(
         0.05, "Probability of a random action while learning.", low=0.0, high=1.0
@@ -305,9 +349,27 @@ class EvaluationConfig:
         low=1,
         high=1000,
     )
+    eval_agent_steps: str = _option(
+        "",
+        "Agent steps of fine-tuning after which to evaluate, separated by commas, "
+        "besides zero-shot and the end; empty spaces `evaluations` evenly.",
+    )
 
     def __post_init__(self) -> None:
         _check_fields(self)
+        words = self.eval_agent_steps.split(",") if self.eval_agent_steps else []
+        if not all(word.strip().isdecimal() and int(word) > 0 for word in words):
+            raise ValueError(
+                "eval_agent_steps must be positive numbers separated by commas, got "
+                f"{self.eval_agent_steps!r}."
+            )
+
+    @property
+    def set_agent_steps(self) -> tuple[int, ...]:
+        """The agent steps in `eval_agent_steps`."""
+        if not self.eval_agent_steps:
+            return ()
+        return tuple(int(word) for word in self.eval_agent_steps.split(","))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -319,6 +381,26 @@ class ReportConfig:
     )
     checkpoint_agent_steps: int = _option(
         2_500_000, "Agent steps between two checkpoints.", low=1
+    )
+    wandb: bool = _option(
+        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
+    )
+    checkpoint_replay: bool = _option(
+        True,
+        "Whether checkpoints hold the replay; without it they are small, and a resumed "
+        "run plays for a while before it learns again.",
+    )
+    keep_checkpoints: int = _option(2, "Newest checkpoints that are kept.", low=1)
+    keep_every_frames: int = _option(
+        0,
+        "Also keep the first checkpoint after each multiple of this many emulator "
+        "frames; 0 for none.",
+        low=0,
+    )
+    keep_best: bool = _option(
+        False,
+        "Also keep the checkpoint with the best score so far: of the last evaluation, "
+        "or before there is one of the last games played.",
     )
 
     def __post_init__(self) -> None:
@@ -346,8 +428,17 @@ class Config:
 
     def __post_init__(self) -> None:
         learner, pretrain, finetune = self.learner, self.pretrain, self.finetune
+        if max(self.evaluation.set_agent_steps, default=0) > (
+            finetune.finetune_agent_steps
+        ):
+            raise ValueError(
+                f"eval_agent_steps must not exceed the {finetune.finetune_agent_steps} "
+                f"of finetune_agent_steps, got {self.evaluation.eval_agent_steps}."
+            )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if self.seed > _MOST:
+            raise ValueError(f"seed must be at most {_MOST}, got {self.seed}.")
         if self.agent not in AGENTS:
             raise ValueError(
                 f"agent must be one of {', '.join(AGENTS)}, got {self.agent!r}."
@@ -500,10 +591,11 @@ PRESETS: dict[str, dict[str, Any]] = {
         "encoder": "small",
         "hidden_units": 128,
         "num_particles": 64,
+        "task_steps": 40,
         "learning_rate": 5e-4,
         "feature_learning_rate": 5e-4,
-        "batch_size": 32,
-        "window_targets": 4,
+        "batch_size": 64,
+        "window_targets": 8,
         "pretrain_frames": 320_000,
         "num_envs": 16,
         "replay_size": 50_000,

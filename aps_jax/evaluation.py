@@ -1,25 +1,30 @@
-"""Full games under a fixed policy, apart from training: the only source of scores."""
+"""Full games under a fixed policy, apart from training: the only source of scores.
+
+Letters: `D` feature dimension.
+"""
 
 import math
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, loop, scores, types
+from aps_jax import envs, game_tasks, interrupts, loop, protocol, scores, types
 from aps_jax import progress as progress_lib
 
-_PUBLISHED_MAX_FRAMES = 108_000  # 30 minutes at 60 frames per second
+VIDEO_AGENT_STEPS = 900  # one minute of play
 
 
 class Evaluation(NamedTuple):
-    """Scores of full games and, where recorded, the pictures of the first one."""
+    """Results of full games and, where recorded, the pictures of the first ones."""
 
-    returns: np.ndarray  # [episodes] float64, unclipped.
+    returns: np.ndarray  # [episodes] float64, sums of the unclipped reward.
+    score_returns: np.ndarray  # [episodes] float64, of the game's, whatever the task.
     lengths: np.ndarray  # [episodes] int64, agent steps.
-    pictures: list[np.ndarray]  # each [H, W, 3] uint8
+    pictures: list[list[np.ndarray]]  # of each recorded game, each [H, W, 3] uint8
 
 
 def evaluate(
@@ -29,7 +34,9 @@ def evaluate(
     task: jax.Array,
     *,
     use_gpi: bool,
-    record_agent_steps: int = 0,
+    record_games: int = 0,
+    record_agent_steps: int = VIDEO_AGENT_STEPS,
+    only_record: bool = False,
     constructor: loop.MakePool = envs.AtariPool,
     progress: progress_lib.Progress | None = None,
     stop: interrupts.StopRequests | None = None,
@@ -44,9 +51,12 @@ def evaluate(
       config: The run's values; `config.evaluation` is the protocol.
       agent: The agent's functions.
       params: Its parameters.
-      task: `[D]` float, unit task vector.
+      task: `[D]` float, unit task vector, or `[episodes, D]`, one for each game.
       use_gpi: Whether to maximise over further tasks (zero-shot acting).
-      record_agent_steps: Pictures to keep of the first game, at most.
+      record_games: How many games to keep pictures of, from the first on.
+      record_agent_steps: Pictures to keep of each, at most.
+      only_record: Whether to stop when all pictures are taken. What has not ended by
+        then is no full game, and its sums are no scores.
       constructor: Makes the environments.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
@@ -71,25 +81,38 @@ def evaluate(
         return actor, step.action
 
     act = jax.jit(act, donate_argnames="actor")
-    actor = loop.put(agent_lib.pin_task(agent.init_actor(num_games), task))
-    returns = np.zeros(num_games)
+    # A copy: the actor is donated, and the task is the caller's.
+    tasks = jnp.copy(jnp.broadcast_to(task, (num_games, config.learner.feature_dim)))
+    actor = agent_lib.pin_task(agent.init_actor(num_games), tasks[0])
+    actor = loop.put(actor._replace(task=tasks))
+    returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
     is_playing = np.ones(num_games, bool)
-    pictures: list[np.ndarray] = []
+    pictures: list[list[np.ndarray]] = [[] for _ in range(record_games)]
     pool = loop.make_pool(config, num_games, loop.Stream.EVALUATE, constructor)
     try:
         if progress is not None:
             progress.start("evaluate", total=num_games, unit="games")
-        timestep = pool.reset()
+        with loop.blaming_environment():
+            timestep = pool.reset()
         while is_playing.any():
             if stop is not None:
                 stop.check()
-            if len(pictures) < record_agent_steps and is_playing[0]:
-                pictures.append(pool.render(0))
+            is_taking = False
+            for index, taken in enumerate(pictures):
+                if len(taken) < record_agent_steps and is_playing[index]:
+                    taken.append(pool.render(index))
+                    is_taking = True
+            if only_record and not is_taking:
+                break
             actor, action = act(params, actor, loop.put(timestep))
-            pool.send(jax.device_get(action))
-            timestep = pool.recv()
+            action = jax.device_get(action)
+            with loop.blaming_environment():
+                pool.send(action)
+                timestep = pool.recv()
+            score = game_tasks.game_reward(pool, timestep)
             returns += np.where(is_playing, timestep.reward, 0.0)
+            score_returns += np.where(is_playing, score, 0.0)
             lengths += is_playing
             is_playing &= ~(timestep.terminated | timestep.truncated)
             if progress is not None:
@@ -98,46 +121,40 @@ def evaluate(
                 progress.tick(num_games - int(is_playing.sum()), mean)
     finally:
         pool.close()
-    return Evaluation(returns=returns, lengths=lengths, pictures=pictures)
+    return Evaluation(returns, score_returns, lengths, pictures)
 
 
-def protocol(config: config_lib.Config) -> dict[str, Any]:
+def protocol_of(config: config_lib.Config) -> dict[str, Any]:
     """Returns how games are evaluated, as `result.json` holds it."""
-    return {
+    values = {
         "episodes": config.evaluation.eval_episodes,
         "epsilon": config.evaluation.eval_epsilon,
         "noop_max": config.environment.noop_max,
         "sticky": config.environment.sticky,
         "max_frames": config.environment.max_frames,
     }
+    # No published protocol has it, so that it is named only where it is used.
+    return values | ({"fire_reset": True} if config.environment.fire_reset else {})
 
 
-def protocol_text(config: config_lib.Config) -> str:
-    """Returns the protocol as a line for people."""
-    values = protocol(config)
-    return (
-        f"{values['episodes']} full games, epsilon {values['epsilon']}, up to "
-        f"{values['noop_max']} no-ops, sticky actions {values['sticky']}, at most "
-        f"{values['max_frames']:,} frames"
-    )
-
-
-def summary(config: config_lib.Config, returns: np.ndarray) -> dict[str, float]:
+def summary(config: config_lib.Config, played: Evaluation) -> dict[str, float]:
     """Returns the metrics of an evaluation.
 
     Games cut before the 30 minutes of the published protocols give no human-normalized
     score: their sums are not scores.
     """
-    mean = float(np.mean(returns))
+    score = float(np.mean(played.score_returns))
     is_comparable = (
         scores.find_reference_scores(config.game) is not None
-        and config.environment.max_frames >= _PUBLISHED_MAX_FRAMES
+        and config.environment.max_frames >= protocol.STANDARD["max_frames"]
     )
     return {
-        "eval_return_mean": mean,
-        "eval_return_std": float(np.std(returns)),
+        "eval_return_mean": float(np.mean(played.returns)),
+        "eval_return_std": float(np.std(played.returns)),
+        "eval_score_mean": score,
+        "eval_length_mean": float(np.mean(played.lengths)),
         "eval_human_normalized": (
-            float(scores.human_normalized_score(config.game, mean))
+            float(scores.human_normalized_score(config.game, score))
             if is_comparable
             else math.nan
         ),

@@ -1,18 +1,20 @@
-"""Requests to stop: SIGTERM and SIGINT, noticed between two steps and obeyed."""
+"""Requests to stop: SIGTERM and SIGINT, noticed at once and obeyed between two steps."""
 
 import os
+import selectors
 import signal
 import sys
 import threading
+import time
 from typing import Self
 
 # What a scheduler reads as "try again": EX_TEMPFAIL of sysexits.h.
 EXIT_CODE = 75
 
-# XLA compiles for many seconds in one call, in which Python runs no handler: a
-# request that no step has noticed by then ends the process from a thread. What is
-# lost is less than the time since the last checkpoint, which stays whole.
-_PATIENCE_SECONDS = 1.5
+# XLA compiles for many seconds in one call, in which Python runs nothing. What such a
+# call is given to end before the process is ended from a thread, so that a checkpoint can
+# be saved after it: less than the 30 seconds that Slurm and spot machines leave.
+_PATIENCE_SECONDS = 20.0
 
 
 class Interrupted(Exception):
@@ -22,12 +24,19 @@ class Interrupted(Exception):
 class StopRequests:
     """Listens for SIGTERM and SIGINT while it is entered, in the main thread.
 
-    The first request is noticed by `check`, which stages call in every step. A second
-    Ctrl-C stops the process at once.
+    A thread says at once that a request was noticed; `check`, which stages call in every
+    step, raises. A second Ctrl-C stops the process at once.
     """
 
-    def __init__(self) -> None:
-        """Listens to nothing yet."""
+    def __init__(self, *, patience_seconds: float = _PATIENCE_SECONDS):
+        """Listens to nothing yet.
+
+        Args:
+          patience_seconds: How long a request may wait for `check` before the process
+            is ended. What is lost is what came after the last checkpoint, which stays
+            whole.
+        """
+        self._patience = patience_seconds
         self._requested = threading.Event()
         self._noticed = threading.Event()
         self._previous: dict[signal.Signals, object] = {}
@@ -59,26 +68,45 @@ class StopRequests:
         """
         if self._requested.is_set():
             self._noticed.set()
-            raise Interrupted
+            raise Interrupted("stopped as asked; the same command continues")
 
     def _handle(self, number: int, frame: object) -> None:
-        del frame
-        if self._requested.is_set() and number == signal.SIGINT:
-            os._exit(EXIT_CODE)
+        del number, frame
         self._requested.set()
 
     def _watch(self) -> None:
         """Waits for a signal's byte, which arrives even while Python runs nothing."""
-        while received := os.read(self._reader, 1):
-            if received[0] not in (signal.SIGTERM, signal.SIGINT):
-                continue
-            if self._noticed.is_set() or self._noticed.wait(_PATIENCE_SECONDS):
-                continue
-            print(
-                "stopped within a long computation; the same command continues from "
-                "the last checkpoint",
-                file=sys.stderr,
-                flush=True,
-            )
-            os._exit(EXIT_CODE)
+        deadline: float | None = None
+        with selectors.DefaultSelector() as selector:
+            selector.register(self._reader, selectors.EVENT_READ)
+            while True:
+                if self._noticed.is_set():
+                    left = None
+                else:
+                    left = deadline and max(deadline - time.monotonic(), 0.0)
+                if selector.select(left):
+                    received = os.read(self._reader, 1)
+                    if not received:
+                        break
+                    number = received[0]
+                    if number not in (signal.SIGTERM, signal.SIGINT):
+                        continue
+                    if deadline is None:
+                        deadline = time.monotonic() + self._patience
+                        _say(
+                            f"{signal.Signals(number).name} noticed: stopping at the "
+                            "next step; a second Ctrl-C stops at once"
+                        )
+                    elif number == signal.SIGINT:
+                        os._exit(EXIT_CODE)
+                elif not self._noticed.is_set():
+                    _say(
+                        "stopped within a long computation; the same command continues "
+                        "from the last checkpoint"
+                    )
+                    os._exit(EXIT_CODE)
         os.close(self._reader)
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

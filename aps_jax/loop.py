@@ -5,13 +5,15 @@ returns, so the device learns while the CPU cores emulate. Keys are derived from
 by `fold_in` with a stream and a step, so a resumed run continues the same streams.
 """
 
+import contextlib
 import dataclasses
 import enum
 import math
-from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import agent as agent_lib
@@ -30,6 +32,8 @@ class Stream(enum.IntEnum):
     FINETUNE_LEARN = 5
     EVALUATE = 6
     FALLBACK_TASK = 7
+    SNAPSHOT = 8
+    CALIBRATE = 9
 
 
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
@@ -59,7 +63,48 @@ class Pool(Protocol):
     def close(self) -> None: ...
 
 
+@runtime_checkable
+class ResumablePool(Protocol):
+    """A pool whose state can be saved, so that a resumed run is the same run.
+
+    EnvPool's emulators have no such state: a run on Atari begins new games.
+    """
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns all that the next steps depend on, as JSON values."""
+
+    def set_state(self, state: dict[str, Any]) -> types.TimeStep:
+        """Goes on from a state, and returns the time step at which it was taken."""
+
+
 MakePool = Callable[..., Pool]
+
+
+class EnvironmentFailure(RuntimeError):
+    """The environments raised; the stage has saved what it had."""
+
+
+class NonFinite(FloatingPointError):
+    """A loss or reward is not finite.
+
+    Attributes:
+      batch: What it was computed from, as arrays by name.
+    """
+
+    def __init__(self, message: str, batch: dict[str, np.ndarray]):
+        """Keeps the batch beside the message."""
+        super().__init__(message)
+        self.batch = batch
+
+
+@contextlib.contextmanager
+def blaming_environment() -> Iterator[None]:
+    """Turns what the environments raise into an `EnvironmentFailure`."""
+    try:
+        yield
+    except Exception as error:
+        reason = f"{type(error).__name__}: {error}"
+        raise EnvironmentFailure(f"the environment raised {reason}") from error
 
 
 def make_pool(
@@ -187,12 +232,64 @@ def make_act(
     return jax.jit(act, donate_argnames="memory")
 
 
-def make_pretrain_learn(
-    agent: agent_lib.Agent,
+# The windows an update learns from; a function of the replay and the number of the
+# update, so that the batch of an update can be drawn again.
+Sample = Callable[[replay.ReplayState, jax.Array], tuple[replay.Window, ...]]
+
+
+def make_sample(
     ring: replay.Replay,
     learner: config_lib.AgentConfig,
     key: types.PRNGKey,
-) -> Learn:
+    *,
+    with_particles: bool,
+) -> Sample:
+    """Makes the function that draws the batch of one update.
+
+    Returns:
+      `sample(replay_state, num_updates)` returns `[B]` windows and, where wanted, `[P]`
+      windows of one state.
+    """
+
+    def sample(
+        replay_state: replay.ReplayState, num_updates: jax.Array
+    ) -> tuple[replay.Window, ...]:
+        window_key = jax.random.fold_in(key, num_updates)
+        if with_particles:
+            window_key, particle_key = jax.random.split(window_key)
+        windows = ring.sample(
+            replay_state,
+            window_key,
+            num_windows=learner.num_windows,
+            num_states=learner.window_states,
+        )
+        if not with_particles:
+            return (windows,)
+        particles = ring.sample(
+            replay_state,
+            particle_key,
+            num_windows=learner.num_particles,
+            num_states=1,
+        )
+        return windows, particles
+
+    return sample
+
+
+def _add_to_sums(
+    sums: metrics.RunningSums,
+    values: dict[str, jax.Array],
+    replay_state: replay.ReplayState,
+) -> metrics.RunningSums:
+    return metrics.add_to_sums(
+        sums,
+        values,
+        replay_index=replay_state.current_index,
+        replay_is_full=replay_state.is_full,
+    )
+
+
+def make_pretrain_learn(agent: agent_lib.Agent, sample: Sample) -> Learn:
     """Makes the jitted reward-free update: sample, learn, sum the metrics.
 
     Returns:
@@ -204,32 +301,16 @@ def make_pretrain_learn(
         sums: metrics.RunningSums,
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        window_key, particle_key = jax.random.split(
-            jax.random.fold_in(key, state.num_updates)
-        )
-        windows = ring.sample(
-            replay_state,
-            window_key,
-            num_windows=learner.num_windows,
-            num_states=learner.window_states,
-        )
-        particles = ring.sample(
-            replay_state,
-            particle_key,
-            num_windows=learner.num_particles,
-            num_states=1,
-        )
+        windows, particles = sample(replay_state, state.num_updates)
         state, values = agent.update(state, windows, particles)
-        return state, metrics.add_to_sums(sums, values)
+        return state, _add_to_sums(sums, values, replay_state)
 
     return jax.jit(learn, donate_argnames=("state", "sums"))
 
 
 def make_finetune_learn(
     agent: agent_lib.Agent,
-    ring: replay.Replay,
-    learner: config_lib.AgentConfig,
-    key: types.PRNGKey,
+    sample: Sample,
     *,
     task: jax.Array,
     reward_scale: jax.Array,
@@ -245,14 +326,9 @@ def make_finetune_learn(
         sums: metrics.RunningSums,
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        windows = ring.sample(
-            replay_state,
-            jax.random.fold_in(key, state.num_updates),
-            num_windows=learner.num_windows,
-            num_states=learner.window_states,
-        )
+        (windows,) = sample(replay_state, state.num_updates)
         state, values = agent.finetune_update(state, windows, task, reward_scale)
-        return state, metrics.add_to_sums(sums, values)
+        return state, _add_to_sums(sums, values, replay_state)
 
     return jax.jit(learn, donate_argnames=("state", "sums"))
 
@@ -275,6 +351,16 @@ def is_due(every: int, agent_steps: int, num_envs: int) -> bool:
     return agent_steps // every > (agent_steps - num_envs) // every
 
 
+# Iterations between two looks at whether all updates so far were finite.
+_LOOK_EVERY = 100
+
+
+@jax.jit
+def _copy_of(flag: jax.Array) -> jax.Array:
+    """Copies an array that the next update will destroy."""
+    return jnp.copy(flag)
+
+
 @dataclasses.dataclass
 class Session:
     """The host's side of a stage: the environments, and the newest of every state."""
@@ -285,6 +371,9 @@ class Session:
     sums: metrics.RunningSums
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
+    learn_from: int = 0  # agent steps before which nothing is learned after a resume
+    sample: Sample | None = None  # what the updates draw, once there are any
+    _flag: jax.Array | None = None  # of an update some iterations ago
 
     @property
     def agent_steps(self) -> int:
@@ -305,34 +394,99 @@ class Session:
           act: From `make_act`.
           learn: From `make_pretrain_learn` or `make_finetune_learn`; none by default.
           schedule: When to call it.
+
+        Raises:
+          EnvironmentFailure: The environments raised. The session can be saved, and
+            resumes with new games.
+          NonFinite: A loss or reward is not finite.
         """
         if self.timestep is None:
-            self.timestep = self.pool.reset()
+            with blaming_environment():
+                self.timestep = self.pool.reset()
         self.memory, action = act(self.state.params, self.memory, put(self.timestep))
-        self.pool.send(jax.device_get(action))
+        action = jax.device_get(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
-        if learn is not None:
-            num_updates = schedule.num_due(self.agent_steps) - schedule.num_due(before)
-            for _ in range(num_updates):
-                self.state, self.sums = learn(self.state, self.sums, self.memory.replay)
-        self.timestep = self.pool.recv()
+        try:
+            with blaming_environment():
+                self.pool.send(action)
+        finally:  # The step is in the replay: its updates are made, come what may.
+            if learn is not None and self.agent_steps > self.learn_from:
+                start = max(before, self.learn_from)
+                due = schedule.num_due(self.agent_steps) - schedule.num_due(start)
+                for _ in range(due):
+                    self.state, self.sums = learn(
+                        self.state, self.sums, self.memory.replay
+                    )
+        if learn is not None and self.iteration % _LOOK_EVERY == 0:
+            self._look()
+        with blaming_environment():
+            self.timestep = self.pool.recv()
+        if not np.isfinite(self.timestep.reward).all():
+            (places,) = np.nonzero(~np.isfinite(self.timestep.reward))
+            raise NonFinite(
+                f"The game's reward of environment {places[0]} is "
+                f"{self.timestep.reward[places[0]]} at agent step {self.agent_steps}.",
+                {"action": action, **self.timestep._asdict()},
+            )
+
+    def _look(self) -> None:
+        """Looks whether an update was not finite, without waiting for the device."""
+        if self._flag is not None and self._flag.is_ready():
+            if int(jax.device_get(self._flag)) >= 0:
+                self.check_finite()
+            self._flag = None
+        if self._flag is None:
+            self._flag = _copy_of(self.sums.bad.count)
+
+    def check_finite(self) -> None:
+        """Checks that all updates since the last row were finite; waits for them.
+
+        Raises:
+          NonFinite: One was not, with its number, the metrics that were not finite, the
+            parameters that are not now, and its batch.
+        """
+        bad = jax.device_get(self.sums.bad)
+        if bad.count < 0:
+            return
+        made = int(jax.device_get(self.state.num_updates))
+        update = made - int(jax.device_get(self.sums.count)) + int(bad.count)
+        names = [name for name, is_bad in bad.names.items() if is_bad]
+        params = [
+            jax.tree_util.keystr(path, simple=True, separator="/")
+            for path, leaf in jax.tree_util.tree_leaves_with_path(self.state.params)
+            if not bool(jnp.all(jnp.isfinite(leaf)))
+        ]
+        message = (
+            f"Not finite in update {update}, noticed at agent step "
+            f"{self.agent_steps}: {', '.join(names)}."
+        )
+        if params:
+            few = ", ".join(params[:3])
+            rest = f" and {len(params) - 3} more" if len(params) > 3 else ""
+            message += f" Parameters that are not finite by now: {few}{rest}."
+        batch: dict[str, np.ndarray] = {}
+        if self.sample is not None:
+            # The replay as it stood then; the newest rows may be of later steps.
+            then = self.memory.replay.replace(
+                current_index=put(bad.replay_index), is_full=put(bad.replay_is_full)
+            )
+            drawn = jax.device_get(jax.jit(self.sample)(then, put(np.int32(update))))
+            for part, window in zip(("windows", "particles"), drawn, strict=False):
+                for name, value in window._asdict().items():
+                    batch[f"{part}.{name}"] = value
+        raise NonFinite(message, batch)
 
     def row(self) -> dict[str, float]:
         """Reads a row of metrics, empties the sums, and checks that all is finite.
 
         Raises:
-          FloatingPointError: A mean over updates is not finite.
+          NonFinite: As `check_finite`.
         """
+        self.check_finite()
         episodes = jax.device_get(self.memory.episodes)
         values = metrics.means(self.sums)
-        count = int(jax.device_get(self.sums.count))
-        bad = [name for name, value in values.items() if not math.isfinite(value)]
-        if count and bad:
-            raise FloatingPointError(
-                f"Not finite within the {count} updates before agent step "
-                f"{self.agent_steps}: {', '.join(bad)}."
-            )
         self.sums = put(metrics.init_sums(values))
+        self._flag = None
         return {
             "agent_steps": self.agent_steps,
             "frames": self.agent_steps * config_lib.FRAME_SKIP,
@@ -361,3 +515,91 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
 def names_of(group: Sequence[metrics.Metric]) -> list[str]:
     """Returns the names of a group of metrics."""
     return [metric.name for metric in group]
+
+
+# States from which the features' moments are measured: their means are then known to
+# 3 % of a standard deviation.
+_CALIBRATION_STATES = 1024
+
+
+def calibrate(
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    session: Session,
+) -> None:
+    """Measures the features' moments over the replay, for good: learning has ended.
+
+    Args:
+      config: The run's values.
+      agent: The agent's functions.
+      ring: The replay's.
+      session: Has played at least one window; its state is replaced.
+    """
+
+    def measure(params: types.Params, replay_state: replay.ReplayState) -> types.Params:
+        windows = ring.sample(
+            replay_state,
+            stream_key(config.seed, Stream.CALIBRATE),
+            num_windows=_CALIBRATION_STATES,
+            num_states=1,
+        )
+        return agent.calibrate(params, windows.observation[:, 0])
+
+    params = jax.jit(measure)(session.state.params, session.memory.replay)
+    session.state = session.state._replace(params=params)
+
+
+class Pretraining(NamedTuple):
+    """All that the loop of pretraining needs."""
+
+    agent: agent_lib.Agent
+    ring: replay.Replay
+    session: Session
+    act: Act
+    learn: Learn
+    schedule: Schedule
+
+
+def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
+    """Makes a new session of pretraining, and its jitted steps.
+
+    Args:
+      config: The run's values.
+      pool: Environments, not yet reset, as many as the config says.
+    """
+    values, learner = config.pretrain, config.learner
+    num_envs = values.num_envs
+    agent = agent_lib.make_agent(learner, config.finetune, num_actions=pool.num_actions)
+    ring = replay.make_replay(
+        num_envs=num_envs, size=values.replay_size, feature_dim=learner.feature_dim
+    )
+    sample = make_sample(
+        ring,
+        learner,
+        stream_key(config.seed, Stream.PRETRAIN_LEARN),
+        with_particles=True,
+    )
+    session = Session(
+        pool=pool,
+        state=init_state(agent, config.seed),
+        memory=init_memory(
+            agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+        ),
+        sums=put(metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING))),
+        sample=sample,
+    )
+    act = make_act(
+        agent,
+        ring,
+        stream_key(config.seed, Stream.PRETRAIN_ACT),
+        epsilon=values.pretrain_epsilon,
+        explore=True,
+    )
+    schedule = Schedule(
+        start=max(values.warmup_agent_steps, learner.window_length * num_envs),
+        samples_per_step=values.samples_per_step,
+        batch_size=learner.batch_size,
+    )
+    learn = make_pretrain_learn(agent, sample)
+    return Pretraining(agent, ring, session, act, learn, schedule)

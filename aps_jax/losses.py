@@ -1,11 +1,13 @@
 """Errors and losses of one transition, for successor features and for features.
 
 `psi(s, a, w)` predicts the discounted sum of the cumulants met from `s` on, after taking `a`
-and then obeying `w`; `Q = psi^T w`. There are three forms of its temporal-difference error:
+and then obeying `w`; `Q = psi^T w`. There are four forms of its temporal-difference error:
 
 - scalar: `psi^T w` learns the whole reward, and psi itself is free to be anything;
 - vector: psi learns the features, plus the exploration reward along `w`;
-- split: psi learns the features alone, and a second output the exploration reward.
+- split: psi learns the features alone, and a second output the exploration reward, both
+  under the policy that obeys and explores;
+- off-policy: as split, but psi learns the features under the policy that only obeys.
 
 Everything is written for one transition: `jax.vmap` it over a batch, and average there.
 The cumulants given are already n-step sums, and `discount_t` is then the product of the n
@@ -289,6 +291,61 @@ def split_td_error(
         successor=successor - _at(psi_tm1, a_tm1),
         exploration=exploration - _at(exploration_tm1, a_tm1),
     )
+
+
+def off_policy_td_error(
+    psi_tm1: Array,
+    exploration_tm1: Array,
+    a_tm1: Array,
+    phi_t: Array,
+    r_entropy_t: Array,
+    discount_t: Array,
+    psi_t: Array,
+    exploration_t: Array,
+    w: Array,
+    *,
+    skill_weight: float | Array,
+    entropy_weight: float | Array,
+) -> SplitTDError:
+    """Computes the TD errors of `split_td_error`, with psi greedy for its own task.
+
+    Behaviour explores, and its exploration value is learned as in the split form. The
+    successor features follow `a* = argmax_a psi_t[a]^T w` instead, Q-learning for the
+    task alone (Barreto et al. 2017, https://arxiv.org/abs/1606.05312, section 3): at test
+    time `psi^T w` is then the value of a policy that no longer explores. Without
+    entropy reward the two forms are the same.
+
+    Args:
+      psi_tm1: `[A, D]` float, successor features at time t-1.
+      exploration_tm1: `[A]` float, exploration values at time t-1.
+      a_tm1: `[]` int, action taken at time t-1.
+      phi_t: `[D]` float, n-step sum of the features.
+      r_entropy_t: `[]` float, n-step sum of the entropy rewards.
+      discount_t: `[]` float, product of the n discounts.
+      psi_t: `[A, D]` float, target-network successor features at time t.
+      exploration_t: `[A]` float, target-network exploration values at time t.
+      w: `[D]` float, task vector.
+      skill_weight: weight of the skill reward in behaviour.
+      entropy_weight: weight of the entropy reward in behaviour.
+
+    Returns:
+      Target minus prediction of both.
+    """
+    behaviour = split_td_error(
+        psi_tm1,
+        exploration_tm1,
+        a_tm1,
+        phi_t,
+        r_entropy_t,
+        discount_t,
+        psi_t,
+        exploration_t,
+        w,
+        skill_weight=skill_weight,
+        entropy_weight=entropy_weight,
+    )
+    successor = vector_td_error(psi_tm1, a_tm1, phi_t, discount_t, psi_t, w)
+    return SplitTDError(successor=successor, exploration=behaviour.exploration)
 
 
 def _at(values: Array, action: Array) -> jax.Array:

@@ -12,19 +12,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aps_jax import run_results, scores, statistics
+from aps_jax import protocol, run_results, scores, statistics
 
 # The systems beside which the APS talk puts its own.
 DEFAULT_SYSTEMS = ("SimPLe", "DER", "CURL", "DrQ", "SPR", "VISR", "APT", "APS")
 
-# What the published Atari-100k results and this project's scores should share.
-STANDARD_PROTOCOL = {
-    "episodes": 100,
-    "epsilon": 0.001,
-    "noop_max": 30,
-    "sticky": 0.0,
-    "max_frames": 108_000,
-}
 PRETRAINED, SCRATCH = "pretrained", "scratch"
 _NUM_THRESHOLDS = 121
 # Printed to 0.1 percent, from cells that were rounded to 0.1 points themselves.
@@ -197,6 +189,16 @@ def build(
     )
 
 
+def protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a method's settings that says how it was evaluated."""
+    prefix = "protocol."
+    return {
+        name.removeprefix(prefix): value
+        for name, value in settings.items()
+        if name.startswith(prefix)
+    }
+
+
 def check_against_rliable(
     built: Report, rliable: statistics.Rliable
 ) -> tuple[str, ...]:
@@ -351,12 +353,7 @@ def _method_notices(methods: Sequence[Method]) -> list[str]:
 def _method_complaints(method: Method) -> list[str]:
     """Says what a reader of one method's numbers must know."""
     complaints = []
-    odd = []
-    for name, standard in STANDARD_PROTOCOL.items():
-        value = method.settings.get(f"protocol.{name}", "unknown")
-        if value != standard:
-            odd.append(f"{name} {value} (standard {standard})")
-    if odd:
+    if odd := protocol.differences(protocol_of(method.settings)):
         complaints.append(f"not the standard protocol: {', '.join(odd)}.")
     counts = sorted({len(runs) for runs in method.runs.values()})
     if counts[0] < 2:

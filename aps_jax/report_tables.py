@@ -4,7 +4,7 @@ import csv
 import dataclasses
 import io
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,12 +13,13 @@ import rich.console
 import rich.table
 import rich.text
 
-from aps_jax import report_numbers, run_results, scores, statistics
+from aps_jax import protocol, report_numbers, run_results, scores, statistics
 
 KIND = "aps_jax report"
 SCHEMA = 1
 
 _FILE_WIDTH = 400
+_GAIN_TITLE = "Did pretraining help?"
 _CELL_PADDING = 3  # Between two columns in the box style that is used.
 
 
@@ -62,11 +63,24 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
       width: Columns of text; None takes the terminal's, or as many as the widest table
         needs where the output is no terminal, so that nothing is cut in a file.
     """
+    show_tables(tables(built), built.notices, width)
+
+
+def show_gain(built: report_numbers.Report, *, width: int | None = None) -> None:
+    """Prints what pretraining gained over scratch, and what to know about it."""
+    shown = [t for t in tables(built) if t.title in ("Comparisons", _GAIN_TITLE)]
+    show_tables(shown, built.notices, width)
+
+
+def show_tables(
+    shown_tables: Sequence[Table], notices: Sequence[str], width: int | None = None
+) -> None:
+    """Prints tables and notices to the terminal; `width` as for `show`."""
     console = rich.console.Console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
     columns = console.width
-    for table in tables(built):
+    for table in shown_tables:
         for part in _split_columns(table, columns):
             shown = rich.table.Table(
                 title=part.title, title_justify="left", box=rich.box.SIMPLE_HEAD
@@ -82,7 +96,7 @@ def show(built: report_numbers.Report, *, width: int | None = None) -> None:
             console.width = columns
             for note in part.notes:
                 console.print(rich.text.Text(note, style="dim"))
-    for notice in built.notices:
+    for notice in notices:
         console.print(rich.text.Text(f"Note: {notice}"))
 
 
@@ -127,14 +141,38 @@ def to_markdown(built: report_numbers.Report, *, pictures: Sequence[str] = ()) -
     ]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
-        lines += [f"## {table.title}", ""]
-        lines.append("| " + " | ".join(map(_escape, table.columns)) + " |")
-        lines.append("|" + " --- |" + " ---: |" * (len(table.columns) - 1))
-        lines += ["| " + " | ".join(map(_escape, row)) + " |" for row in table.rows]
-        lines += [""] + [f"{note}\n" for note in table.notes]
+        lines += [f"## {table.title}", "", *markdown_table(table), ""]
+        lines += [f"{note}\n" for note in table.notes]
     for name in pictures:
         lines += [f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})", ""]
     return "\n".join(lines).rstrip() + "\n"
+
+
+def results_markdown(built: report_numbers.Report) -> str:
+    """Returns the tables that say what was run, what it scored and what it gained."""
+    lines = []
+    told: set[str] = set()
+    for table in tables(built):
+        if table.title in ("Methods", "Scores per game", "Comparisons", _GAIN_TITLE):
+            lines += [f"**{table.title}**", "", *markdown_table(table), ""]
+            lines += [f"{note}\n" for note in table.notes if note not in told]
+            told.update(table.notes)
+    if built.published:
+        lines.append(
+            f"{', '.join(built.published)} in capitals: published, with budgets and "
+            "networks far beyond these (docs/protocol.md).\n"
+        )
+    lines += [f"- {notice}" for notice in built.notices]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+def markdown_table(table: Table) -> list[str]:
+    """Returns a table's lines of Markdown, without its title and notes."""
+    return [
+        "| " + " | ".join(map(_escape, table.columns)) + " |",
+        "|" + " --- |" + " ---: |" * (len(table.columns) - 1),
+        *("| " + " | ".join(map(_escape, row)) + " |" for row in table.rows),
+    ]
 
 
 def to_csv(built: report_numbers.Report) -> str:
@@ -220,7 +258,7 @@ def _protocol_notes(built: report_numbers.Report) -> tuple[str, ...]:
     """Returns a line for each evaluation protocol: most often a single one."""
     having: dict[str, list[str]] = {}
     for method in built.methods:
-        words = _protocol_words(method.settings)
+        words = protocol.text(report_numbers.protocol_of(method.settings))
         having.setdefault(words, []).append(method.label)
     if len(having) == 1:
         return (f"Evaluation: {next(iter(having))}.",)
@@ -228,24 +266,6 @@ def _protocol_notes(built: report_numbers.Report) -> tuple[str, ...]:
         f"Evaluation of {', '.join(labels)}: {words}."
         for words, labels in having.items()
     )
-
-
-def _protocol_words(settings: Mapping[str, Any]) -> str:
-    protocol = {
-        name.removeprefix("protocol."): value
-        for name, value in settings.items()
-        if name.startswith("protocol.")
-    }
-    words = [
-        f"{protocol.pop('episodes', '?')} full games",
-        f"epsilon {protocol.pop('epsilon', '?')}",
-        f"up to {protocol.pop('noop_max', '?')} no-ops",
-    ]
-    sticky = protocol.pop("sticky", "?")
-    words.append("no sticky actions" if sticky == 0 else f"sticky actions {sticky}")
-    words.append(f"{_count(protocol.pop('max_frames', None))} frames at most")
-    words += [f"{name} {value}" for name, value in sorted(protocol.items())]
-    return ", ".join(words)
 
 
 def _games_table(built: report_numbers.Report) -> Table:
@@ -266,7 +286,7 @@ def _games_table(built: report_numbers.Report) -> Table:
                 continue
             mark = "\u2020" if cell.interval_over == "games" else ""
             has_game_interval |= bool(mark)
-            words.append(_with_interval(cell.score, _points) + mark)
+            words.append(with_interval(cell.score, _points) + mark)
             words.append(
                 "" if cell.normalized is None else _percent(cell.normalized.value)
             )
@@ -297,11 +317,11 @@ def _games_table(built: report_numbers.Report) -> Table:
 
 def _summary_words(summary: report_numbers.Summary) -> tuple[str, ...]:
     return (
-        _with_interval(summary.mean, _percent),
-        _with_interval(summary.median, _percent),
-        _with_interval(summary.interquartile_mean, _percent),
-        _with_interval(summary.optimality_gap, _percent),
-        _with_interval(summary.superhuman, lambda count: f"{count:.0f}"),
+        with_interval(summary.mean, _percent),
+        with_interval(summary.median, _percent),
+        with_interval(summary.interquartile_mean, _percent),
+        with_interval(summary.optimality_gap, _percent),
+        with_interval(summary.superhuman, lambda count: f"{count:.0f}"),
     )
 
 
@@ -402,8 +422,8 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
         (
             _game_words(gain.game),
             f"{item.label} over {item.baseline}",
-            _with_interval(gain.gain, _signed_points),
-            _with_interval(gain.probability, _share),
+            with_interval(gain.gain, _signed_points),
+            with_interval(gain.probability, _share),
         )
         for item in arms
         for gain in item.games
@@ -411,7 +431,7 @@ def _comparison_tables(built: report_numbers.Report) -> list[Table]:
     if gains:
         made.append(
             Table(
-                "Did pretraining help?",
+                _GAIN_TITLE,
                 ("game", "", "gain (points)", "P(improvement)"),
                 tuple(gains),
                 (
@@ -438,7 +458,8 @@ def _game_words(game: str) -> str:
     return scores.camel_case(game)
 
 
-def _with_interval(estimate: statistics.Estimate, word: Any) -> str:
+def with_interval(estimate: statistics.Estimate, word: Callable[[Any], str]) -> str:
+    """Words an estimate, with its interval where there is one."""
     text = word(estimate.value)
     if np.isnan(estimate.low):
         return text
@@ -446,7 +467,7 @@ def _with_interval(estimate: statistics.Estimate, word: Any) -> str:
 
 
 def _maybe(estimate: statistics.Estimate | None, word: Any) -> str:
-    return "" if estimate is None else _with_interval(estimate, word)
+    return "" if estimate is None else with_interval(estimate, word)
 
 
 def _points(value: float | None) -> str:

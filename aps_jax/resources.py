@@ -1,7 +1,14 @@
 """What a run will take, and what this machine has: told before heavy work starts."""
 
+import contextlib
+import ctypes
+import hashlib
+import math
 import os
 import pathlib
+import platform
+import shutil
+from collections.abc import Callable
 
 import jax
 
@@ -13,6 +20,11 @@ from aps_jax import replay
 _BASE_BYTES = 700 * 2**20
 # Of the memory there is, some is left to the rest of the system.
 _USABLE = 0.9
+# How much smaller the replay can be on disk, at most: a floor for refusing a start.
+# (Random play of Pong is 180 times smaller.)
+_MOST_COMPRESSED = 1000
+_ROOT = pathlib.Path("/")
+_M_ARENA_MAX = -8  # of malloc.h
 
 
 def available_bytes() -> int:
@@ -22,28 +34,89 @@ def available_bytes() -> int:
         stats = device.memory_stats() or {}
         if "bytes_limit" in stats:
             return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
-    return _host_bytes()
+    return host_bytes()
 
 
-def _host_bytes() -> int:
-    """Returns what the host's memory and the process's control group leave free."""
-    free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
-    meminfo = pathlib.Path("/proc/meminfo")
+def host_bytes(root: pathlib.Path = _ROOT) -> int:
+    """Returns what the host's memory and the process's control groups leave free.
+
+    Args:
+      root: Where `proc` and `sys` are.
+    """
+    free = []
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():  # Counts the page cache, which the kernel gives back.
         for line in meminfo.read_text().splitlines():
             if line.startswith("MemAvailable:"):
-                free = [int(line.split()[1]) * 1024]
-    for limit_name, usage_name in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+                free.append(int(line.split()[1]) * 1024)
+    else:
+        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+    for controller, limit_name, usage_name in (
+        ("", "memory.max", "memory.current"),
+        ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
-        limit, usage = pathlib.Path(limit_name), pathlib.Path(usage_name)
-        if limit.exists() and usage.exists() and limit.read_text().strip() != "max":
-            free.append(int(limit.read_text()) - int(usage.read_text()))
+        for group in _control_groups(controller, root):
+            limit, usage = _number(group / limit_name), _number(group / usage_name)
+            if limit is not None and usage is not None:
+                free.append(max(int(limit - usage), 0))
     return min(free)
+
+
+def usable_cores(root: pathlib.Path = _ROOT) -> float:
+    """Returns the cores that this process may use: its affinity and its quota.
+
+    Args:
+      root: Where `proc` and `sys` are.
+    """
+    if hasattr(os, "sched_getaffinity"):
+        cores = [float(len(os.sched_getaffinity(0)))]
+    else:
+        cores = [float(os.cpu_count() or 1)]
+    for group in _control_groups("", root):
+        words = _read(group / "cpu.max").split()
+        if len(words) == 2 and words[0] != "max":
+            cores.append(int(words[0]) / int(words[1]))
+    for group in _control_groups("cpu", root):
+        quota = _number(group / "cpu.cfs_quota_us")
+        period = _number(group / "cpu.cfs_period_us")
+        if quota is not None and period and quota > 0:
+            cores.append(quota / period)
+    return min(cores)
+
+
+def _control_groups(controller: str, root: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the folders of this process's group and of those around it.
+
+    Args:
+      controller: Of version 1 of control groups; empty for version 2.
+      root: Where `proc` and `sys` are.
+    """
+    mount = root / "sys/fs/cgroup" / controller
+    own = "/"
+    for line in _read(root / "proc/self/cgroup").splitlines():
+        _, names, path = line.split(":", 2)
+        if controller in names.split(","):
+            own = path
+    # Within a container the path may be the host's, and the mount its own group.
+    places = [mount, *(mount / part for part in _prefixes(own))]
+    return [place for place in places if place.is_dir()]
+
+
+def _prefixes(path: str) -> list[str]:
+    parts = [part for part in path.split("/") if part]
+    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _number(path: pathlib.Path) -> float | None:
+    text = _read(path).strip()
+    return float(text) if text.lstrip("-").isdigit() else None
 
 
 def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
@@ -58,20 +131,152 @@ def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
     ).num_bytes
 
 
+def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
+    """Returns the memory of the device that a stage needs, about."""
+    copies = 1
+    if jax.default_backend() == "cpu" and config.report.checkpoint_replay:
+        copies = 2  # One more while a checkpoint is written.
+    return copies * replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+
+
+def cache_folder() -> pathlib.Path:
+    """Returns the user's folder for what can be made again on this kind of machine.
+
+    `$XDG_CACHE_HOME/aps_jax` (`~/.cache/aps_jax`), and in it a folder for this version of
+    JAX and this CPU's instructions.
+    """
+    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    kind = f"{platform.machine()} {jax.__version__} {_cpu_flags()}"
+    digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
+    return pathlib.Path(root, "aps_jax", digest)
+
+
+def _cpu_flags() -> str:
+    """Returns what the CPU can do, in the kernel's words; empty where it does not say."""
+    cpuinfo = pathlib.Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith(("flags", "Features")):
+                return line.split(":", 1)[1].strip()
+    return ""
+
+
 def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:
     """Checks that a stage's replay can fit.
 
     Raises:
       ValueError: It cannot, with the estimate and what there is.
     """
-    needed = replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+    needed = needed_bytes(config, is_pretraining=is_pretraining)
     there = available_bytes()
+    name = "replay_size" if is_pretraining else "finetune_agent_steps"
     if needed > _USABLE * there:
-        name = "replay_size" if is_pretraining else "finetune_agent_steps"
         raise ValueError(
-            f"The replay needs about {needed / 2**30:.1f} GiB with what goes with it, "
-            f"and {there / 2**30:.1f} GiB of memory are free: give a smaller --{name}."
+            f"The replay needs about {size_text(needed)} with what goes with it, and "
+            f"{size_text(there)} of memory are free: give a smaller --{name}, or "
+            "--nocheckpoint_replay, which saves its copy."
         )
+    if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
+        return
+    needed = replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+    there = host_bytes()
+    if needed > _USABLE * there:
+        raise ValueError(
+            f"Checkpoints copy the replay to the host, which needs about "
+            f"{size_text(needed)}, and {size_text(there)} of its memory are free: give "
+            f"--nocheckpoint_replay or a smaller --{name}."
+        )
+
+
+def check_cores(config: config_lib.Config, warn: Callable[[str], None]) -> None:
+    """Warns of emulator threads that the control group has no cores for."""
+    cores, threads = usable_cores(), config.environment.env_threads
+    if hasattr(os, "sched_getaffinity"):
+        threads = threads or len(os.sched_getaffinity(0))
+    if threads > math.ceil(cores):
+        warn(
+            f"{threads} emulator threads share {cores:g} cores, the quota of this "
+            f"process: give --env_threads={math.ceil(cores)}."
+        )
+
+
+def check_writable(workdir: pathlib.Path) -> None:
+    """Checks that a folder can be written, by writing to it.
+
+    Raises:
+      ValueError: It cannot, with the reason.
+    """
+    path = workdir / f"probe_{os.getpid()}"
+    try:
+        with path.open("wb") as file:
+            file.write(bytes(2**20))
+            file.flush()
+            os.fsync(file.fileno())
+    except OSError as error:
+        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def check_disk(
+    workdir: pathlib.Path,
+    *,
+    fixed_bytes: int,
+    replay_bytes: int,
+    kept: int,
+    warn: Callable[[str], None],
+) -> None:
+    """Checks that a folder can be written and has room for the checkpoints.
+
+    Args:
+      workdir: The run's folder.
+      fixed_bytes: Arrays of a checkpoint but for the replay.
+      replay_bytes: Its replay; 0 where it is not saved.
+      kept: Checkpoints that stay on disk while one more is written.
+      warn: Is told if there may be too little room.
+
+    Raises:
+      ValueError: It cannot be written, or not even one checkpoint can fit.
+    """
+    check_writable(workdir)
+    free = shutil.disk_usage(workdir).free
+    advice = (
+        "free some, or give another --workdir, fewer --keep_checkpoints or "
+        "--nocheckpoint_replay."
+    )
+    least = fixed_bytes + replay_bytes // _MOST_COMPRESSED
+    most = (kept + 1) * (fixed_bytes + replay_bytes)
+    if free < least:
+        raise ValueError(
+            f"A checkpoint takes at least {size_text(least)}, and {size_text(free)} are free "
+            f"at {workdir}: {advice}"
+        )
+    if free < most:
+        warn(
+            f"{size_text(free)} are free at {workdir}, and {kept + 1} checkpoints take up "
+            f"to {size_text(most)} (frames compress, most games several times): {advice}"
+        )
+
+
+def size_text(num_bytes: int) -> str:
+    """Writes a number of bytes for people."""
+    if num_bytes < 2**30:
+        return f"{num_bytes / 2**20:.1f} MiB"
+    return f"{num_bytes / 2**30:.1f} GiB"
+
+
+def limit_arenas() -> None:
+    """Lets glibc's allocator have an arena per core, and not its default of eight.
+
+    Checkpoints are written by threads that come and go. Each keeps free pieces in the
+    arena it happened to get, so that memory grew by 1 MB per checkpoint for at least
+    fifty of them. To be called before there are threads; other allocators have no such
+    setting, nor need it.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_M_ARENA_MAX, max(2, math.ceil(usable_cores())))
 
 
 def check_accelerator() -> None:

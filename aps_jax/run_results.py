@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aps_jax import config, scores
+from aps_jax import config, game_tasks, scores
 
 SCHEMA = 1
 
@@ -27,6 +27,7 @@ _NOT_COMPARED = frozenset(
         "agent",
         "checkpoint_agent_steps",
         "env_threads",
+        "eval_agent_steps",
         "eval_episodes",
         "eval_epsilon",
         "evaluations",
@@ -39,6 +40,7 @@ _NOT_COMPARED = frozenset(
         "report_agent_steps",
         "seed",
         "sticky",
+        "wandb",
     }
 )
 _STEP_COLUMNS = ("agent_steps", "finetune_agent_steps")
@@ -84,6 +86,10 @@ class UnusableResultError(ValueError):
     """A `result.json` cannot be reported; the message is the reason."""
 
 
+class OtherTaskError(UnusableResultError):
+    """A result is sound, but its returns are not the game's score."""
+
+
 def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
     """Finds and reads every finished run in or below `run_dirs`.
 
@@ -99,7 +105,7 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
     results, unfinished = _find(run_dirs)
     notices = []
     runs, options = [], []
-    pretraining = []
+    pretraining, other_tasks = [], []
     for path in results:
         try:
             for folder, result in _arms(path.parent, _read_json(path), results):
@@ -110,6 +116,8 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
                 runs.append(run)
                 options.append(_read_options(path.parent))
                 notices += [f"{path}: {complaint}." for complaint in complaints]
+        except OtherTaskError:
+            other_tasks.append(path)
         except UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
     pretraining = [
@@ -121,6 +129,11 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
         notices.append(
             f"{len(pretraining)} pretraining folders hold no score (first: "
             f"{pretraining[0]}); left out."
+        )
+    if other_tasks:
+        notices.append(
+            f"{len(other_tasks)} results are of other tasks than the game's score (first: "
+            f"{other_tasks[0]}); left out."
         )
     notices += [
         f"{path}: unfinished (no result.json); left out." for path in unfinished
@@ -250,16 +263,19 @@ def _parse(folder: pathlib.Path, result: dict[str, Any]) -> tuple[Run, list[str]
         "returns": list,
         "protocol": dict,
     }
+    if "tasks" in result:
+        raise OtherTaskError("it holds several tasks, played without learning")
     for name, expected in expected_types.items():
         if type(result.get(name)) is not expected:
             raise UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
-    # A dictionary there is what fine-tuning inferred; a name is another reward.
-    if isinstance(result.get("task"), str) and result["task"] != "score":
-        raise UnusableResultError(
-            f"returns of the task {result['task']!r} are not the game's score"
-        )
+    # What fine-tuning inferred, its name included, or the name alone.
+    task = result.get("task") or game_tasks.SCORE
+    if isinstance(task, dict):
+        task = task.get("name", game_tasks.SCORE)
+    if task != game_tasks.SCORE:
+        raise OtherTaskError(f"returns of the task {task!r} are not the game's score")
     returns = result["returns"]
     if not returns or not all(
         type(value) in (int, float) and math.isfinite(value) for value in returns

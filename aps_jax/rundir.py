@@ -9,8 +9,7 @@ import pathlib
 import platform
 import subprocess
 import sys
-from collections.abc import Iterator
-from typing import Any
+from typing import IO, Any, Self
 
 from aps_jax import config as config_lib
 
@@ -20,17 +19,29 @@ LOCK_NAME = "lock"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEMA = 1
 
+_UNFINISHED = ".tmp"  # appended to the name of a file while it is written
+
 # Where a run of several stages keeps each.
 STAGE_FOLDERS = {"pretrain": "pretrain", "finetune": "pretrained"}
+
+# What two starts of the same run may differ in: where and when it was started, and which
+# checkpoints are kept, which changes no number of the run.
+_NO_VALUES = ("schema", "versions", "git_commit", "command")
+_FREE = ("config.report.keep_", "config.report.checkpoint_")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "rlax", "flashbax", "numpy", "envpool")
 
 
 def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
-        file.write(json.dumps(values, indent=2, allow_nan=False) + "\n")
+    write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+
+def write_text(path: pathlib.Path, text: str) -> None:
+    """Writes a text file whole or not at all, also where the power fails."""
+    temporary = path.with_name(path.name + _UNFINISHED)
+    with temporary.open("w", newline="") as file:
+        file.write(text)
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
@@ -108,7 +119,9 @@ def open_run(
                 "--workdir, or the same flags to continue that run."
             )
         return True
-    if workdir.is_dir() and any(workdir.iterdir()):
+    # A start that was killed may have left this one.
+    unfinished = CONFIG_NAME + _UNFINISHED
+    if workdir.is_dir() and any(p.name != unfinished for p in workdir.iterdir()):
         raise ValueError(
             f"{workdir} is not empty and holds no {CONFIG_NAME}: not a run's folder. "
             "Give another --workdir."
@@ -130,27 +143,76 @@ def open_run(
     return False
 
 
-@contextlib.contextmanager
-def lock_run(workdir: pathlib.Path) -> Iterator[None]:
-    """Keeps other processes out of a run's folder; the lock dies with the process.
+class RunLock:
+    """Keeps other processes out of a run's folder; it dies with the process."""
 
-    Raises:
-      ValueError: Another process holds it, with its number.
-    """
-    with (workdir / LOCK_NAME).open("a+") as file:
+    def __init__(self, workdir: pathlib.Path):
+        """Takes the folder, which exists.
+
+        Raises:
+          ValueError: Another process holds it, with its number.
+        """
+        self._workdir = workdir
+        self._path = workdir / LOCK_NAME
+        self._file = _lock(workdir)
+        self._identity = (workdir / CONFIG_NAME).read_bytes()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info) -> None:
+        self._file.close()
+
+    def ensure(self) -> bool:
+        """Makes the folder anew if it was deleted, and takes it again.
+
+        Returns:
+          Whether it had to.
+
+        Raises:
+          OSError: It cannot be made.
+          ValueError: Another run or process has taken its place.
+        """
+        path = self._workdir / CONFIG_NAME
+        if path.exists() and self._is_held():
+            return False
+        self._workdir.mkdir(parents=True, exist_ok=True)
+        if not self._is_held():
+            taken = _lock(self._workdir)
+            self._file.close()
+            self._file = taken
+        if not path.exists():
+            write_text(path, self._identity.decode())
+        elif path.read_bytes() != self._identity:
+            raise ValueError(f"{self._workdir} holds another run by now.")
+        return True
+
+    def _is_held(self) -> bool:
+        """Returns whether the lock file in the folder is the one that is held."""
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"{workdir} is in use by another process ({file.read().strip()}). Wait "
-                "for it, or give another --workdir."
-            ) from error
+            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
+        except OSError:
+            return False
+
+
+def _lock(workdir: pathlib.Path) -> IO[str]:
+    file = (workdir / LOCK_NAME).open("a+")
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise ValueError(
+            f"{workdir} is in use by another process ({holder}). Wait for it, or give "
+            "another --workdir."
+        ) from error
+    with contextlib.suppress(OSError):  # A full disk locks as well without a name.
         file.seek(0)
         file.truncate()
         file.write(f"process {os.getpid()} on {platform.node()}\n")
         file.flush()
-        yield
+    return file
 
 
 def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:
@@ -212,11 +274,12 @@ def find_stage(workdir: pathlib.Path, stage: str) -> pathlib.Path:
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """Says in words where two descriptions of a run differ."""
     left, right = _flatten(found), _flatten(wanted)
-    ignored = {"schema", "versions", "git_commit", "command"}
     return [
         f"{name.split('.')[-1]} is {left.get(name)!r} there and {right.get(name)!r} here"
         for name in sorted(set(left) | set(right))
-        if name.split(".")[0] not in ignored and left.get(name) != right.get(name)
+        if name.split(".")[0] not in _NO_VALUES
+        and not name.startswith(_FREE)
+        and left.get(name) != right.get(name)
     ]
 
 

@@ -2,26 +2,32 @@
 
 import contextlib
 import dataclasses
+import math
 import pathlib
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from absl import logging
 
 from aps_jax import agent as agent_lib
 from aps_jax import (
     checkpoint,
     envs,
     evaluation,
+    game_tasks,
     interrupts,
     loop,
     metrics,
     replay,
     resources,
     rundir,
+    snapshots,
     tasks,
+    tracking,
 )
 from aps_jax import config as config_lib
 from aps_jax import progress as progress_lib
@@ -66,12 +72,16 @@ def pretrain(
 
     Raises:
       ValueError: The folder holds another run.
-      FloatingPointError: A loss or reward is not finite; nothing is saved after it.
+      loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
+        batch that it was computed from.
+      loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
     resources.check_memory(config, is_pretraining=True)
-    values, learner = config.pretrain, config.learner
+    warn = _warning(progress)
+    resources.check_cores(config, warn)
+    values = config.pretrain
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
         pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
@@ -81,46 +91,21 @@ def pretrain(
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
-        held.enter_context(rundir.lock_run(workdir))
-        agent = agent_lib.make_agent(
-            learner, config.finetune, num_actions=pool.num_actions
-        )
-        ring = replay.make_replay(
-            num_envs=num_envs,
-            size=values.replay_size,
-            feature_dim=learner.feature_dim,
-        )
-        session = loop.Session(
-            pool=pool,
-            state=loop.init_state(agent, config.seed),
-            memory=loop.init_memory(
-                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
-            ),
-            sums=loop.put(
-                metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
-            ),
-        )
-        act = loop.make_act(
-            agent,
-            ring,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_ACT),
-            epsilon=values.pretrain_epsilon,
-            explore=True,
-        )
-        learn = loop.make_pretrain_learn(
-            agent,
-            ring,
-            learner,
-            loop.stream_key(config.seed, loop.Stream.PRETRAIN_LEARN),
-        )
-        schedule = loop.Schedule(
-            start=max(values.warmup_agent_steps, learner.window_length * num_envs),
-            samples_per_step=values.samples_per_step,
-            batch_size=learner.batch_size,
-        )
-        with _Recorder(workdir, metrics.PRETRAIN_COLUMNS, session, stop) as recorder:
-            recorder.resume()
+        lock = held.enter_context(rundir.RunLock(workdir))
+        agent, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
+        with _Recorder(
+            workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
+        ) as recorder:
+            recorder.resume(ring)
+            snapshot = snapshots.SnapshotWriter(
+                workdir,
+                agent,
+                ring,
+                loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
+                warn,
+            )
             total = -(-values.pretrain_agent_steps // num_envs)
+            recorder.wait_for_refill(schedule, total)
             if progress is not None:
                 progress.start(
                     PRETRAIN,
@@ -130,15 +115,21 @@ def pretrain(
             while session.iteration < total:
                 session.step(act, learn, schedule)
                 is_last = session.iteration == total
+                if is_last and session.agent_steps >= schedule.start:
+                    loop.calibrate(config, agent, ring, session)
+                if session.agent_steps >= schedule.start and (
+                    is_last or recorder.is_row_due(config.report)
+                ):
+                    snapshot.write(session)
                 recorder.record(config.report, is_last=is_last, progress=progress)
             result = {
                 **_describe(config, PRETRAIN),
                 "pretrain_frames": session.agent_steps * FRAME_SKIP,
                 "updates": int(jax.device_get(session.state.num_updates)),
-                "last_metrics": loop.without_nan(recorder.last_row),
+                "last_metrics": recorder.last_row,
                 **_rate(session.agent_steps, started),
             }
-        rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        _write_result(workdir, result, warn, stop)
     return result
 
 
@@ -172,11 +163,16 @@ def finetune(
 
     Raises:
       ValueError: The folder holds another run, or `init` does not fit.
-      FloatingPointError: A loss is not finite; nothing is saved after it.
+      loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
+        batch that it was computed from.
+      loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
+    constructor = game_tasks.constructor_for(config.finetune.task, constructor)
     resources.check_memory(config, is_pretraining=False)
+    warn = _warning(progress)
+    resources.check_cores(config, warn)
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
     with contextlib.ExitStack() as held:
@@ -200,7 +196,7 @@ def finetune(
         )
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
-        held.enter_context(rundir.lock_run(workdir))
+        lock = held.enter_context(rundir.RunLock(workdir))
         ring = replay.make_replay(
             num_envs=num_envs,
             # Rounded up, so that nothing is overwritten.
@@ -215,17 +211,19 @@ def finetune(
             ),
             sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
         )
-        with _Recorder(workdir, metrics.FINETUNE_COLUMNS, session, stop) as recorder:
-            facts = recorder.resume()
+        with _Recorder(
+            workdir, metrics.FINETUNE_COLUMNS, session, config, lock, warn, stop
+        ) as recorder:
+            facts = recorder.resume(ring)
             inferred = (
-                _Inferred.from_facts(facts["inferred"])
+                Inferred.from_facts(facts["inferred"])
                 if facts.get("inferred")
                 else _infer(config, agent, ring, session, recorder, progress)
             )
             recorder.facts["inferred"] = inferred.to_facts()
             if progress is not None:
                 progress.say(inferred.text())
-            returns, evaluations = _learn_task(
+            played, evaluations = _learn_task(
                 config,
                 agent,
                 ring,
@@ -242,18 +240,18 @@ def finetune(
             "pretrain_frames": pretrain_frames,
             "finetune_agent_steps": session.agent_steps,
             "init": None if init is None else str(init),
-            **_score(config, returns),
+            **_score(config, played),
             "evaluations": evaluations,
-            "task": inferred.to_facts(),
+            "task": {"name": values.task, **inferred.to_facts()},
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
-        rundir.write_json(workdir / rundir.RESULT_NAME, result)
+        _write_result(workdir, result, warn, stop)
     return result
 
 
 @dataclasses.dataclass(frozen=True)
-class _Inferred:
+class Inferred:
     """An inferred task as plain values; float32 survives JSON bit for bit."""
 
     task: list[float]
@@ -269,7 +267,7 @@ class _Inferred:
         return dataclasses.asdict(self)
 
     @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> "_Inferred":
+    def from_facts(cls, facts: dict[str, Any]) -> "Inferred":
         return cls(**facts)
 
     def text(self) -> str:
@@ -289,7 +287,7 @@ def _infer(
     session: loop.Session,
     recorder: "_Recorder",
     progress: progress_lib.Progress | None,
-) -> _Inferred:
+) -> Inferred:
     """Plays under random tasks until the budget or the games are used up; regresses."""
     values = config.finetune
     act = loop.make_act(
@@ -314,17 +312,25 @@ def _infer(
         recorder.facts["infer_games"] = num_games
         recorder.record(config.report, is_last=False, progress=progress)
 
+    return infer_from(config, session.memory.regression, session.agent_steps)
+
+
+def infer_from(
+    config: config_lib.Config, moments: tasks.RegressionMoments, agent_steps: int
+) -> Inferred:
+    """Infers a task from the moments of rewards and features, after `agent_steps`."""
+    values = config.finetune
     fallback_key = loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK)
     found = jax.device_get(
         tasks.infer_task(
-            session.memory.regression,
+            moments,
             fallback_task=jax.random.normal(
                 fallback_key, (config.learner.feature_dim,)
             ),
             ridge=values.ridge,
         )
     )
-    return _Inferred(
+    return Inferred(
         task=[float(value) for value in found.task],
         scale=float(found.scale),
         intercept=float(found.intercept),
@@ -332,7 +338,7 @@ def _infer(
         num_samples=int(found.num_samples),
         num_nonzero=int(found.num_nonzero),
         is_fallback=bool(found.is_fallback),
-        agent_steps=session.agent_steps,
+        agent_steps=agent_steps,
     )
 
 
@@ -342,23 +348,23 @@ def _learn_task(
     ring: replay.Replay,
     session: loop.Session,
     recorder: "_Recorder",
-    inferred: _Inferred,
+    inferred: Inferred,
     *,
     is_pretrained: bool,
     constructor: loop.MakePool,
     progress: progress_lib.Progress | None,
     stop: interrupts.StopRequests | None,
-) -> tuple[np.ndarray, list[dict[str, Any]]]:
+) -> tuple[evaluation.Evaluation, list[dict[str, Any]]]:
     """Learns the inferred task and evaluates on the way.
 
     Returns:
-      The scores of the last evaluation, and a summary of each.
+      The last evaluation, and a summary of each.
     """
     values = config.finetune
     num_envs = session.pool.num_envs
     task = jnp.asarray(inferred.task, jnp.float32)
     # An untrained psi is in no unit, so the scratch arm learns in the reward's own.
-    scale = inferred.scale if is_pretrained else 1.0
+    scale = inferred.scale if is_pretrained else config.learner.value_unit
     act = loop.make_act(
         agent,
         ring,
@@ -366,11 +372,15 @@ def _learn_task(
         epsilon=values.finetune_epsilon,
         explore=False,
     )
-    learn = loop.make_finetune_learn(
-        agent,
+    session.sample = loop.make_sample(
         ring,
         config.learner,
         loop.stream_key(config.seed, loop.Stream.FINETUNE_LEARN),
+        with_particles=False,
+    )
+    learn = loop.make_finetune_learn(
+        agent,
+        session.sample,
         task=task,
         reward_scale=jnp.float32(scale),
     )
@@ -379,24 +389,23 @@ def _learn_task(
         samples_per_step=values.finetune_samples_per_step,
         batch_size=config.learner.batch_size,
     )
-    session.memory = session.memory._replace(
-        actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
-    )
+    if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
+        session.memory = session.memory._replace(
+            actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
+        )
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
-    count = config.evaluation.evaluations
-    # Evenly spaced from zero-shot to the end; one evaluation means the last alone.
-    points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
-    points = points if count > 1 else [total]
+    recorder.wait_for_refill(schedule, total)
+    points = _evaluation_points(config.evaluation, first, total, num_envs)
     evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
-    returns = np.zeros(0)
+    played: evaluation.Evaluation | None = None
 
     def evaluate_if_due() -> None:
-        nonlocal returns
+        nonlocal played
         is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
         if session.iteration not in points or is_done:
             return
-        returns = evaluation.evaluate(
+        played = evaluation.evaluate(
             config,
             agent,
             session.state.params,
@@ -406,8 +415,8 @@ def _learn_task(
             constructor=constructor,
             progress=progress,
             stop=stop,
-        ).returns
-        summary = evaluation.summary(config, returns)
+        )
+        summary = evaluation.summary(config, played)
         evaluations.append(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
         )
@@ -428,25 +437,71 @@ def _learn_task(
         else:
             recorder.record(config.report, is_last=False, progress=progress)
         evaluate_if_due()
-    return returns, evaluations
+    return played, evaluations
+
+
+def _evaluation_points(
+    values: config_lib.EvaluationConfig, first: int, total: int, num_envs: int
+) -> list[int]:
+    """Returns the iterations after which a fine-tuning is evaluated.
+
+    The last is always among them. Steps that were set come after zero-shot (`first`),
+    rounded up to whole iterations; else the points are evenly spaced from there on, and
+    one evaluation means the last alone.
+    """
+    if set_steps := values.set_agent_steps:
+        points = {-(-steps // num_envs) for steps in set_steps} | {first, total}
+        return sorted(point for point in points if first <= point <= total)
+    count = values.evaluations
+    points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
+    return points if count > 1 else [total]
+
+
+_RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
 
 
 class _Recorder:
-    """Writes a stage's rows and checkpoints, and takes the stage up from the last."""
+    """Writes a stage's rows and checkpoints, and takes the stage up from the last.
+
+    A disk that cannot be written is no reason to end a stage that runs: it is warned of
+    and tried again with every row.
+    """
 
     def __init__(
         self,
         workdir: pathlib.Path,
         columns: tuple[str, ...],
         session: loop.Session,
+        config: config_lib.Config,
+        lock: rundir.RunLock,
+        warn: Callable[[str], None],
         stop: interrupts.StopRequests | None,
     ):
+        report = config.report
         self._stop = stop
-        self._saved: int | None = None  # number of the newest checkpoint
+        self._warn = warn
+        self._lock = lock
+        self._config = config
         self._workdir = workdir
         self._columns = columns
         self._session = session
-        self._checkpointer = checkpoint.Checkpointer(workdir / rundir.CHECKPOINTS_NAME)
+        self._has_replay = report.checkpoint_replay
+        self._origin = {
+            "config": config_lib.to_dict(config),
+            "versions": rundir.versions(),
+            "git_commit": rundir.git_commit(),
+        }
+        self._checkpointer = checkpoint.Checkpointer(
+            workdir / rundir.CHECKPOINTS_NAME,
+            policy=checkpoint.Policy(
+                keep_last=report.keep_checkpoints,
+                keep_every=-(-report.keep_every_frames // FRAME_SKIP),
+                keep_best=report.keep_best,
+            ),
+            warn=warn,
+        )
+        self._saved: int | None = None  # number of the newest checkpoint
+        self._is_behind = False  # whether one that was due is not on disk
         self._writer: metrics.MetricsWriter | None = None
         self.facts: dict[str, Any] = {}
         self.last_row: dict[str, float] = {}
@@ -454,34 +509,128 @@ class _Recorder:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, *exc_info) -> None:
-        if kind is not None and issubclass(kind, interrupts.Interrupted):
-            self.save()
-        if self._writer is not None:
-            self._writer.close()
-        self._checkpointer.close()
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace
+    ) -> None:
+        try:
+            if error is None:
+                _patiently(self._settle, self._warn, self._stop)
+            elif isinstance(error, interrupts.Interrupted | loop.EnvironmentFailure):
+                self._save_at_the_end(error)
+            elif isinstance(error, loop.NonFinite):
+                self._dump(error)
+        finally:
+            if self._writer is not None:
+                self._writer.close()
+            self._checkpointer.close()
 
-    def resume(self) -> dict[str, Any]:
+    def resume(self, ring: replay.Replay) -> dict[str, Any]:
         """Takes the session to the newest checkpoint, if there is one.
+
+        Args:
+          ring: Makes the replay, where the checkpoint has none.
 
         Returns:
           The facts of that checkpoint; empty for a new run.
+
+        Raises:
+          ValueError: The folder cannot be written, has not room for a checkpoint, or
+            holds one of another agent.
         """
         session = self._session
+        parts = self._parts()
+        resources.check_disk(
+            self._workdir,
+            fixed_bytes=_num_bytes(parts["agent"]) + _num_bytes(parts["loop"]),
+            replay_bytes=_num_bytes(session.memory.replay) if self._has_replay else 0,
+            kept=self._origin["config"]["report"]["keep_checkpoints"],
+            warn=self._warn,
+        )
+        self._checkpointer.clean()
+        templates = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            {**parts, "replay": session.memory.replay},
+        )
+        if self._checkpointer.numbers():
+            # Not both at once: the one on disk needs the place.
+            session.memory = session.memory._replace(replay=None)
+        del parts
         found = self._checkpointer.restore_newest(
-            {"agent": session.state, "loop": (session.memory, session.sums)},
-            set_damaged_aside=True,
+            templates, optional=("replay",), set_damaged_aside=True
         )
         if found is not None:
-            self.facts, parts = found
-            session.state = parts["agent"]
-            session.memory, session.sums = parts["loop"]
-            session.iteration = self.facts["agent_steps"] // session.pool.num_envs
-            self._saved = session.agent_steps
+            self._take_up(*found, ring)
         self._writer = metrics.MetricsWriter(
-            self._workdir, self._columns, resume_agent_steps=session.agent_steps
+            self._workdir,
+            self._columns,
+            kept_rows=self.facts.get("num_rows", 0),
+            wandb_run=(
+                tracking.start_wandb(self._config, self._workdir)
+                if self._config.report.wandb
+                else None
+            ),
         )
         return self.facts
+
+    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
+        """Returns whether a row of metrics belongs to the last step."""
+        session = self._session
+        return loop.is_due(
+            values.report_agent_steps, session.agent_steps, session.pool.num_envs
+        )
+
+    def _parts(self) -> dict[str, Any]:
+        session = self._session
+        memory = session.memory
+        return {
+            "agent": session.state,
+            "loop": (memory.actor, memory.episodes, memory.regression, session.sums),
+        }
+
+    def _take_up(
+        self, facts: dict[str, Any], parts: dict[str, Any], ring: replay.Replay
+    ) -> None:
+        session = self._session
+        self.facts = facts
+        session.state = parts["agent"]
+        actor, episodes, regression, session.sums = parts["loop"]
+        session.iteration = facts["agent_steps"] // session.pool.num_envs
+        self._saved = session.agent_steps
+        self.last_row = facts["last_row"]
+        if "replay" not in parts:
+            parts["replay"] = loop.put(jax.jit(ring.init)())
+            facts["replay_since"] = session.agent_steps
+        session.memory = loop.Memory(actor, parts["replay"], episodes, regression)
+        if isinstance(session.pool, loop.ResumablePool) and facts["environment"]:
+            session.timestep = session.pool.set_state(facts["environment"])
+        else:
+            self._warn(
+                f"resumed at agent step {session.agent_steps:,}. The emulators' state "
+                "cannot be saved: new games begin, and all else goes on as it was."
+            )
+
+    def wait_for_refill(self, schedule: loop.Schedule, total: int) -> None:
+        """Puts learning off after a checkpoint without replay, and says for how long.
+
+        Until there is as much as when learning first began, but for no more than a
+        quarter of what is still to be played.
+
+        Args:
+          schedule: When learning begins in a run that is not interrupted.
+          total: Iterations of the whole stage.
+        """
+        session = self._session
+        since = self.facts.get("replay_since", 0)
+        if not since:
+            return
+        left = total * session.pool.num_envs - since
+        session.learn_from = since + min(schedule.start, left // 4)
+        waiting = session.learn_from - session.agent_steps
+        if waiting > 0:
+            self._warn(
+                f"the checkpoint has no replay: learning goes on after {waiting:,} "
+                f"agent steps, at {session.learn_from:,}."
+            )
 
     def record(
         self,
@@ -496,33 +645,171 @@ class _Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
-        if loop.is_due(values.report_agent_steps, steps, num_envs) or is_last:
+        is_row = self.is_row_due(values) or is_last
+        if is_row:
             self.write(self._session.row())
-        if loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last:
+        failure = self._checkpointer.failure()
+        if failure is not None:
+            self._complain(failure)
+        is_save = loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last
+        if is_save or (is_row and self._is_behind):
             self.save()
         if progress is not None:
             progress.tick(steps * FRAME_SKIP, self.last_row.get("episode_return"))
         if self._stop is not None and not is_last:
             self._stop.check()
 
+    def _complain(self, error: Exception) -> None:
+        """Warns that something could not be written."""
+        self._is_behind = True
+        numbers = self._checkpointer.numbers()
+        last = f"of agent step {numbers[-1]:,}" if numbers else "missing yet"
+        self._warn(
+            f"cannot write to {self._workdir} at agent step "
+            f"{self._session.agent_steps:,} ({error}). The stage goes on and tries "
+            f"again; the last good checkpoint is {last}."
+        )
+
     def write(self, row: dict[str, float]) -> None:
         """Writes one row of metrics."""
-        self.last_row = row
-        self._writer.write(row)
+        self.last_row = loop.without_nan(row)
+        score = row.get("eval_return_mean", row["episode_return"])
+        if not math.isnan(score) and not (
+            self.facts.get("is_evaluated") and "eval_return_mean" not in row
+        ):
+            self.facts["score"] = score
+            self.facts["is_evaluated"] = "eval_return_mean" in row
+        try:
+            self._ensure_folder()
+            self._writer.write(row)
+        except (OSError, ValueError) as error:
+            self._complain(error)
+
+    def _ensure_folder(self) -> None:
+        """Makes the folder anew if somebody deleted it."""
+        if self._lock.ensure():
+            self._warn(f"{self._workdir} was deleted, and has been made anew.")
 
     def save(self) -> None:
-        """Begins to write a checkpoint of the session, unless there is one of it."""
+        """Begins to write a checkpoint of the session, unless there is one of it.
+
+        Raises:
+          loop.NonFinite: Something is not finite; nothing is written.
+        """
         session = self._session
-        if self._saved == session.agent_steps:
+        if self._saved == session.agent_steps and not self._is_behind:
             return
-        self._saved = session.agent_steps
+        session.check_finite()
         self.facts["agent_steps"] = session.agent_steps
-        self._checkpointer.save(
-            session.agent_steps,
-            session.state,
-            (session.memory, session.sums),
-            self.facts,
+        self.facts["num_rows"] = self._writer.num_rows
+        self.facts["last_row"] = self.last_row
+        self.facts["environment"] = (
+            session.pool.get_state()
+            if isinstance(session.pool, loop.ResumablePool)
+            and session.timestep is not None
+            else None
         )
+        parts = self._parts()
+        if self._has_replay:
+            parts["replay"] = session.memory.replay
+        self._is_behind = False
+        try:
+            self._ensure_folder()
+            self._writer.sync()  # First the rows, which the checkpoint counts.
+            self._checkpointer.save(
+                session.agent_steps, parts, {**self.facts, **self._origin}
+            )
+            self._saved = session.agent_steps
+        except (OSError, ValueError) as error:
+            self._complain(error)
+
+    def _settle(self) -> None:
+        """Brings the last checkpoint to disk.
+
+        Raises:
+          OSError: It could not.
+        """
+        self.save()
+        try:
+            self._checkpointer.finish()
+        except OSError:
+            self._is_behind = True
+            raise
+        if self._is_behind:
+            raise OSError(f"{self._workdir} cannot be written")
+
+    def _save_at_the_end(self, error: BaseException) -> None:
+        """Saves what there is before an error ends the stage, and says so in it."""
+        session = self._session
+        if isinstance(error, loop.EnvironmentFailure):
+            session.timestep = None  # Its pool is in no state to go on from.
+        try:
+            self._settle()
+            done = f"a checkpoint of agent step {session.agent_steps:,} was saved"
+        except loop.NonFinite as bad:
+            self._dump(bad)
+            raise
+        except OSError as failure:
+            done = f"no checkpoint could be saved ({failure})"
+        error.args = (f"{error}; {done}",)
+
+    def _dump(self, error: loop.NonFinite) -> None:
+        """Writes the batch of what is not finite, and says in the error where it is."""
+        path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
+        with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
+            self._checkpointer.finish()
+        try:
+            np.savez_compressed(path, **error.batch)
+            where = f"The batch is in {path}."
+        except OSError as failure:
+            where = f"The batch could not be written ({failure})."
+        numbers = self._checkpointer.numbers()
+        last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
+        error.args = (f"{error} {where} The last good checkpoint {last}.",)
+
+
+def _num_bytes(tree: Any) -> int:
+    return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
+
+
+def _warning(progress: progress_lib.Progress | None) -> Callable[[str], None]:
+    """Returns where warnings go: to those who watch, else to the log."""
+    if progress is None:
+        return logging.warning
+    return lambda text: progress.say(f"warning: {text}")
+
+
+def _patiently(
+    write: Callable[[], None],
+    warn: Callable[[str], None],
+    stop: interrupts.StopRequests | None,
+) -> None:
+    """Writes what a finished stage must leave, however long the disk is full.
+
+    Raises:
+      interrupts.Interrupted: A stop was requested meanwhile.
+    """
+    while True:
+        try:
+            return write()
+        except OSError as error:
+            warn(f"{error}; trying again every {_RETRY_SECONDS:.0f} s.")
+        ends = time.monotonic() + _RETRY_SECONDS
+        while time.monotonic() < ends:
+            if stop is not None:
+                stop.check()
+            time.sleep(0.2)
+
+
+def _write_result(
+    workdir: pathlib.Path,
+    result: dict[str, Any],
+    warn: Callable[[str], None],
+    stop: interrupts.StopRequests | None,
+) -> None:
+    _patiently(
+        lambda: rundir.write_json(workdir / rundir.RESULT_NAME, result), warn, stop
+    )
 
 
 def load_pretrained(workdir: pathlib.Path) -> Trained:
@@ -573,7 +860,7 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
 
 
 # What a pretrained agent must share with the run that takes it over.
-_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form")
+_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form", "unit_values")
 
 
 def check_fits(
@@ -615,13 +902,17 @@ def _describe(config: config_lib.Config, stage: str) -> dict[str, Any]:
 
 
 def evaluation_result(
-    config: config_lib.Config, returns: np.ndarray, *, checkpoint: str, started: float
+    config: config_lib.Config,
+    played: evaluation.Evaluation,
+    *,
+    checkpoint: str,
+    started: float,
 ) -> dict[str, Any]:
     """Returns what `result.json` holds of an evaluation alone.
 
     Args:
       config: The run's values, the protocol among them.
-      returns: `[episodes]`, unclipped scores.
+      played: The full games.
       checkpoint: Whose agent played.
       started: `time.monotonic()` at the beginning.
     """
@@ -629,20 +920,23 @@ def evaluation_result(
     return {
         **_describe(config, "evaluate"),
         "checkpoint": checkpoint,
-        **_score(config, returns),
+        "task": config.finetune.task,
+        **_score(config, played),
         "wall_seconds": round(seconds, 3),
         "device": jax.devices()[0].platform,
         "git_commit": rundir.git_commit(),
     }
 
 
-def _score(config: config_lib.Config, returns: np.ndarray) -> dict[str, Any]:
-    summary = loop.without_nan(evaluation.summary(config, returns))
+def _score(config: config_lib.Config, played: evaluation.Evaluation) -> dict[str, Any]:
+    summary = loop.without_nan(evaluation.summary(config, played))
     return {
-        "returns": [float(value) for value in returns],
+        "returns": [float(value) for value in played.returns],
+        "score_returns": [float(value) for value in played.score_returns],
+        "lengths": [int(value) for value in played.lengths],
         "return_mean": summary["eval_return_mean"],
         "human_normalized_score": summary["eval_human_normalized"],
-        "protocol": evaluation.protocol(config),
+        "protocol": evaluation.protocol_of(config),
     }
 
 

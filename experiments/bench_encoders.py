@@ -160,12 +160,20 @@ def _make_torch_step(
     return step
 
 
-def make_steps(encoder: str, batch: int) -> dict[str, Callable[[], Any]]:
+def use_all_cores() -> None:
+    """Lets PyTorch use the cores that this process may, as JAX does."""
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+
+
+def make_steps(
+    encoder: str, batch: int, forms: Sequence[str] | None = None
+) -> dict[str, Callable[[], Any]]:
     """Makes one step per form, all of the same network on the same images.
 
     Args:
       encoder: a name of `ENCODERS`.
       batch: images per step.
+      forms: of `plans`, all by default.
 
     Returns:
       Functions by form; those of PyTorch are missing where it is not installed.
@@ -178,9 +186,10 @@ def make_steps(encoder: str, batch: int) -> dict[str, Callable[[], Any]]:
     steps = {
         name: _make_jax_step(encoder, plan, params, images, cotangent)
         for name, plan in plans(encoder).items()
+        if forms is None or name in forms
     }
     if torch is not None:
-        torch.set_num_threads(len(os.sched_getaffinity(0)))
+        use_all_cores()
         for name, memory_format in (
             ("torch", torch.contiguous_format),
             ("torch channels last", torch.channels_last),
@@ -203,7 +212,12 @@ def _seconds_per_step(step: Callable[[], Any], seconds: float) -> float:
 
 
 def measure(
-    encoders: Sequence[str], batches: Sequence[int], *, repetitions: int, seconds: float
+    encoders: Sequence[str],
+    batches: Sequence[int],
+    *,
+    repetitions: int,
+    seconds: float,
+    forms: Sequence[str] | None = None,
 ) -> list[Row]:
     """Measures forward and backward passes, all forms taking turns.
 
@@ -212,6 +226,7 @@ def measure(
       batches: images per step.
       repetitions: turns per form, at least 1.
       seconds: that each turn takes at least.
+      forms: of `plans`, all by default; PyTorch's are always there.
 
     Returns:
       One row per encoder, batch and form.
@@ -228,7 +243,7 @@ def measure(
     rows = []
     for encoder in encoders:
         for batch in batches:
-            steps = make_steps(encoder, batch)
+            steps = make_steps(encoder, batch, forms)
             turns = {name: [] for name in steps}
             for _ in range(repetitions):
                 for name, step in steps.items():

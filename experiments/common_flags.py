@@ -5,6 +5,7 @@ given takes its value from the preset.
 """
 
 import logging as python_logging
+import os
 import pathlib
 import sys
 import warnings
@@ -15,7 +16,7 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, resources
+from aps_jax import envs, interrupts, loop, preflight, resources, tracking
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -27,8 +28,40 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: made, or continued if it is this very run."
 )
 _PRESET = flags.DEFINE_enum("preset", "paper", list(config_lib.PRESETS), _PRESET_HELP)
+_COMPILATION_CACHE = flags.DEFINE_string(
+    "compilation_cache",
+    "auto",
+    "Folder in which compiled programs are kept for the next start; auto is the user's "
+    "cache folder (that of JAX_COMPILATION_CACHE_DIR where it is set), empty keeps none.",
+)
 _REQUIRE_ACCELERATOR = flags.DEFINE_bool(
     "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
+)
+_SEEDS = flags.DEFINE_list(
+    "seeds",
+    None,
+    "Several seeds: how many, from 0 on, or the seeds themselves, such as 0,1,2.",
+)
+_KNOWN_ARMS = ("pretrained", "scratch")
+_ARMS = flags.DEFINE_list(
+    "arms",
+    None,
+    "Fine-tunings to run: pretrained, scratch (an untrained agent with the same "
+    "budget), or both with a comma between.",
+)
+
+
+_PREFLIGHT = flags.DEFINE_bool(
+    "preflight",
+    False,
+    "Only check devices, memory, disk, cores and folder, measure the rate, and say how "
+    "many hours the run will take.",
+)
+_PREFLIGHT_SECONDS = flags.DEFINE_float(
+    "preflight_seconds",
+    20.0,
+    "Seconds for which --preflight measures the rate of each stage.",
+    lower_bound=0.0,
 )
 
 
@@ -52,7 +85,15 @@ _OPTIONS = {
 }
 
 # What `--helpshort` shows of the flags here; `--helpfull` shows all.
-SHORT = ("game", "seed", "agent", "preset", "workdir", "require_accelerator")
+SHORT = (
+    "game",
+    "seed",
+    "agent",
+    "preset",
+    "workdir",
+    "require_accelerator",
+    "preflight",
+)
 
 
 def given_options() -> dict[str, Any]:
@@ -80,6 +121,8 @@ def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Confi
         base = config_lib.preset_config(_PRESET.value)
     config = config_lib.apply_options(base, **given_options())
     envs.check_game(config.game)
+    if config.report.wandb:
+        tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
         resources.check_accelerator()
     return config
@@ -96,6 +139,64 @@ def workdir_from_flags() -> pathlib.Path:
     return pathlib.Path(_WORKDIR.value)
 
 
+def seeds_from_flags() -> list[int] | None:
+    """Returns the seeds of `--seeds`; None if it was not given.
+
+    Raises:
+      ValueError: They are no numbers.
+    """
+    words = _SEEDS.value
+    if words is None:
+        return None
+    if not words or not all(word.strip().isdecimal() for word in words):
+        raise ValueError(f"--seeds must be a number, or numbers, got {words}.")
+    numbers = list(dict.fromkeys(int(word) for word in words))
+    if len(words) > 1:
+        return numbers
+    if numbers[0] == 0:
+        raise ValueError("--seeds=0 asks for no seed: give a number of seeds.")
+    return list(range(numbers[0]))
+
+
+def arms_from_flags(default: Sequence[str]) -> list[str]:
+    """Returns the arms of `--arms`, without duplicates.
+
+    Raises:
+      ValueError: There is no such arm.
+    """
+    arms = list(dict.fromkeys(default if _ARMS.value is None else _ARMS.value))
+    if not arms or not set(arms) <= set(_KNOWN_ARMS):
+        raise ValueError(
+            f"--arms must be some of {', '.join(_KNOWN_ARMS)}, got {arms}."
+        )
+    return arms
+
+
+def is_preflight(
+    config: config_lib.Config, workdir: pathlib.Path, *stage_names: str
+) -> bool:
+    """Does what `--preflight` asks for; returns whether it was asked for.
+
+    Args:
+      config: The run's values.
+      workdir: Its folder.
+      *stage_names: Its stages, `pretrain` or `finetune`.
+
+    Raises:
+      ValueError: The machine cannot do the run; the table says why.
+    """
+    if not _PREFLIGHT.value:
+        return False
+    checks = preflight.run_checks(
+        config, workdir, stage_names, seconds=_PREFLIGHT_SECONDS.value
+    )
+    preflight.print_table(checks)
+    failed = [check.name for check in checks if check.verdict == "failed"]
+    if failed:
+        raise ValueError(f"This machine cannot do the run: {', '.join(failed)}.")
+    return True
+
+
 def reject_words(argv: Sequence[str]) -> None:
     """Checks that the command line has flags alone; absl would let words pass.
 
@@ -109,6 +210,23 @@ def reject_words(argv: Sequence[str]) -> None:
         )
 
 
+def use_compilation_cache() -> None:
+    """Keeps compiled programs where the flag says, for this and later processes.
+
+    The default folder differs between users, versions of JAX and models of CPU: what is
+    compiled for one CPU must not run on another, and home folders are shared.
+    """
+    folder = _COMPILATION_CACHE.value
+    if folder == "auto":
+        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+            return
+        folder = str(resources.cache_folder() / "xla")
+    if not folder:
+        return
+    jax.config.update("jax_compilation_cache_dir", folder)
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+
+
 def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) -> None:
     """Runs a script's main; an error of the user's is one line and exit code 2.
 
@@ -116,22 +234,26 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
       main: Takes the words of the command line that are no flags, program name first.
       short: Flags of this module that `--helpshort` shows for the script.
     """
-    # Orbax and absl report every file they touch; a script's own lines are enough.
-    logging.set_verbosity(logging.ERROR)
+    resources.limit_arenas()
+    # Orbax reports every file it touches or cannot; a script's own lines are enough.
+    logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
     warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
     for name in short:
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv: Sequence[str]) -> None:
+        use_compilation_cache()
         try:
             main(argv)
-        except interrupts.Interrupted:
-            print(
-                "stopped as asked, with a checkpoint; the same command continues",
-                file=sys.stderr,
-            )
+        except interrupts.Interrupted as error:
+            print(error, file=sys.stderr)
             sys.exit(interrupts.EXIT_CODE)
+        except loop.EnvironmentFailure as error:
+            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                raise
+            print(f"error: {error}; the same command continues", file=sys.stderr)
+            sys.exit(1)
         except (ValueError, FloatingPointError, OSError) as error:
             if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
                 raise

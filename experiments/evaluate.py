@@ -1,19 +1,38 @@
-r"""Evaluates a fine-tuned agent: full games, unclipped scores, no learning.
+r"""Evaluates an agent: full games, unclipped scores, no learning.
 
   python -m experiments.evaluate --checkpoint=runs/b --workdir=runs/b_eval --video
+  python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/zero \
+    --task=score,survival,my_tasks:stay_left
+  python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/grid \
+    --video_tasks=9
 
 Game, network and protocol come from the checkpoint's run; flags that are given change
-them, and the protocol is printed beside every score.
+them, and the protocol is printed beside every score. With --task, or where the folder is
+that of a pretraining, the pretrained agent is tried on these reward functions of its game
+at once, without a gradient step.
 """
 
 import pathlib
 import time
 from collections.abc import Sequence
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 from absl import flags
 
-from aps_jax import evaluation, pictures, rundir, stages
+from aps_jax import config as config_lib
+from aps_jax import (
+    envs,
+    evaluation,
+    game_tasks,
+    loop,
+    pictures,
+    rundir,
+    sphere,
+    stages,
+    zero_shot,
+)
 from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
@@ -22,6 +41,18 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of the run whose newest agent is evaluated."
 )
 _VIDEO = flags.DEFINE_bool("video", False, "Also write WORKDIR/game.gif of one game.")
+_VIDEO_FORMAT = flags.DEFINE_enum(
+    "video_format", "gif", ["gif", "mp4"], "Format of videos; mp4 needs imageio-ffmpeg."
+)
+_VIDEO_TASKS = flags.DEFINE_integer(
+    "video_tasks",
+    0,
+    "Instead of scores: a grid of videos, each of the game played for another random "
+    "task vector of a pretrained agent, as WORKDIR/tasks.gif.",
+    lower_bound=0,
+    upper_bound=64,
+)
+_SHORT = (*common_flags.SHORT, "task")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -30,37 +61,150 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint=DIR is needed: the folder of a finished run.")
-    trained = stages.load_finetuned(pathlib.Path(_CHECKPOINT.value))
+    if _VIDEO.value or _VIDEO_TASKS.value:
+        pictures.check_video_format(_VIDEO_FORMAT.value)
+    checkpoint = pathlib.Path(_CHECKPOINT.value)
+    names = common_flags.given_options().get("task")
+    facts, base = rundir.read_run(checkpoint)
+    # A pretraining alone has no task yet: it is tried on that of its config.
+    if names is None and facts["stage"] == stages.PRETRAIN:
+        names = base.finetune.task
+    if _VIDEO_TASKS.value or names is not None:
+        names = [name.strip() for name in (names or game_tasks.SCORE).split(",")]
+        for name in names:
+            game_tasks.load(name)
+        trained = stages.load_pretrained(checkpoint)
+    else:
+        trained = stages.load_finetuned(checkpoint)
     config = common_flags.config_from_flags(trained.config)
-    stages.check_fits(
-        trained, pathlib.Path(_CHECKPOINT.value), config, trained.num_actions
-    )
+    stages.check_fits(trained, checkpoint, config, trained.num_actions)
     rundir.open_run(
         workdir, stage="evaluate", config=config, checkpoint=_CHECKPOINT.value
     )
-    task = jnp.asarray(trained.facts["inferred"]["task"], jnp.float32)
+    if _VIDEO_TASKS.value:
+        _record_tasks(workdir, trained, config)
+    elif names is not None:
+        _evaluate_tasks(workdir, trained, config, names)
+    else:
+        _evaluate(workdir, trained, config)
+
+
+def _evaluate(
+    workdir: pathlib.Path, trained: stages.Trained, config: config_lib.Config
+) -> None:
+    """Plays the full games of a fine-tuned agent, and films the first."""
     started = time.monotonic()
     with StopRequests() as stop, Progress() as progress:
         played = evaluation.evaluate(
             config,
             trained.agent,
             trained.state.params,
-            task,
+            jnp.asarray(trained.facts["inferred"]["task"], jnp.float32),
             use_gpi=False,
-            record_agent_steps=summary.VIDEO_AGENT_STEPS if _VIDEO.value else 0,
+            record_games=int(_VIDEO.value),
+            constructor=game_tasks.constructor_for(
+                config.finetune.task, envs.AtariPool
+            ),
             progress=progress,
             stop=stop,
         )
     result = stages.evaluation_result(
-        config, played.returns, checkpoint=_CHECKPOINT.value, started=started
+        config, played, checkpoint=_CHECKPOINT.value, started=started
     )
     rundir.write_json(workdir / rundir.RESULT_NAME, result)
     summary.print_results(config, {"evaluated": result})
     print(f"Result: {workdir / rundir.RESULT_NAME}")
     if _VIDEO.value:
-        pictures.save_gif(workdir / "game.gif", played.pictures)
-        print(f"Video: {workdir / 'game.gif'}")
+        _save_video(workdir / "game", played.pictures[0])
+
+
+def _evaluate_tasks(
+    workdir: pathlib.Path,
+    trained: stages.Trained,
+    config: config_lib.Config,
+    names: list[str],
+) -> None:
+    """Tries a pretrained agent on several tasks, and prints a row for each."""
+    started = time.monotonic()
+    with StopRequests() as stop, Progress() as progress:
+        results = zero_shot.evaluate_tasks(
+            trained, config, names, progress=progress, stop=stop
+        )
+    content: dict[str, Any] = {
+        "schema": rundir.SCHEMA,
+        "stage": "zero_shot",
+        "game": config.game,
+        "agent": config.agent,
+        "seed": config.seed,
+        "preset": config.preset,
+        "checkpoint": _CHECKPOINT.value,
+        "pretrain_frames": trained.facts["agent_steps"] * config_lib.FRAME_SKIP,
+        "protocol": evaluation.protocol_of(config),
+        "tasks": [zero_shot.to_dict(result) for result in results],
+        "wall_seconds": round(time.monotonic() - started, 3),
+        "device": jax.devices()[0].platform,
+        "git_commit": rundir.git_commit(),
+    }
+    rundir.write_json(workdir / rundir.RESULT_NAME, content)
+    summary.print_tasks(config, content["tasks"])
+    print(f"Result: {workdir / rundir.RESULT_NAME}")
+    if _VIDEO.value:
+        for result in results:
+            name = result.name.replace(":", "_")
+            _film(workdir / f"game_{name}", trained, config, result.inferred.task)
+
+
+def _film(
+    path: pathlib.Path,
+    trained: stages.Trained,
+    config: config_lib.Config,
+    task: list[float],
+) -> None:
+    """Films one game of a pretrained agent for one task."""
+    played = evaluation.evaluate(
+        config_lib.replace_options(config, eval_episodes=1),
+        trained.agent,
+        trained.state.params,
+        jnp.asarray(task, jnp.float32),
+        use_gpi=True,
+        record_games=1,
+        only_record=True,
+    )
+    _save_video(path, played.pictures[0])
+
+
+def _record_tasks(
+    workdir: pathlib.Path, trained: stages.Trained, config: config_lib.Config
+) -> None:
+    """Films one game for each of some random task vectors, side by side."""
+    count = _VIDEO_TASKS.value
+    drawn = sphere.sample_uniform(
+        loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK),
+        (count,),
+        config.learner.feature_dim,
+    )
+    with StopRequests() as stop, Progress() as progress:
+        played = evaluation.evaluate(
+            config_lib.replace_options(config, eval_episodes=count),
+            trained.agent,
+            trained.state.params,
+            drawn,
+            use_gpi=False,
+            record_games=count,
+            record_agent_steps=evaluation.VIDEO_AGENT_STEPS // 3,
+            only_record=True,
+            progress=progress,
+            stop=stop,
+        )
+    labels = [", ".join(f"{value:+.1f}" for value in task[:6]) for task in drawn]
+    _save_video(workdir / "tasks", pictures.tile(played.pictures, labels))
+
+
+def _save_video(path: pathlib.Path, frames: list[Any]) -> None:
+    path = path.with_name(f"{path.name}.{_VIDEO_FORMAT.value}")
+    pictures.save_video(path, frames)
+    print(f"Video: {path}")
 
 
 if __name__ == "__main__":
-    common_flags.run(main)
+    common_flags.run(main, short=_SHORT)

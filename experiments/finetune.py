@@ -31,6 +31,8 @@ def main(argv: Sequence[str]) -> None:
         init = rundir.find_stage(pathlib.Path(_INIT.value), stages.PRETRAIN)
         _, base = rundir.read_run(init)
     config = common_flags.config_from_flags(base)
+    if common_flags.is_preflight(config, workdir, stages.FINETUNE):
+        return
     with StopRequests() as stop, Progress() as progress:
         result = stages.finetune(config, workdir, init, progress=progress, stop=stop)
     summary.print_results(config, {_arm(init): result})

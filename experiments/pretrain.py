@@ -20,6 +20,8 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
+    if common_flags.is_preflight(config, workdir, stages.PRETRAIN):
+        return
     with StopRequests() as stop, Progress() as progress:
         result = stages.pretrain(config, workdir, progress=progress, stop=stop)
     print(

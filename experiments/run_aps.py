@@ -1,10 +1,13 @@
 r"""Pretrains APS on one game without its reward, then fine-tunes on that reward.
 
   python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b --seed=1
+  python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b3 \
+    --arms=pretrained,scratch --seeds=0,1,2
 
 Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. Ends with the score beside random
 and human scores, WORKDIR/result.json, a picture of the learning curves and a gif of the
-agent playing. The same command continues a run that was interrupted.
+agent playing; with both arms, also with what pretraining gained and its interval over
+seeds. The same command continues a run that was interrupted.
 """
 
 import pathlib
@@ -12,56 +15,87 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, metrics, pictures, rundir, stages
+from aps_jax import (
+    envs,
+    evaluation,
+    game_tasks,
+    metrics,
+    pictures,
+    report,
+    report_tables,
+    rundir,
+    snapshots,
+    stages,
+)
 from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
-_KNOWN_ARMS = ("pretrained", "scratch")
-_ARMS = flags.DEFINE_list(
-    "arms",
-    ["pretrained"],
-    "Fine-tunings to run: pretrained, scratch (an untrained agent with the same "
-    "budget), or both with a comma between.",
-)
+_SHORT = (*common_flags.SHORT, "arms", "seeds")
+_STAGES = (stages.PRETRAIN, stages.FINETUNE)
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stages that the flags describe."""
     common_flags.reject_words(argv)
-    if not _ARMS.value or not set(_ARMS.value) <= set(_KNOWN_ARMS):
-        raise ValueError(
-            f"--arms must be some of {', '.join(_KNOWN_ARMS)}, got {_ARMS.value}."
-        )
+    arms = common_flags.arms_from_flags(["pretrained"])
+    seeds = common_flags.seeds_from_flags()
     config = common_flags.config_from_flags()
+    game_tasks.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
-    rundir.open_run(workdir, stage="run_aps", config=config, arms=_ARMS.value)
-    results: dict[str, dict[str, Any]] = {}
+    runs = {workdir: config}
+    if seeds is not None:
+        runs = {
+            workdir / f"seed_{seed}": config_lib.replace_options(config, seed=seed)
+            for seed in seeds
+        }
+    if common_flags.is_preflight(config, workdir, *_STAGES):
+        return
     with StopRequests() as stop, Progress() as progress:
-        watched = {"progress": progress, "stop": stop}
-        if "pretrained" in _ARMS.value:
-            init = workdir / "pretrain"
-            stages.pretrain(config, init, **watched)
-            results["pretrained"] = stages.finetune(
-                config, workdir / "pretrained", init, **watched
-            )
-        if "scratch" in _ARMS.value:
-            results["scratch"] = stages.finetune(
-                config, workdir / "scratch", None, **watched
-            )
-        arm = _ARMS.value[0]
-        rundir.write_json(
-            workdir / rundir.RESULT_NAME,
-            {**results[arm], "stage": "run_aps", "arms": results},
+        for folder, one in runs.items():
+            results = _run(one, folder, arms, progress=progress, stop=stop)
+            if len(runs) > 1:
+                print(f"Seed {one.seed}:")
+            summary.print_results(one, results)
+            print(f"Result: {folder / rundir.RESULT_NAME}")
+            print(f"Learning curves: {folder / 'curves.png'}")
+            if (folder / "features.png").exists():
+                print(f"Visited features: {folder / 'features.png'}")
+            print(f"The agent playing: {folder / 'game.gif'}")
+    if len(arms) == 2 and config.finetune.task == "score":
+        report_tables.show_gain(report.report(list(runs)))
+
+
+def _run(
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    arms: list[str],
+    *,
+    progress: Progress,
+    stop: StopRequests,
+) -> dict[str, dict[str, Any]]:
+    """Runs all arms of one seed; returns the result of each."""
+    rundir.open_run(workdir, stage="run_aps", config=config, arms=arms)
+    watched = {"progress": progress, "stop": stop}
+    results: dict[str, dict[str, Any]] = {}
+    if "pretrained" in arms:
+        init = workdir / "pretrain"
+        stages.pretrain(config, init, **watched)
+        results["pretrained"] = stages.finetune(
+            config, workdir / "pretrained", init, **watched
         )
-        _draw(config, workdir, list(results), **watched)
-    summary.print_results(config, results)
-    print(f"Result: {workdir / rundir.RESULT_NAME}")
-    print(f"Learning curves: {workdir / 'curves.png'}")
-    print(f"The agent playing: {workdir / 'game.gif'}")
+    if "scratch" in arms:
+        results["scratch"] = stages.finetune(
+            config, workdir / "scratch", None, **watched
+        )
+    rundir.write_json(
+        workdir / rundir.RESULT_NAME,
+        {**results[arms[0]], "stage": "run_aps", "arms": results},
+    )
+    _draw(config, workdir, list(results), **watched)
+    return results
 
 
 def _draw(
@@ -82,20 +116,27 @@ def _draw(
         ),
         finetune_csvs={arm: workdir / arm / metrics.FILE_NAME for arm in arms},
     )
+    if has_pretraining:
+        visited = snapshots.read_snapshots(workdir / "pretrain")
+        if visited:
+            pictures.save_feature_picture(workdir / "features.png", visited)
+    if (workdir / "game.gif").exists():
+        return
     trained = stages.load_finetuned(workdir / arms[0])
-    one_game = config_lib.replace_options(config, eval_episodes=1)
     played = evaluation.evaluate(
-        one_game,
+        config_lib.replace_options(config, eval_episodes=1),
         trained.agent,
         trained.state.params,
         jnp.asarray(trained.facts["inferred"]["task"], jnp.float32),
         use_gpi=False,
-        record_agent_steps=summary.VIDEO_AGENT_STEPS,
+        record_games=1,
+        only_record=True,
+        constructor=game_tasks.constructor_for(config.finetune.task, envs.AtariPool),
         progress=progress,
         stop=stop,
     )
-    pictures.save_gif(workdir / "game.gif", played.pictures)
+    pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
 if __name__ == "__main__":
-    common_flags.run(main)
+    common_flags.run(main, short=_SHORT)

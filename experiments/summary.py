@@ -1,14 +1,13 @@
 """What scripts print of a result: the score beside random and human, and the protocol."""
 
+import statistics
 from typing import Any
 
 import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, scores
-
-VIDEO_AGENT_STEPS = 900  # one minute of play
+from aps_jax import evaluation, game_tasks, protocol, report_tables, scores
 
 _SMALL_BUDGET = (
     "This budget is small: it shows that the machine works, not what the method "
@@ -20,18 +19,31 @@ def print_results(
     config: config_lib.Config, results: dict[str, dict[str, Any]]
 ) -> None:
     """Prints a table with a row per arm, and how the games were played."""
-    reference = scores.find_reference_scores(config.game)
-    table = rich.table.Table(title=f"{config.game}: points per game")
-    for column in ("", "score", "min to max", "human-normalized", "zero-shot"):
+    task = config.finetune.task
+    is_score = task == game_tasks.SCORE
+    reference = scores.find_reference_scores(config.game) if is_score else None
+    table = rich.table.Table(
+        title=f"{config.game}: "
+        + ("points per game" if is_score else f"return of the task {task} per game")
+    )
+    # Of another task the game's score is shown beside its return.
+    columns = ("return", "min to max", "score", "zero-shot")
+    if is_score:
+        columns = ("score", "min to max", "human-normalized", "zero-shot")
+    for column in ("", *columns):
         table.add_column(column, justify="left" if not column else "right")
     for arm, result in results.items():
         returns = result["returns"]
         normalized = result["human_normalized_score"]
+        if is_score:
+            third = "-" if normalized is None else f"{normalized:.3f}"
+        else:
+            third = f"{statistics.fmean(result['score_returns']):.1f}"
         table.add_row(
             arm,
             f"{result['return_mean']:.1f}",
             f"{min(returns):.0f} to {max(returns):.0f}",
-            "-" if normalized is None else f"{normalized:.3f}",
+            third,
             _zero_shot(result),
         )
     if reference is not None:
@@ -40,12 +52,52 @@ def print_results(
     console = rich.console.Console()
     console.print(table)
     console.print(
-        f"Protocol: {evaluation.protocol_text(config)}.",
+        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
         soft_wrap=True,
         highlight=False,
     )
     if config.preset in ("smoke", "cpu"):
         console.print(_SMALL_BUDGET, soft_wrap=True)
+
+
+def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
+    """Prints a row for each task of a pretrained agent, and how the games were played.
+
+    Args:
+      config: The run's values.
+      results: From `zero_shot.to_dict`.
+    """
+    rows = []
+    for result in results:
+        inferred, played, random = (
+            result[name] for name in ("inferred", "zero_shot", "random")
+        )
+        rows.append(
+            (
+                result["name"] + (" (random w)" if inferred["is_fallback"] else ""),
+                f"{played['return_mean']:,.1f}",
+                f"{random['return_mean']:,.1f}",
+                f"{played['score_mean']:,.1f}",
+                f"{played['length_mean']:,.0f}",
+                f"{inferred['r_squared']:.3f}",
+                f"{inferred['num_samples']:,} ({inferred['num_nonzero']:,})",
+            )
+        )
+    table = report_tables.Table(
+        f"{config.game}: one pretrained agent, no gradient step",
+        (
+            "task",
+            "zero-shot return",
+            "random play",
+            "zero-shot score",
+            "agent steps per game",
+            "R^2",
+            "rewards seen (not 0)",
+        ),
+        tuple(rows),
+        (f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",),
+    )
+    report_tables.show_tables([table], ())
 
 
 def _zero_shot(result: dict[str, Any]) -> str:

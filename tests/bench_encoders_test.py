@@ -48,7 +48,7 @@ def make_fake_steps(monkeypatch, seconds):
     monkeypatch.setattr(
         bench_encoders,
         "make_steps",
-        lambda encoder, batch: {name: make_step(name) for name in seconds},
+        lambda encoder, batch, forms: {name: make_step(name) for name in seconds},
     )
     monkeypatch.setattr(bench_encoders.time, "perf_counter", lambda: now[0])
     return turns

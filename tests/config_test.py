@@ -54,6 +54,7 @@ def test_a_window_holds_its_targets_their_steps_and_its_history():
             "learning_rate must be at least 0.0, got nan",
         ),
         ({"discount": 1.5}, "discount must be at most 1.0, got 1.5"),
+        ({"discount": 1.0}, "unit_values needs a discount below 1"),
         ({"encoder": "resnet"}, "encoder must be one of small, nature, paper"),
         ({"batch_size": 10, "window_targets": 3}, "multiple of window_targets, got 10"),
         ({"skill_weight": 0.0, "entropy_weight": 0.0}, "must not both be 0"),
@@ -70,6 +71,19 @@ def test_a_window_holds_its_targets_their_steps_and_its_history():
 def test_a_wrong_value_is_named_with_its_number(options, message):
     with pytest.raises(ValueError, match=message):
         config_lib.apply_options(config_lib.Config(), **options)
+
+
+def test_the_unit_of_values_is_that_of_one_step():
+    learner = config_lib.AgentConfig(discount=0.75)
+    assert learner.value_unit == 0.25
+    without = config_lib.AgentConfig(discount=1.0, unit_values=False)
+    assert without.value_unit == 1.0
+
+
+@pytest.mark.parametrize("form", config_lib.TD_FORMS)
+def test_the_exploration_value_is_apart_in_two_forms(form):
+    learner = config_lib.AgentConfig(td_form=form)
+    assert learner.has_exploration_value == (form in ("off_policy", "split"))
 
 
 def test_an_unknown_preset_names_the_known_ones():

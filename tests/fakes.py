@@ -160,6 +160,15 @@ class ChainPool:
     max_agent_steps = 20
     max_arrivals = 3
 
+    _SAVED = (
+        "_state",
+        "_arrivals",
+        "_elapsed",
+        "_last_actions",
+        "_is_done",
+        "_is_first",
+    )
+
     def __init__(
         self,
         game: str,
@@ -189,6 +198,7 @@ class ChainPool:
         self._elapsed = np.zeros(num_envs, np.int64)
         self._last_actions = np.zeros(num_envs, np.int64)
         self._is_done = np.ones(num_envs, np.bool_)
+        self._is_first = np.ones(num_envs, np.bool_)
         self._pending: np.ndarray | None = None
 
     @property
@@ -230,29 +240,47 @@ class ChainPool:
     def close(self) -> None:
         """Has nothing to free."""
 
+    def get_state(self) -> dict[str, Any]:
+        """Returns all that the next steps depend on, as `loop.ResumablePool`."""
+        assert self._pending is None, "get_state() must wait for recv()."
+        state = {name: getattr(self, name).tolist() for name in self._SAVED}
+        return {**state, "rngs": [rng.bit_generator.state for rng in self._rngs]}
+
+    def set_state(self, state: dict[str, Any]) -> types.TimeStep:
+        """Goes on from a state, and returns the time step at which it was taken."""
+        for name in self._SAVED:
+            kind = getattr(self, name).dtype
+            setattr(self, name, np.array(state[name], kind))
+        for rng, rng_state in zip(self._rngs, state["rngs"], strict=True):
+            rng.bit_generator.state = rng_state
+        return self._timestep()
+
     def _advance(self, actions: np.ndarray) -> types.TimeStep:
         is_first = self._is_done
         if self._sticky > 0:
             repeats = [rng.random() < self._sticky for rng in self._rngs]
             actions = np.where(repeats, self._last_actions, actions)
         self._last_actions = np.where(is_first, 0, actions)
-        end = self.num_states - 1
+        self._is_first = is_first
         self._state = np.where(is_first, 0, self._moved(actions))
-        is_arrival = self._state == end
+        is_arrival = self._state == self.num_states - 1
         self._arrivals = np.where(is_first, 0, self._arrivals + is_arrival)
         self._elapsed = np.where(is_first, 0, self._elapsed + 1)
+        timestep = self._timestep()
+        self._is_done = timestep.terminated | timestep.truncated
+        return timestep
+
+    def _timestep(self) -> types.TimeStep:
         terminated = self._arrivals >= self.max_arrivals
-        truncated = (self._elapsed >= self._limit) & ~terminated
-        self._is_done = terminated | truncated
         ram = np.zeros((self.num_envs, 128), np.uint8)
         ram[:, 0] = self._state
         ram[:, 1] = self._arrivals
         return types.TimeStep(
             frame=self._frames(),
-            reward=is_arrival.astype(np.float32),
+            reward=(self._state == self.num_states - 1).astype(np.float32),
             terminated=terminated,
-            truncated=truncated,
-            is_first=is_first,
+            truncated=(self._elapsed >= self._limit) & ~terminated,
+            is_first=self._is_first,
             lives=np.zeros(self.num_envs, np.int32),
             ram=ram,
         )

@@ -39,12 +39,13 @@ def make_parts(config):
     ring = replay.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * 40, feature_dim=2)
     key = jax.random.key(7)
     act = loop.make_act(agent, ring, key, epsilon=0.5, explore=True, regress_clip=0.5)
-    learn = loop.make_pretrain_learn(agent, ring, config.learner, key)
-    return agent, ring, act, learn
+    sample = loop.make_sample(ring, config.learner, key, with_particles=True)
+    learn = loop.make_pretrain_learn(agent, sample)
+    return agent, ring, act, learn, sample
 
 
 def make_session(config):
-    agent, ring, act, learn = make_parts(config)
+    agent, ring, act, learn, sample = make_parts(config)
     session = loop.Session(
         pool=loop.make_pool(
             config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
@@ -54,6 +55,7 @@ def make_session(config):
         sums=loop.put(
             metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
         ),
+        sample=sample,
     )
     return session, act, learn
 
@@ -181,17 +183,94 @@ def test_a_row_averages_the_updates_since_the_one_before():
     assert row["frames"] == 288
 
 
-def test_a_loss_that_is_not_finite_stops_the_stage():
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
-    for _ in range(20):
-        session.step(act)
+def spoil(session):
+    """Makes all parameters NaN."""
     session.state = session.state._replace(
         params=jax.tree.map(lambda x: x * np.nan, session.state.params)
     )
-    session.step(act, learn, schedule)
-    with pytest.raises(FloatingPointError, match="before agent step 63: .*loss_td"):
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(23):
+        session.step(act, learn, schedule)
+    session.row()
+    session.step(act, learn, schedule)  # Update 3 is as it should be.
+    spoil(session)
+    replay_then = jax.tree.map(np.array, session.memory.replay)
+    for number in range(3):
+        session.step(act, learn, schedule)
+        if number == 0:  # What update 4 learned from.
+            replay_then = jax.tree.map(np.array, session.memory.replay)
+    with pytest.raises(loop.NonFinite) as caught:
         session.row()
+    words = str(caught.value)
+    assert "in update 4, noticed at agent step 81" in words
+    # Spread over everything but the distances that do not exist.
+    assert "loss_td" in words and "knn_distance" not in words
+    assert "features/params/encoder/conv_0/bias" in words
+    windows, particles = session.sample(replay_then, np.int32(4))
+    assert set(windows._fields) == {
+        name.removeprefix("windows.")
+        for name in caught.value.batch
+        if name.startswith("windows.")
+    }
+    np.testing.assert_array_equal(caught.value.batch["windows.id"], windows.id)
+    np.testing.assert_array_equal(caught.value.batch["particles.id"], particles.id)
+    np.testing.assert_array_equal(
+        caught.value.batch["windows.observation"], windows.observation
+    )
+
+
+def test_a_loss_that_is_not_finite_is_noticed_soon_and_not_waited_for():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(25):
+        session.step(act, learn, schedule)
+    spoil(session)
+    with pytest.raises(loop.NonFinite, match="in update 5"):
+        for _ in range(3 * loop._LOOK_EVERY):
+            session.step(act, learn, schedule)
+    assert session.iteration < 25 + 2.5 * loop._LOOK_EVERY
+
+
+def test_a_game_whose_reward_is_not_finite_is_named():
+    session, act, _ = make_session(make_config())
+    session.step(act)
+    session.pool.recv = lambda: session.timestep._replace(
+        reward=np.float32([0.0, np.inf, 0.0])
+    )
+    with pytest.raises(loop.NonFinite, match="environment 1 is inf at agent step 6"):
+        session.step(act)
+
+
+@pytest.mark.parametrize("place", ["reset", "send", "recv"])
+def test_an_environment_that_raises_loses_no_step_and_no_update(place):
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(0 if place == "reset" else 25):
+        session.step(act, learn, schedule)
+
+    def broken(*arguments):
+        raise KeyError("paddle")
+
+    setattr(session.pool, place, broken)
+    with pytest.raises(loop.EnvironmentFailure, match="raised KeyError: 'paddle'"):
+        session.step(act, learn, schedule)
+    expected = 0 if place == "reset" else 26
+    assert session.iteration == int(session.memory.actor.num_steps) == expected
+    assert int(session.state.num_updates) == schedule.num_due(session.agent_steps)
+
+
+def test_after_a_checkpoint_without_replay_learning_waits():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session.learn_from = 70
+    for _ in range(24):
+        session.step(act, learn, schedule)
+    # Of agent steps 61 to 72 those from 71 on: one update of the due four.
+    assert int(session.state.num_updates) == 1
 
 
 def test_the_loop_compiles_once_and_moves_nothing_unasked():

@@ -123,14 +123,17 @@ def test_vector_td_error_matches_float64(num_actions, dim, discount_t, transform
 
 
 @shapes()
+@pytest.mark.parametrize("form", ["split_td_error", "off_policy_td_error"])
 @pytest.mark.parametrize("discount_t", [0.0, 0.9])
 @transforms()
-def test_split_td_error_matches_float64(num_actions, dim, discount_t, transform):
+def test_two_headed_td_errors_match_float64(
+    num_actions, dim, form, discount_t, transform
+):
     arguments = split_arguments(make_transition(num_actions, dim, discount_t))
-    error = transform(functools.partial(losses.split_td_error, **SPLIT_WEIGHTS))(
+    error = transform(functools.partial(getattr(losses, form), **SPLIT_WEIGHTS))(
         *arguments
     )
-    expected = references_losses.split_td_error(*arguments, **SPLIT_WEIGHTS)
+    expected = getattr(references_losses, form)(*arguments, **SPLIT_WEIGHTS)
     np.testing.assert_allclose(error.successor, expected[0], rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(error.exploration, expected[1], rtol=1e-5, atol=1e-6)
 
@@ -185,6 +188,40 @@ def test_split_td_error_is_greedy_in_the_weighted_sum(
     )
     np.testing.assert_allclose(error.successor, successor, rtol=1e-6)
     np.testing.assert_allclose(error.exploration, exploration, rtol=1e-6)
+
+
+def test_off_policy_td_error_follows_two_policies():
+    # psi obeys the task, a* = 2; exploration follows the sum (10, -1, 7), a* = 0.
+    error = losses.off_policy_td_error(
+        *split_arguments(hand_worked_transition()), skill_weight=1.0, entropy_weight=1.0
+    )
+    # (0.6, 0.8) + 0.5 * (2, 3) - (2, -1) and 0.5 + 0.5 * 9 - 0.25.
+    np.testing.assert_allclose(error.successor, [-0.4, 3.3], rtol=1e-6)
+    np.testing.assert_allclose(error.exploration, 4.75, rtol=1e-6)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_off_policy_form_without_entropy_is_the_split_form(seed):
+    arguments = split_arguments(make_transition(seed=seed))
+    weights = {"skill_weight": 0.7, "entropy_weight": 0.0}
+    off_policy = losses.off_policy_td_error(*arguments, **weights)
+    split = losses.split_td_error(*arguments, **weights)
+    np.testing.assert_array_equal(off_policy.successor, split.successor)
+    np.testing.assert_array_equal(off_policy.exploration, split.exploration)
+
+
+@pytest.mark.parametrize("form", ["split_td_error", "off_policy_td_error"])
+def test_values_and_cumulants_in_another_unit_choose_alike(form):
+    """Errors scale with the unit, so the same greedy actions were bootstrapped from."""
+    t, unit = make_transition(), np.float32(0.25)
+    scaled = {
+        k: v if k in ("a_tm1", "discount_t", "w") else unit * v for k, v in t.items()
+    }
+    error, small = (
+        getattr(losses, form)(*split_arguments(x), **SPLIT_WEIGHTS) for x in (t, scaled)
+    )
+    np.testing.assert_allclose(small.successor, unit * error.successor, rtol=1e-6)
+    np.testing.assert_allclose(small.exploration, unit * error.exploration, rtol=1e-6)
 
 
 def test_one_feature_and_task_one_is_q_learning():
@@ -252,8 +289,12 @@ def test_equal_values_choose_the_first_action():
         (losses.scalar_td_error, scalar_arguments),
         (losses.vector_td_error, vector_arguments),
         (functools.partial(losses.split_td_error, **SPLIT_WEIGHTS), split_arguments),
+        (
+            functools.partial(losses.off_policy_td_error, **SPLIT_WEIGHTS),
+            split_arguments,
+        ),
     ],
-    ids=["scalar", "vector", "split"],
+    ids=["scalar", "vector", "split", "off_policy"],
 )
 def test_td_errors_teach_the_prediction_only(error, arguments):
     t = make_transition()
@@ -457,6 +498,8 @@ def test_shapes_and_types_of_td_errors_are_checked(change):
         losses.vector_td_error(*vector_arguments(t))
     with pytest.raises(AssertionError):
         losses.split_td_error(*split_arguments(t), **SPLIT_WEIGHTS)
+    with pytest.raises(AssertionError):
+        losses.off_policy_td_error(*split_arguments(t), **SPLIT_WEIGHTS)
 
 
 def test_shapes_and_types_of_sums_are_checked():

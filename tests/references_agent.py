@@ -38,15 +38,25 @@ def entropy_reward(h, identity, particle_h, particle_ids, sigma, *, k, c, clip):
     return np.log(c + np.mean(np.maximum(nearest / sigma - clip, 0.0))), nearest
 
 
+def whitened(h, particle_h):
+    """h made white by the moments of the particles, which vary in all directions."""
+    particle_h = np.float64(particle_h)
+    covariance = np.atleast_2d(np.cov(particle_h.T, ddof=0))
+    variances, directions = np.linalg.eigh(covariance)
+    root = directions @ np.diag(variances**-0.5) @ directions.T
+    return (np.float64(h) - particle_h.mean(axis=0)) @ root
+
+
 def td_loss_of_target(
     form, psi_tm1, x_tm1, a, phi_sum, r_sum, discount, psi_t, x_t, w, weights
 ):
-    """Half the squared error of one target in one of the three forms."""
+    """Half the squared error of one target in one of the four forms."""
     skill, entropy = weights
     psi_tm1, psi_t, w = np.float64(psi_tm1), np.float64(psi_t), np.float64(w)
-    if form == "split":
+    if form in ("split", "off_policy"):
         best = np.argmax(skill * psi_t @ w + entropy * np.float64(x_t))
-        successor = phi_sum + discount * psi_t[best] - psi_tm1[a]
+        obeying = best if form == "split" else np.argmax(psi_t @ w)
+        successor = phi_sum + discount * psi_t[obeying] - psi_tm1[a]
         exploration = r_sum + discount * x_t[best] - x_tm1[a]
         return 0.5 * (np.sum(successor**2) + exploration**2)
     if form == "vector":

@@ -46,6 +46,29 @@ def split_td_error(
     )
 
 
+def off_policy_td_error(
+    psi_tm1,
+    exploration_tm1,
+    a_tm1,
+    phi_t,
+    r_entropy_t,
+    discount_t,
+    psi_t,
+    exploration_t,
+    w,
+    *,
+    skill_weight,
+    entropy_weight,
+):
+    successor = vector_td_error(psi_tm1, a_tm1, phi_t, discount_t, psi_t, w)
+    values = [
+        skill_weight * dot(row, w) + entropy_weight * float(value)
+        for row, value in zip(psi_t, exploration_t, strict=True)
+    ]
+    following = float(discount_t) * float(exploration_t[int(np.argmax(values))])
+    return successor, float(r_entropy_t) + following - float(exploration_tm1[a_tm1])
+
+
 def n_step_target(r_t, discount_t, v_t):
     target = float(v_t[-1])
     for r, discount in zip(reversed(r_t), reversed(discount_t), strict=True):

@@ -1,9 +1,13 @@
 """Tests of aps_jax.replay against a list of everything that was added."""
 
+import functools
+
+import hypothesis
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import strategies as st
 
 from aps_jax import frames, replay
 
@@ -69,6 +73,51 @@ def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
             for ts, es in zip(times, envs, strict=True)
         ]
         np.testing.assert_array_equal(getattr(windows, name), expected)
+
+
+# Compiled once for all examples.
+MODEL_ENVS, MODEL_LENGTH, MODEL_STATES = 2, 9, 3
+MODEL_RING = replay.make_replay(
+    num_envs=MODEL_ENVS, size=MODEL_ENVS * MODEL_LENGTH, feature_dim=3
+)
+model_add = jax.jit(MODEL_RING.add, donate_argnums=0)
+model_sample = jax.jit(
+    functools.partial(MODEL_RING.sample, num_windows=8, num_states=MODEL_STATES)
+)
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@hypothesis.given(
+    seed=st.integers(0, 2**31),
+    # How many steps are added before each sample.
+    adds=st.lists(st.integers(0, 13), min_size=1, max_size=5),
+)
+def test_random_adds_and_samples_agree_with_a_list(seed, adds):
+    rng = np.random.default_rng(seed)
+    state, steps = MODEL_RING.init(), []
+    for count, key in zip(adds, range(len(adds)), strict=True):
+        for _ in range(count):
+            steps.append(random_step(rng, MODEL_ENVS, len(steps)))
+            state = model_add(state, steps[-1])
+        if len(steps) < MODEL_STATES + 3:
+            continue
+        window = jax.device_get(model_sample(state, jax.random.key(key)))
+        for row, ids in enumerate(window.id):
+            times, envs = ids // MODEL_ENVS, ids % MODEL_ENVS
+            first, last = times[0], times[-1]
+            assert times.tolist() == list(range(first, last + 1))
+            assert set(envs) == {envs[0]}
+            assert max(0, len(steps) - MODEL_LENGTH) <= first - 3 and last < len(steps)
+            for place, time in enumerate(times):
+                for name in replay.Step._fields:
+                    if name != "frame":
+                        np.testing.assert_array_equal(
+                            getattr(window, name)[row, place],
+                            getattr(steps[time], name)[envs[0]],
+                        )
+                np.testing.assert_array_equal(
+                    window.observation[row, place, ..., -1], steps[time].frame[envs[0]]
+                )
 
 
 def test_stacks_equal_those_that_acting_saw():

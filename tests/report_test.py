@@ -396,7 +396,8 @@ def test_the_protocol_stands_under_every_table_of_scores(three_games):
     for title in ("Methods", "Scores", "Human-normalised"):
         assert (
             "Evaluation: 4 full games, epsilon 0.001, up to 30 no-ops, no sticky "
-            "actions, 108,000 frames at most."
+            "actions, 108,000 frames at most (not Atari-100k: episodes 4 (standard "
+            "100))."
         ) in table_of(built, title).notes
 
 

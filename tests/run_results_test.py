@@ -195,7 +195,6 @@ def test_options_are_compared_only_where_all_runs_tell_them(tmp_path, text):
         ({"returns": [float("inf")]}, "returns must be finite numbers"),
         ({"returns": ["1"], "return_mean": 1}, "returns must be finite numbers"),
         ({"returns": [True]}, "returns must be finite numbers"),
-        ({"task": "survival"}, "'survival' are not the game's score"),
     ],
 )
 def test_unusable_results_are_named_and_left_out(tmp_path, change, reason):
@@ -218,7 +217,26 @@ def test_results_that_are_no_json_objects_are_named(tmp_path, text):
         run_results.collect([tmp_path])
 
 
-@pytest.mark.parametrize("task", [None, "score", {"scale": 0.5}])
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "survival"}, {"task": {"name": "m:f", "scale": 0.5}}, {"tasks": []}],
+)
+def test_results_of_other_tasks_are_counted_and_left_out(tmp_path, change):
+    for name in ("a", "b"):
+        fake_runs.write(tmp_path / name, {**fake_runs.result(), **change})
+    with pytest.raises(ValueError, match="No finished run.*2 results are of other"):
+        run_results.collect([tmp_path])
+    fake_runs.write(tmp_path / "good", fake_runs.result(seed=5))
+    collection = run_results.collect([tmp_path])
+    assert [run.seed for run in collection.runs] == [5]
+    (notice,) = collection.notices
+    assert notice == (
+        "2 results are of other tasks than the game's score (first: "
+        f"{tmp_path / 'a' / 'result.json'}); left out."
+    )
+
+
+@pytest.mark.parametrize("task", [None, "score", {"scale": 0.5}, {"name": "score"}])
 def test_the_games_score_is_a_score(tmp_path, task):
     assert only_run(fake_runs.write(tmp_path, fake_runs.result(task=task)))
 

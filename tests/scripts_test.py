@@ -6,13 +6,24 @@ import re
 import subprocess
 import sys
 
+import fake_runs
+import hypothesis
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from hypothesis import strategies as st
+from PIL import Image
 
 from aps_jax import config as config_lib
-from aps_jax import stages
-from experiments import common_flags, evaluate, finetune, pretrain, run_aps
+from aps_jax import loop, resources, stages
+from experiments import (
+    common_flags,
+    evaluate,
+    finetune,
+    pretrain,
+    run_aps,
+    summary,
+)
 
 ROOT = pathlib.Path(__file__).parent.parent
 
@@ -55,7 +66,8 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     # The score beside random and human ones, the protocol, and where things are.
     for words in ("-20.7", "14.6", "2 full games", "small: it shows that the machine"):
         assert words in said
-    for name in ("result.json", "curves.png", "game.gif"):
+    assert "Did pretraining help?" in said and "single seeds, so" in said
+    for name in ("result.json", "curves.png", "game.gif", "features.png"):
         assert str(workdir / name) in said.replace("\n", "")
         assert (workdir / name).stat().st_size > 1000
 
@@ -68,12 +80,107 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     assert (tmp_path / "eval" / "game.gif").exists()
 
     with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir))
+        set_flags(task="score, examples.tasks:pong_high", infer_agent_steps=40)
+        evaluate.main(["evaluate"])
+    zero = json.loads((tmp_path / "zero" / "result.json").read_text())
+    score, high = zero["tasks"]
+    assert high["name"] == "examples.tasks:pong_high"
+    assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
+    # What fine-tuning inferred and scored before it learned.
+    first = result["evaluations"][0]
+    assert score["zero_shot"]["return_mean"] == first["eval_return_mean"]
+    assert score["inferred"]["r_squared"] == result["task"]["r_squared"]
+    said = capsys.readouterr().out
+    assert "one pretrained agent, no gradient step" in said
+    assert "not Atari-100k: episodes 2" in said
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "grid"), checkpoint=str(workdir))
+        set_flags(video_tasks=3)
+        evaluate.main(["evaluate"])
+    with Image.open(tmp_path / "grid" / "tasks.gif") as image:
+        assert image.size == (2 * 160, 2 * (210 + 14)) and image.n_frames > 10
+
+    with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "ft"), init=str(workdir), evaluations=1)
         finetune.main(["finetune"])
     tuned = json.loads((tmp_path / "ft" / "result.json").read_text())
     assert tuned["init"] == str(workdir / "pretrain")
     assert tuned["pretrain_frames"] == result["pretrain_frames"] == 640
     assert len(tuned["evaluations"]) == 1
+
+
+def test_several_seeds_end_with_the_gain_and_its_interval(
+    tmp_path, capsys, monkeypatch
+):
+    """Pretrained scores 3, 4, 5 against 1, 1, 1: a gain of 3, whatever the resample."""
+
+    def fake_finetune(config, workdir, init, *, progress, stop):
+        del progress, stop
+        values = fake_runs.result(
+            [1.0 if init is None else 3.0 + config.seed] * 4,
+            seed=config.seed,
+            init=init and str(init),
+        )
+        fake_runs.write(workdir, values)
+        return {**values, "human_normalized_score": None}
+
+    monkeypatch.setattr(stages, "pretrain", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
+    monkeypatch.setattr(
+        run_aps.report.report,
+        "__kwdefaults__",
+        {**run_aps.report.report.__kwdefaults__, "num_resamples": 200},
+    )
+    set_flags(workdir=str(tmp_path / "r"), arms=["pretrained", "scratch"])
+    set_flags(seeds=["3"], **TINY)
+    run_aps.main(["run_aps"])
+    said = capsys.readouterr().out
+    for seed in range(3):
+        assert (tmp_path / "r" / f"seed_{seed}" / "result.json").exists()
+    (line,) = [line for line in said.splitlines() if "aps over aps scratch" in line][1:]
+    assert " ".join(line.split()) == (
+        "Pong aps over aps scratch +3.0 [+2.0, +4.0] 1.00 [1.00, 1.00]"
+    )
+    assert "with 3 seeds, 95 % intervals are too narrow" in said
+
+
+def test_results_of_another_task_are_not_shown_as_scores(capsys):
+    config = config_lib.apply_options(config_lib.preset_config("cpu"), task="survival")
+    result = {
+        **fake_runs.result([100.0, 200.0]),
+        "score_returns": [-20.0, -21.0],
+        "human_normalized_score": 0.5,
+    }
+    summary.print_results(config, {"pretrained": result})
+    said = capsys.readouterr().out
+    assert "return of the task survival per game" in said
+    (line,) = [line for line in said.splitlines() if "pretrained" in line]
+    for words in ("150.0", "100 to 200", "-20.5"):
+        assert words in line
+    assert "human" not in said and "0.500" not in said
+
+
+def test_a_row_per_task_tells_all_of_it(capsys):
+    games = {"return_mean": 1234.5, "score_mean": 2.0, "length_mean": 600.0}
+    inferred = {"r_squared": 0.301, "num_samples": 1592, "num_nonzero": 313}
+    results = [
+        {
+            "name": "examples.tasks:freeway_middle",
+            "inferred": {**inferred, "is_fallback": True},
+            "zero_shot": games,
+            "random": {**games, "return_mean": 0.3},
+        }
+    ]
+    summary.print_tasks(config_lib.preset_config("paper"), results)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "freeway_middle" in line]
+    assert " ".join(line.split()) == (
+        "examples.tasks:freeway_middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
+    )
+    assert "(Atari-100k protocol)" in said
 
 
 def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
@@ -125,6 +232,71 @@ def test_flags_change_the_run_that_is_taken_over():
         common_flags.config_from_flags(base)
 
 
+WHOLE_NUMBERS = st.one_of(
+    st.sampled_from([-1, 0, 1, 2, 12, 256, 2**31 - 1, 2**31, 2**63, 10**30]),
+    st.integers(-(10**4), 10**8),
+)
+NUMBERS = st.one_of(
+    st.sampled_from(["0", "1", "-0.0", "nan", "inf", "-inf", "1e308", "1e-320", "x"]),
+    st.floats(-2.0, 2.0).map(str),
+)
+WORDS = st.sampled_from(["", "Pong", "pong", "aps", "small", "split", "true", "2", "é"])
+
+
+def given_values(name):
+    """Draws what might be typed for an option, right or wrong."""
+    _, field = config_lib.option_fields()[name]
+    values = {bool: WORDS, int: WHOLE_NUMBERS, float: NUMBERS, str: WORDS}[field.type]
+    if field.metadata["choices"] is not None:
+        values = st.one_of(values, st.sampled_from(field.metadata["choices"]))
+    return values.map(lambda value: f"--{name}={value}")
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@hypothesis.given(
+    words=st.lists(
+        st.sampled_from(sorted(config_lib.option_fields())).flatmap(given_values),
+        min_size=1,
+        max_size=3,
+    ),
+    preset=st.sampled_from(sorted(config_lib.PRESETS)),
+)
+def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
+    """What is accepted has streams, schedules and estimates; the rest is one line."""
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["test", f"--preset={preset}", *words])
+            config = common_flags.config_from_flags()
+            for is_pretraining in (True, False):
+                resources.check_memory(config, is_pretraining=is_pretraining)
+        except (flags.Error, ValueError) as error:
+            assert str(error)
+            return
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+    loop.stream_key(config.seed, loop.Stream.EVALUATE)
+    schedule = loop.Schedule(
+        start=config.pretrain.warmup_agent_steps,
+        samples_per_step=config.pretrain.samples_per_step,
+        batch_size=config.learner.batch_size,
+    )
+    assert schedule.num_due(2**31) >= schedule.num_due(10) >= 0
+
+
+def test_a_game_that_raises_ends_a_script_with_code_1(monkeypatch, capsys):
+    def broken(argv):
+        raise loop.EnvironmentFailure(
+            "the environment raised X; a checkpoint was saved"
+        )
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit) as ended:
+        common_flags.run(broken)
+    assert ended.value.code == 1
+    assert (
+        "raised X; a checkpoint was saved; the same command" in capsys.readouterr().err
+    )
+
+
 # Wrong input, each in a process of its own as a user would type it.
 
 WRONG = {
@@ -170,12 +342,20 @@ WRONG = {
         r"flag --seed=one: invalid literal for int",
     ),
     "more than fits memory": (
-        ["pretrain", "--replay_size=9000000000", "--workdir={new}"],
+        ["pretrain", "--replay_size=2000000000", "--workdir={new}"],
         r"needs about \d+\.\d GiB.*GiB of memory are free",
     ),
     "no accelerator": (
         ["pretrain", "--require_accelerator", "--workdir={new}"],
         r"JAX sees no GPU or TPU",
+    ),
+    "seeds that are no numbers": (
+        ["run_aps", "--seeds=a,b", "--workdir={new}"],
+        r"--seeds must be a number, or numbers, got \['a', 'b'\]",
+    ),
+    "a task that cannot be imported": (
+        ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
+        r"module of the task 'gone:f' cannot be imported: ModuleNotFoundError",
     ),
     "an unknown arm": (
         ["run_aps", "--arms=random", "--workdir={new}"],

@@ -1,9 +1,12 @@
 """Tests of aps_jax.stages on the chain: what is carried over, resumed and refused."""
 
+import concurrent.futures
 import csv
+import errno
 import functools
 import json
 import math
+import shutil
 
 import fakes
 import jax
@@ -11,8 +14,8 @@ import numpy as np
 import pytest
 
 from aps_jax import agent as agent_lib
+from aps_jax import checkpoint, evaluation, loop, metrics, stages
 from aps_jax import config as config_lib
-from aps_jax import evaluation, loop, metrics, stages
 
 pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
 finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
@@ -48,6 +51,13 @@ def run(tmp_path_factory):
     pretrained = pretrain(make_config(), folder / "pretrain")
     finetuned = finetune(make_config(), folder / "finetune", folder / "pretrain")
     return folder, pretrained, finetuned
+
+
+def test_pretraining_ends_with_features_white_over_its_replay(run):
+    """Measured at once over many states: a weight of 1, not that of the updates."""
+    folder, _, _ = run
+    moments = stages.load_pretrained(folder / "pretrain").state.params["whitening"]
+    assert float(moments.weight) == 1.0
 
 
 def test_result_files_keep_their_contract(run):
@@ -167,7 +177,7 @@ def test_a_finished_run_is_not_run_again(run):
     assert again == finetuned
 
 
-class Stop(Exception):
+class Stop(BaseException):
     """Stands for whatever ends a process."""
 
 
@@ -200,9 +210,176 @@ def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
     assert resumed["updates"] == pretrained["updates"]
     rows = read_rows(tmp_path / "p" / "metrics.csv")
     whole = read_rows(folder / "pretrain" / "metrics.csv")
+    # The chain's state is in the checkpoint, so that it is the same run.
+    assert rows == whole
+
+
+def test_a_game_that_raises_is_saved_first(run, tmp_path):
+    folder, pretrained, _ = run
+
+    class Broken(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            if self.steps == 50:
+                raise OSError("the emulator is gone")
+            return super().recv()
+
+    words = "raised OSError: the emulator is gone; a checkpoint of agent step 200 was"
+    with pytest.raises(loop.EnvironmentFailure, match=words):
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Broken)
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 200
+    resumed = pretrain(make_config(), tmp_path / "p")
+    # The games are new ones, the updates and the rows are those that were due.
+    assert resumed["updates"] == pretrained["updates"]
+    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    whole = read_rows(folder / "pretrain" / "metrics.csv")
     assert [row[0] for row in rows] == [row[0] for row in whole]
-    # Up to the checkpoint nothing changed; after it the games are new ones.
-    assert rows[:2] == whole[:2]
+
+
+def test_a_reward_that_is_not_finite_leaves_its_batch_and_the_last_good(tmp_path):
+    class Poisoned(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            timestep = super().recv()
+            if self.steps == 45:
+                timestep.reward[2] = np.nan
+            return timestep
+
+    with pytest.raises(loop.NonFinite) as caught:
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Poisoned)
+    path = tmp_path / "p" / "nonfinite_180.npz"
+    assert str(caught.value) == (
+        "The game's reward of environment 2 is nan at agent step 180. The batch is in "
+        f"{path}. The last good checkpoint is of agent step 120."
+    )
+    with np.load(path, allow_pickle=False) as batch:
+        assert np.isnan(batch["reward"]).tolist() == [False, False, True, False]
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 120
+
+
+def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
+    tmp_path, monkeypatch
+):
+    """The loss of one update is spoilt on the device, as by an overflow."""
+    make_agent = agent_lib.make_agent
+
+    def spoilt(*arguments, **options):
+        agent = make_agent(*arguments, **options)
+
+        def update(state, windows, particles):
+            is_bad = state.num_updates == 7
+            state, values = agent.update(state, windows, particles)
+            values["loss_td"] = jax.numpy.where(is_bad, np.inf, values["loss_td"])
+            return state, values
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(agent_lib, "make_agent", spoilt)
+    config = make_config(report_agent_steps=240, checkpoint_agent_steps=80)
+    with pytest.raises(loop.NonFinite) as caught:
+        pretrain(config, tmp_path / "p")
+    # Update 7 is made at agent step 60 + 8 * 8 / 0.5 = 188; the next look is the save.
+    words = str(caught.value)
+    assert "Not finite in update 7, noticed at agent step 240: loss_td." in words
+    assert "The last good checkpoint is of agent step 160." in words
+    with np.load(tmp_path / "p" / "nonfinite_240.npz", allow_pickle=False) as batch:
+        # Windows of what had been played by then; ids count the steps.
+        assert batch["windows.id"].max() < 192
+        assert batch["windows.observation"].shape == (4, 5, 84, 84, 4)
+        assert batch["particles.id"].shape == (8, 1)
+
+
+def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
+    config = make_config(checkpoint_replay=False)
+    with pytest.raises(Stop):
+        stages.pretrain(config, tmp_path / "p", constructor=interrupted(40))
+    saved = tmp_path / "p" / "checkpoints" / "120"
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["agent", "loop"]
+    # What is kept may change when a run is resumed.
+    resumed = pretrain(
+        make_config(
+            checkpoint_replay=False, checkpoint_agent_steps=40, keep_checkpoints=7
+        ),
+        tmp_path / "p",
+    )
+    kept = sorted(int(p.name) for p in saved.parent.iterdir())
+    assert kept == [120, 160, 200, 240]
+    # A quarter of the 120 agent steps that are left is less than the 60 of the warm-up.
+    assert "learning goes on after 30 agent steps, at 150" in caplog.text
+    # (120 - 60) / 16 = 3 updates before, (240 - 60) / 16 - (150 - 60) / 16 = 6 after.
+    assert resumed["updates"] == 9
+
+
+def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
+    """The first checkpoint and the first two tries of the last one cannot be written."""
+    folder, pretrained, _ = run
+    to_disk, tries = checkpoint._to_disk, []
+
+    def full(path):
+        if path.name.startswith("writing_"):
+            tries.append(path.name)
+            if path.name == "writing_120" or 1 <= tries.count("writing_240") <= 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        to_disk(path)
+
+    monkeypatch.setattr(checkpoint, "_to_disk", full)
+    monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
+    begin = checkpoint.Checkpointer.save
+
+    def save(self, *args):
+        """Waits, so that the failure is there to be noticed at the very next row."""
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    result = pretrain(make_config(), tmp_path / "p")
+    assert tries[0] == "writing_120" and tries.count("writing_240") == 3
+    assert result["updates"] == pretrained["updates"]
+    assert "No space left on device" in caplog.text
+    assert "the last good checkpoint is missing yet" in caplog.text
+    assert "trying again every" in caplog.text
+    assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
+        folder / "pretrain" / "metrics.csv"
+    )
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
+
+
+def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, caplog):
+    folder, pretrained, _ = run
+    workdir = tmp_path / "p"
+
+    class Deleting(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            self.steps += 1
+            if self.steps == 35:
+                shutil.rmtree(workdir)
+            super().send(actions)
+
+    result = stages.pretrain(make_config(), workdir, constructor=Deleting)
+    assert result["updates"] == pretrained["updates"]
+    assert f"{workdir} was deleted, and has been made anew" in caplog.text
+    assert (workdir / "metrics.csv").read_bytes() == (
+        folder / "pretrain" / "metrics.csv"
+    ).read_bytes()
+    assert_same(
+        stages.load_pretrained(workdir).state,
+        stages.load_pretrained(folder / "pretrain").state,
+    )
+
+
+def test_a_checkpoint_says_where_it_comes_from(run):
+    folder, _, _ = run
+    facts = stages.load_pretrained(folder / "pretrain").facts
+    assert facts["format"] == checkpoint.FORMAT
+    assert config_lib.from_dict(facts["config"]) == make_config()
+    assert facts["versions"]["jax"] == jax.__version__
+    assert "git_commit" in facts
 
 
 def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
@@ -217,7 +394,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
         )
     before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
-    assert resumed["task"] == before
+    assert resumed["task"] == {"name": "score", **before}
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
@@ -310,11 +487,55 @@ def test_a_recorded_game_has_a_picture_per_step(run):
         trained.state.params,
         np.float32([1, 0, 0, 0, 0]),
         use_gpi=False,
-        record_agent_steps=1000,
+        record_games=1,
         constructor=fakes.ChainPool,
     )
-    assert len(played.pictures) == played.lengths[0]
-    assert played.pictures[0].shape == (84, 84, 3)
+    (pictures,) = played.pictures
+    assert len(pictures) == played.lengths[0]
+    assert pictures[0].shape == (84, 84, 3)
+
+
+def test_a_film_stops_when_its_pictures_are_taken(run):
+    """Each game has its own task, and its own pictures until it ends."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    tasks = jax.numpy.eye(5)[:3]
+    played = evaluation.evaluate(
+        make_config(eval_episodes=3),
+        trained.agent,
+        trained.state.params,
+        tasks,
+        use_gpi=False,
+        record_games=2,
+        record_agent_steps=4,
+        only_record=True,
+        constructor=fakes.ChainPool,
+    )
+    assert [len(pictures) for pictures in played.pictures] == [4, 4]
+    np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+    assert not tasks.is_deleted()  # The caller's array is not donated.
+
+
+def test_evaluations_at_set_steps(run, tmp_path):
+    """Steps before inference is over are covered by zero-shot; 90 is rounded up."""
+    folder, _, _ = run
+    config = make_config(eval_agent_steps="8, 90,100")
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("8,,9", "positive numbers separated by commas, got '8,,9'"),
+        ("0", "positive numbers"),
+        ("-5", "positive numbers"),
+        ("121", "must not exceed the 120 of finetune_agent_steps, got 121"),
+    ],
+)
+def test_set_steps_are_checked(steps, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(eval_agent_steps=steps)
 
 
 @pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
@@ -322,9 +543,12 @@ def test_only_whole_games_are_normalised(max_frames, expected):
     config = config_lib.replace_options(
         make_config(), game="Pong", max_frames=max_frames
     )
-    summary = evaluation.summary(config, np.array([-20.7, -20.7]))
+    scores = np.array([-20.7, -20.7])
+    # Returns of another task do not count.
+    played = evaluation.Evaluation(np.array([3.0, 3.0]), scores, np.array([9, 9]), [])
+    summary = evaluation.summary(config, played)
     np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
-    assert summary["eval_return_std"] == 0.0
+    assert summary["eval_return_mean"] == 3.0 and summary["eval_return_std"] == 0.0
 
 
 def test_agents_are_the_same_code_with_other_weights():

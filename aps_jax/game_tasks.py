@@ -1,0 +1,222 @@
+"""Reward functions of a game besides its score: survival, and the user's own.
+
+A pretrained agent has never seen a score, so any function of what the console shows may
+be its task. `score` is the game's own reward. `survival` pays, in each agent step, the
+share of the first lives that are left. `module:function` names the user's own Python
+function of two time steps, called on the host once per step for all environments.
+Letters: `E` environments.
+"""
+
+import functools
+import importlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from aps_jax import types
+
+SCORE = "score"
+SURVIVAL = "survival"
+
+# (the time step before, the time step reached) -> [E] rewards of reaching it.
+TaskFunction = Callable[[types.TimeStep, types.TimeStep], Any]
+
+
+def score(before: types.TimeStep, after: types.TimeStep) -> np.ndarray:
+    """Returns the game's own reward."""
+    del before
+    return after.reward
+
+
+def make_survival() -> TaskFunction:
+    """Makes the reward for staying alive: `lives_t / lives_0`, in every agent step.
+
+    `lives_0` are those on the first frame of the game, so that an extra life pays more
+    than 1. Where a game shows no lives it has one: 1 in each step, 0 for game over.
+    The return of a game is the number of agent steps survived, each weighted by the
+    lives kept. (The plain number of lives lost would be the same for all whole games.)
+    """
+    first: np.ndarray | None = None
+
+    def survival(before: types.TimeStep, after: types.TimeStep) -> np.ndarray:
+        nonlocal first
+        if first is None:
+            first = before.lives
+        first = np.where(before.is_first, before.lives, first)
+        shares = np.where(first > 0, after.lives / np.maximum(first, 1), 1.0)
+        return np.where(after.terminated, 0.0, shares)
+
+    return survival
+
+
+def load(name: str) -> Callable[[], TaskFunction]:
+    """Finds a task by its name, and tries a function of the user's on two blank rows.
+
+    Args:
+      name: `score`, `survival` or `module:function`. The function takes two
+        `types.TimeStep`s of `E` environments, the one before and the one reached, and
+        returns `[E]` numbers; `frame` and `ram` show what the console does.
+
+    Returns:
+      A factory: the function that it returns follows one pool of environments.
+
+    Raises:
+      ValueError: There is no such task, or the function does not do what it must.
+    """
+    if name == SCORE:
+        return lambda: score
+    if name == SURVIVAL:
+        return make_survival
+    module_name, colon, function_name = name.partition(":")
+    if not (colon and module_name and function_name):
+        raise ValueError(
+            f"A task is {SCORE}, {SURVIVAL} or module:function, got {name!r}."
+        )
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise ValueError(
+            f"The module of the task {name!r} cannot be imported: {_words(error)}."
+        ) from error
+    function = getattr(module, function_name, None)
+    if not callable(function):
+        raise ValueError(f"The module {module_name} has no function {function_name}.")  # noqa: TRY004
+    blank = _blank_time_step(2)
+    _call(name, function, blank, blank)
+    return lambda: function
+
+
+class TaskPool:
+    """Environments whose reward is that of a task, in place of the game's.
+
+    Everything else is the pool's own. The game's reward stays visible as
+    `game_reward`, `[E]` float32 of the newest time step.
+    """
+
+    def __init__(self, pool: Any, name: str, function: TaskFunction):
+        """Wraps a pool.
+
+        Args:
+          pool: Environments, as `envs.AtariPool`.
+          name: The task's name, for error messages.
+          function: From a factory that `load` returned, for this pool alone.
+        """
+        self._pool = pool
+        self._name = name
+        self._function = function
+        self._before: types.TimeStep | None = None
+        self.num_actions = pool.num_actions
+        self.num_envs = pool.num_envs
+        self.game_reward = np.zeros(pool.num_envs, np.float32)
+
+    def reset(self) -> types.TimeStep:
+        """Begins a new episode in every environment."""
+        return self._rewarded(self._pool.reset())
+
+    def send(self, actions: types.Array) -> None:
+        """Hands over the next actions."""
+        self._pool.send(actions)
+
+    def recv(self) -> types.TimeStep:
+        """Waits for what the actions have led to, with the task's reward.
+
+        Raises:
+          ValueError: The task's function fails or does not return `[E]` finite numbers.
+        """
+        return self._rewarded(self._pool.recv())
+
+    def render(self, index: int) -> np.ndarray:
+        """Draws one environment."""
+        return self._pool.render(index)
+
+    def close(self) -> None:
+        """Ends the environments."""
+        self._pool.close()
+
+    def _rewarded(self, after: types.TimeStep) -> types.TimeStep:
+        before, self._before = self._before, after
+        self.game_reward = after.reward
+        reward = task_reward(
+            self._name, self._function, after if before is None else before, after
+        )
+        return after._replace(reward=reward)
+
+
+def task_reward(
+    name: str, function: TaskFunction, before: types.TimeStep, after: types.TimeStep
+) -> np.ndarray:
+    """Returns a task's rewards `[E]` float32 of the step; 0 where a game begins.
+
+    Raises:
+      ValueError: The function fails or does not return `[E]` finite numbers.
+    """
+    reward = _call(name, function, before, after)
+    reward = np.where(after.is_first, 0.0, reward).astype(np.float32)
+    if not np.isfinite(reward).all():
+        raise ValueError(
+            f"The task {name!r} returned a reward that is not finite: {reward}."
+        )
+    return reward
+
+
+def constructor_for(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
+    """Returns a constructor of pools whose reward is the task's.
+
+    Args:
+      name: The task, as for `load`.
+      constructor: Makes the pools to wrap, as `envs.AtariPool`.
+
+    Raises:
+      ValueError: As `load`.
+    """
+    if name == SCORE:
+        return constructor
+    make_function = load(name)
+
+    @functools.wraps(constructor, updated=())
+    def construct(*args: Any, **options: Any) -> TaskPool:
+        return TaskPool(constructor(*args, **options), name, make_function())
+
+    return construct
+
+
+def game_reward(pool: Any, timestep: types.TimeStep) -> np.ndarray:
+    """Returns the game's own reward of a time step, whatever the task of its pool."""
+    return getattr(pool, "game_reward", timestep.reward)
+
+
+def _call(
+    name: str, function: TaskFunction, before: types.TimeStep, after: types.TimeStep
+) -> np.ndarray:
+    """Calls a task's function and checks what it returns."""
+    try:
+        reward = np.asarray(function(before, after))
+    except Exception as error:
+        raise ValueError(f"The task {name!r} failed: {_words(error)}.") from error
+    expected = after.reward.shape
+    is_number = np.issubdtype(reward.dtype, np.number) or reward.dtype == bool
+    if reward.shape != expected or not is_number:
+        raise ValueError(
+            f"The task {name!r} must return {expected[0]} numbers, one for each "
+            f"environment, got {reward.dtype} of shape {reward.shape}."
+        )
+    return reward.astype(np.float64)
+
+
+def _words(error: Exception) -> str:
+    return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
+
+
+def _blank_time_step(num_envs: int) -> types.TimeStep:
+    """Returns a time step in which the console shows nothing."""
+    never = np.zeros(num_envs, np.bool_)
+    return types.TimeStep(
+        frame=np.zeros((num_envs, 84, 84), np.uint8),
+        reward=np.zeros(num_envs, np.float32),
+        terminated=never,
+        truncated=never,
+        is_first=never,
+        lives=np.zeros(num_envs, np.int32),
+        ram=np.zeros((num_envs, 128), np.uint8),
+    )

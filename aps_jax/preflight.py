@@ -1,0 +1,232 @@
+"""Preflight: whether a machine can do a run, and how long it will take, before it starts.
+
+A stage checks the same at every start, but for the measured rate.
+"""
+
+import pathlib
+import time
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import rich.console
+import rich.table
+
+from aps_jax import agent as agent_lib
+from aps_jax import config as config_lib
+from aps_jax import envs, loop, metrics, replay, resources, stages
+from aps_jax.config import FRAME_SKIP
+
+_MOST_ACTIONS = 18  # of any Atari game
+_STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
+
+
+class Check(NamedTuple):
+    """One line of the table."""
+
+    name: str
+    found: str
+    verdict: str = "ok"  # ok, warning or failed
+
+
+def run_checks(
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    stage_names: Sequence[str],
+    *,
+    seconds: float,
+    constructor: loop.MakePool = envs.AtariPool,
+) -> list[Check]:
+    """Checks the machine and measures the rate of each stage.
+
+    Args:
+      config: The run's values.
+      workdir: The run's folder, which need not exist and is not made.
+      stage_names: `pretrain`, `finetune` or both.
+      seconds: How long the rate of each stage is measured, after it has compiled.
+      constructor: Makes the environments.
+
+    Returns:
+      A `Check` for each line of the table; one that failed would end the run.
+    """
+    checks = [_devices(config), _cores(config)]
+    checks += [_memory(config, name) for name in stage_names]
+    place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
+    try:
+        resources.check_writable(place)
+        checks.append(Check("work directory", f"{place} can be written"))
+    except ValueError as error:
+        checks.append(Check("work directory", str(error), "failed"))
+    checks += [_disk(config, place, name) for name in stage_names]
+    if any(check.verdict == "failed" for check in checks):
+        return checks
+    for name in stage_names:
+        checks.append(_rate(config, name, seconds, constructor))
+    return checks
+
+
+def print_table(checks: Sequence[Check]) -> None:
+    """Prints the checks as a table of one screen."""
+    table = rich.table.Table("check", "found", "verdict", title="Preflight")
+    for check in checks:
+        style = _STYLES[check.verdict]
+        table.add_row(check.name, check.found, f"[{style}]{check.verdict}[/]")
+    rich.console.Console().print(table)
+
+
+def _devices(config: config_lib.Config) -> Check:
+    devices = jax.devices()
+    text = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
+    is_slow = devices[0].platform == "cpu" and config.preset in ("gpu", "paper")
+    if is_slow:
+        text += f"; preset {config.preset} is made for a GPU or TPU"
+    return Check("devices", text, "warning" if is_slow else "ok")
+
+
+def _cores(config: config_lib.Config) -> Check:
+    warnings: list[str] = []
+    resources.check_cores(config, warnings.append)
+    text = f"{resources.usable_cores():g} that this process may use"
+    return Check("cores", "; ".join([text, *warnings]), "warning" if warnings else "ok")
+
+
+def _memory(config: config_lib.Config, name: str) -> Check:
+    is_pretraining = name == stages.PRETRAIN
+    needed = resources.needed_bytes(config, is_pretraining=is_pretraining)
+    ring = resources.replay_bytes(config, is_pretraining=is_pretraining)
+    text = (
+        f"needs about {resources.size_text(needed)}, "
+        f"{resources.size_text(ring)} of it the replay; "
+        f"{resources.size_text(resources.available_bytes())} free"
+    )
+    try:
+        resources.check_memory(config, is_pretraining=is_pretraining)
+    except ValueError as error:
+        return Check(f"memory, {name}", str(error), "failed")
+    return Check(f"memory, {name}", text)
+
+
+def _disk(config: config_lib.Config, place: pathlib.Path, name: str) -> Check:
+    warnings: list[str] = []
+    replay_bytes = resources.replay_bytes(
+        config, is_pretraining=name == stages.PRETRAIN
+    )
+    size = replay_bytes if config.report.checkpoint_replay else 0
+    agent = agent_lib.make_agent(
+        config.learner, config.finetune, num_actions=_MOST_ACTIONS
+    )
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
+    try:
+        resources.check_disk(
+            place,
+            fixed_bytes=fixed,
+            replay_bytes=size,
+            kept=config.report.keep_checkpoints,
+            warn=warnings.append,
+        )
+    except ValueError as error:
+        return Check(f"disk, {name}", str(error), "failed")
+    text = f"a checkpoint takes up to {resources.size_text(fixed + size)}"
+    return Check(
+        f"disk, {name}", "; ".join([text, *warnings]), "warning" if warnings else "ok"
+    )
+
+
+def _rate(
+    config: config_lib.Config, name: str, seconds: float, constructor: loop.MakePool
+) -> Check:
+    frames_per_second = measure_rate(config, name, seconds, constructor)
+    frames = (
+        config.pretrain.pretrain_frames
+        if name == stages.PRETRAIN
+        else config.finetune.finetune_agent_steps * FRAME_SKIP
+    )
+    hours = frames / frames_per_second / 3600
+    text = (
+        f"{frames_per_second:,.0f} frames/s over {seconds:g} s: {frames:,} frames take "
+        f"{hours:,.2f} hours"
+    )
+    if name == stages.FINETUNE:
+        text += ", and evaluations come on top"
+    return Check(f"rate, {name}", text)
+
+
+def measure_rate(
+    config: config_lib.Config,
+    name: str,
+    seconds: float,
+    constructor: loop.MakePool = envs.AtariPool,
+) -> float:
+    """Runs a stage's loop for some seconds, from nothing and saving nothing.
+
+    Learning begins as soon as the replay can be sampled, so that it is the rate of all
+    but the warm-up.
+
+    Returns:
+      Emulator frames per second.
+    """
+    is_pretraining = name == stages.PRETRAIN
+    learner, values = config.learner, config.finetune
+    if is_pretraining:
+        num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size
+        samples_per_step = config.pretrain.samples_per_step
+        act_stream, stream = loop.Stream.PRETRAIN_ACT, loop.Stream.PRETRAIN_LEARN
+    else:
+        num_envs, size = values.finetune_num_envs, values.finetune_agent_steps
+        samples_per_step = values.finetune_samples_per_step
+        act_stream, stream = loop.Stream.FINETUNE_ACT, loop.Stream.FINETUNE_LEARN
+    pool = loop.make_pool(config, num_envs, act_stream, constructor)
+    try:
+        agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
+        ring = replay.make_replay(
+            num_envs=num_envs, size=size, feature_dim=learner.feature_dim
+        )
+        key = loop.stream_key(config.seed, stream)
+        sample = loop.make_sample(ring, learner, key, with_particles=is_pretraining)
+        state, group = loop.init_state(agent, config.seed), metrics.LEARNING
+        if is_pretraining:
+            group = group + metrics.PRETRAINING
+            learn = loop.make_pretrain_learn(agent, sample)
+        else:
+            state = loop.put(jax.jit(agent.init_finetune)(state))
+            task = jnp.zeros((learner.feature_dim,)).at[0].set(1.0)
+            learn = loop.make_finetune_learn(
+                agent, sample, task=task, reward_scale=jnp.float32(1.0)
+            )
+        session = loop.Session(
+            pool=pool,
+            state=state,
+            memory=loop.init_memory(
+                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+            ),
+            sums=loop.put(metrics.init_sums(loop.names_of(group))),
+        )
+        act = loop.make_act(
+            agent,
+            ring,
+            loop.stream_key(config.seed, act_stream),
+            epsilon=config.pretrain.pretrain_epsilon,
+            explore=is_pretraining,
+        )
+        schedule = loop.Schedule(
+            start=learner.window_length * num_envs,
+            samples_per_step=samples_per_step,
+            batch_size=learner.batch_size,
+        )
+        # Both functions compile before the clock starts.
+        while session.agent_steps <= schedule.start + num_envs:
+            session.step(act)
+        if samples_per_step > 0:
+            state, sums = learn(session.state, session.sums, session.memory.replay)
+            session.state, session.sums = state, sums
+        jax.block_until_ready(session.state)
+        before, started = session.agent_steps, time.monotonic()
+        while time.monotonic() - started < seconds:
+            session.step(act, learn, schedule)
+        jax.block_until_ready(session.state)
+        played = session.agent_steps - before
+        return played * FRAME_SKIP / (time.monotonic() - started)
+    finally:
+        pool.close()

@@ -1,0 +1,92 @@
+r"""Writes the parts of pages that are made from code and results, never typed.
+
+  python -m experiments.pages          writes them
+  python -m experiments.pages --check  says which are stale, and fails if any is
+
+They stand between two comments in the page, which name what makes them.
+"""
+
+import contextlib
+import json
+import pathlib
+import re
+import sys
+from collections.abc import Callable, Sequence
+
+from absl import app, flags
+
+from aps_jax import metrics, report, report_tables, report_tasks
+
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+RESULTS = pathlib.Path("results", "cpu_sweep")
+# The result of one earlier run, shown as long as there is no sweep.
+_EARLIER = pathlib.Path("results", "cpu_preset")
+
+_CHECK = flags.DEFINE_bool(
+    "check", False, "Whether to compare only, and write nothing."
+)
+
+
+def results_table() -> str:
+    """Returns the README's table of the first measured results, as `report` makes it."""
+    folder = RESULTS if (ROOT / RESULTS).is_dir() else _EARLIER
+    # Seen from the root: notices name folders, and pages no machine's.
+    with contextlib.chdir(ROOT):
+        built = report.report([folder], systems=("APS",))
+    text = report_tables.results_markdown(built)
+    if folder == _EARLIER:
+        return f"{text}\nThe result: [`{folder}`]({folder}).\n"
+    if rows := report_tasks.collect(ROOT / RESULTS):
+        tasks = report_tasks.table(rows)
+        lines = [f"**{tasks.title}**", "", *report_tables.markdown_table(tasks), ""]
+        text += "\n" + "\n".join([*lines, *tasks.notes]) + "\n"
+    made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
+    hours = made["wall_seconds"] / 3600
+    return text + (
+        f"\nMade in {hours:.1f} hours on {made['machine']['cores']} cores "
+        f"({made['machine']['cpu']}, no GPU) at commit "
+        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result and "
+        f"command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
+    )
+
+
+# Page -> name of the part -> what makes it.
+PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/metrics.md": {"metrics": metrics.to_markdown},
+    "README.md": {"results": results_table},
+}
+
+
+def updated(page: str) -> str:
+    """Returns a page's text with its made parts as they should be.
+
+    Raises:
+      ValueError: The page lacks the comments around a part.
+    """
+    text = (ROOT / page).read_text(encoding="utf-8")
+    for name, make in PARTS[page].items():
+        begin, end = f"<!-- made: {name} -->", f"<!-- end: {name} -->"
+        pattern = re.escape(begin) + ".*?" + re.escape(end)
+        if not re.search(pattern, text, flags=re.DOTALL):
+            raise ValueError(f"{page} has no part between {begin} and {end}.")
+        part = f"{begin}\n\n{make().strip()}\n\n{end}"
+        # A function, so that backslashes in the part are left alone.
+        text = re.sub(pattern, lambda _, part=part: part, text, flags=re.DOTALL)
+    return text
+
+
+def main(argv: Sequence[str]) -> None:
+    """Writes or compares every page."""
+    if len(argv) > 1:
+        raise app.UsageError(f"Unexpected words: {argv[1:]}")
+    stale = [page for page in PARTS if updated(page) != (ROOT / page).read_text()]
+    if _CHECK.value and stale:
+        print(f"stale: {', '.join(stale)}; run python -m experiments.pages")
+        sys.exit(1)
+    for page in stale:
+        (ROOT / page).write_text(updated(page), encoding="utf-8")
+        print(f"written: {page}")
+
+
+if __name__ == "__main__":
+    app.run(main)

@@ -1,0 +1,469 @@
+r"""Runs games x agents x seeds: prints the commands, runs them here, or on Slurm.
+
+  python -m experiments.sweep --games=atari26 --seeds=5 --agents=aps,visr,apt \
+    --preset=gpu --workdir=runs/sweep --stage=run_aps
+  python -m experiments.sweep ... --run=local
+  python -m experiments.sweep ... --run=slurm --slurm=partition=gpu,timeout_min=1440
+
+Every other flag of a run is passed on. Each run has the folder
+WORKDIR/GAME/AGENT/seed_N, its output is in WORKDIR/logs. The same command goes on: what
+is finished is skipped, what was interrupted continues. Ends with one table.
+"""
+
+import collections
+import dataclasses
+import glob
+import os
+import pathlib
+import platform
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import rich.console
+from absl import flags
+
+from aps_jax import config as config_lib
+from aps_jax import (
+    envs,
+    interrupts,
+    metrics,
+    report,
+    report_tables,
+    report_tasks,
+    resources,
+    rundir,
+    scores,
+)
+from experiments import common_flags
+
+_GAMES = flags.DEFINE_list(
+    "games", ["Pong"], "Games separated by commas, or atari26, or atari57."
+)
+_AGENTS = flags.DEFINE_list(
+    "agents", ["aps"], f"Some of {', '.join(config_lib.AGENTS)}, separated by commas."
+)
+_STAGE = flags.DEFINE_enum(
+    "stage",
+    "run_aps",
+    ["run_aps", "pretrain", "finetune", "scratch", "tasks"],
+    "What each run does: all of run_aps, or one stage of it. finetune and tasks (the "
+    "pretrained agent on the tasks of --task, without learning) start from the "
+    "pretraining of the same sweep; scratch from nothing.",
+)
+_RUN = flags.DEFINE_enum(
+    "run",
+    "dry",
+    ["dry", "local", "slurm"],
+    "dry prints the commands, local runs them on this machine, slurm submits them.",
+)
+_PROCESSES = flags.DEFINE_integer(
+    "processes",
+    0,
+    "Local processes at a time; 0 is as many as fit cores and memory, one on each GPU "
+    "where there are any.",
+    lower_bound=0,
+)
+_CORES = flags.DEFINE_integer(
+    "cores_per_process", 1, "Cores of each local process.", lower_bound=1
+)
+_SLURM = flags.DEFINE_list(
+    "slurm",
+    [],
+    "Parameters of the submission as submitit names them, such as "
+    "partition=gpu,timeout_min=1440,gpus_per_node=1,cpus_per_task=16,mem_gb=64.",
+)
+_SLURM_CLUSTER = flags.DEFINE_enum(
+    "slurm_cluster",
+    "slurm",
+    ["slurm", "local"],
+    "local tries --run=slurm without a cluster, in processes of this machine.",
+)
+_KEEP = flags.DEFINE_string(
+    "keep",
+    None,
+    "Folder that gets the results and curves of what is finished, and sweep.json: "
+    "commands, commit and machine. Checkpoints stay behind.",
+)
+_SHORT = ("preset", "workdir", "seeds", "arms")
+_NOT_PASSED = frozenset({"game", "seed", "agent"})
+_KEPT_FILES = (rundir.RESULT_NAME, metrics.FILE_NAME)
+# A run that its scheduler stopped says so by its exit code and is begun again; one
+# that does so more often than this is broken.
+_MAX_REQUEUES = 100
+_POLL_SECONDS = 0.2
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run: its command, and where it leaves its result."""
+
+    name: str
+    command: tuple[str, ...]
+    folder: pathlib.Path
+    log: pathlib.Path
+
+    @property
+    def is_done(self) -> bool:
+        """Whether its result is there."""
+        return (self.folder / rundir.RESULT_NAME).exists()
+
+
+def main(argv: Sequence[str]) -> None:
+    """Prints or runs the sweep that the flags describe."""
+    common_flags.reject_words(argv)
+    # The sweep itself computes nothing, and must not take the memory of a GPU.
+    jax.config.update("jax_platforms", "cpu")
+    workdir = common_flags.workdir_from_flags()
+    jobs = make_jobs(workdir)
+    left = [job for job in jobs if not job.is_done]
+    console = rich.console.Console(highlight=False, soft_wrap=True)
+    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished.")
+    if _RUN.value == "dry":
+        for job in left:
+            print(shlex.join(job.command))
+        console.print("Nothing was run: give --run=local or --run=slurm.")
+        return
+    started = time.monotonic()
+    if left:
+        (workdir / "logs").mkdir(parents=True, exist_ok=True)
+        run = _run_local if _RUN.value == "local" else _run_slurm
+        failed = run(left, console)
+        for job, code in failed.items():
+            console.print(f"FAILED with exit code {code}: {job.name}, see {job.log}")
+    else:
+        failed = {}
+    _write_summary(workdir, jobs, time.monotonic() - started)
+    if _KEEP.value:
+        keep(workdir, pathlib.Path(_KEEP.value))
+        console.print(f"Kept in {_KEEP.value}.")
+    if _STAGE.value in ("run_aps", "finetune", "scratch") and any(
+        job.is_done for job in jobs
+    ):
+        report_tables.show(report.report([workdir], out=workdir / "report"))
+        console.print(f"Written to {workdir / 'report'}.")
+    if _STAGE.value == "tasks" and (rows := report_tasks.collect(workdir)):
+        report_tables.show_tables([report_tasks.table(rows)], ())
+    if failed:
+        raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
+
+
+def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -> None:
+    """Writes `sweep.json`: how the runs of this folder were made, and where."""
+    path = workdir / "sweep.json"
+    before = rundir.read_json(path) if path.exists() else {}
+    commands = dict.fromkeys(before.get("commands", []))
+    commands |= dict.fromkeys(
+        shlex.join(("python", *job.command[1:])) for job in jobs if job.is_done
+    )
+    commits = dict.fromkeys(before.get("git_commits", []))
+    if seconds > 1.0:
+        commits[rundir.git_commit()] = None
+    rundir.write_json(
+        path,
+        {
+            "schema": rundir.SCHEMA,
+            "kind": "aps_jax sweep",
+            "commands": list(commands),
+            "git_commits": list(commits),
+            "machine": machine(),
+            "versions": rundir.versions(),
+            "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 1),
+        },
+    )
+
+
+def machine() -> dict[str, Any]:
+    """Describes this machine, without naming it."""
+    info = pathlib.Path("/proc/cpuinfo")
+    names = [
+        line.partition(":")[2].strip()
+        for line in (info.read_text().splitlines() if info.exists() else ())
+        if line.startswith("model name")
+    ]
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return {
+        "cpu": names[0] if names else platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_gib": round(pages / 2**30, 1),
+        "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
+        "system": platform.system(),
+    }
+
+
+def keep(workdir: pathlib.Path, to: pathlib.Path) -> None:
+    """Copies `sweep.json`, and result and curves of each stage that has both."""
+    to.mkdir(parents=True, exist_ok=True)
+    shutil.copy(workdir / "sweep.json", to / "sweep.json")
+    for result in sorted(workdir.glob(f"*/*/seed_*/*/{rundir.RESULT_NAME}")):
+        folder = to / result.parent.relative_to(workdir)
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in _KEPT_FILES:
+            if (result.parent / name).exists():
+                shutil.copy(result.parent / name, folder / name)
+
+
+def make_jobs(workdir: pathlib.Path) -> list[Job]:
+    """Makes the runs that the flags describe, in the order of games.
+
+    Raises:
+      ValueError: A flag is wrong, or a folder holds a run of other values.
+    """
+    games = _games(_GAMES.value)
+    agents = list(dict.fromkeys(_AGENTS.value))
+    if not set(agents) <= set(config_lib.AGENTS):
+        raise ValueError(
+            f"--agents must be some of {', '.join(config_lib.AGENTS)}, got {agents}."
+        )
+    for name in _NOT_PASSED & set(common_flags.given_options()):
+        raise ValueError(f"--{name} cannot be given to a sweep: give --{name}s.")
+    base = common_flags.config_from_flags()
+    seeds = common_flags.seeds_from_flags() or [0]
+    jobs = []
+    for game in games:
+        for agent in agents:
+            for seed in seeds:
+                config = config_lib.apply_options(
+                    base,
+                    game=game,
+                    agent=agent,
+                    seed=seed,
+                    **{
+                        name: value
+                        for name, value in common_flags.given_options().items()
+                        if name in ("skill_weight", "entropy_weight")
+                    },
+                )
+                jobs.append(_job(workdir, config))
+    return jobs
+
+
+def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
+    stage = _STAGE.value
+    arms = common_flags.arms_from_flags(["pretrained", "scratch"])
+    own = {"game": config.game, "agent": config.agent, "seed": config.seed}
+    root = workdir / config.game / config.agent / f"seed_{config.seed}"
+    # Each task that is learned has folders of its own.
+    suffix = report_tasks.task_suffix(config.finetune.task)
+    script, folder, words = {
+        "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
+        "pretrain": ("pretrain", root / "pretrain", []),
+        "finetune": (
+            "finetune",
+            root / (rundir.STAGE_FOLDERS["finetune"] + suffix),
+            [f"--init={root / 'pretrain'}"],
+        ),
+        "scratch": ("finetune", root / f"scratch{suffix}", []),
+        "tasks": ("evaluate", root / "tasks", [f"--checkpoint={root / 'pretrain'}"]),
+    }[stage]
+    passed = {**own, **common_flags.given_options()}
+    if stage in ("finetune", "tasks"):
+        # Game, agent, seed and preset come from the pretraining.
+        passed = common_flags.given_options()
+        if stage == "tasks":
+            passed.setdefault("task", config.finetune.task)
+    else:
+        words = [f"--preset={config.preset}", *words]
+    job = Job(
+        name=f"{stage} {config.game} {config.agent} seed {config.seed}",
+        command=(
+            sys.executable,
+            "-m",
+            f"experiments.{script}",
+            f"--workdir={folder}",
+            *words,
+            *(f"--{name}={value}" for name, value in sorted(passed.items())),
+        ),
+        folder=folder,
+        log=workdir
+        / "logs"
+        / f"{stage}_{config.game}_{config.agent}_{config.seed}.log",
+    )
+    if job.is_done:
+        _, found = rundir.read_run(folder)
+        if stage in ("run_aps", "pretrain", "scratch") and found != config:
+            raise ValueError(
+                f"{folder} holds a finished run of other values than these flags "
+                "give. Give another --workdir, or the flags of the sweep there."
+            )
+    return job
+
+
+def _games(words: Sequence[str]) -> list[str]:
+    """Reads `--games`."""
+    lists = {"atari26": scores.atari26_games, "atari57": scores.atari57_games}
+    games: list[str] = []
+    for word in words:
+        if word in lists:
+            games += [scores.camel_case(name) for name in lists[word]()]
+        else:
+            games.append(word)
+    for game in games:
+        envs.check_game(game)
+    return list(dict.fromkeys(games))
+
+
+def slots(config: config_lib.Config) -> list[dict[str, Any]]:
+    """Finds how many processes fit this machine, and what each of them may use.
+
+    Returns:
+      For each process at a time, its `cores` and, on a machine with GPUs, its `gpu`.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    gpus = len(glob.glob("/dev/nvidia[0-9]*"))
+    count = max(1, len(cores) // _CORES.value)
+    if gpus:
+        count = gpus
+    else:
+        needed = max(
+            resources.needed_bytes(config, is_pretraining=is_pretraining)
+            for is_pretraining in (True, False)
+        )
+        count = max(1, min(count, int(0.9 * resources.available_bytes()) // needed))
+    count = _PROCESSES.value or count
+    found = []
+    for index in range(count):
+        share = cores[index * len(cores) // count : (index + 1) * len(cores) // count]
+        slot: dict[str, Any] = {"cores": share or [cores[index % len(cores)]]}
+        if gpus:
+            slot["gpu"] = index % gpus
+        found.append(slot)
+    return found
+
+
+def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, int]:
+    """Runs jobs side by side; returns the exit codes of those that failed."""
+    free = slots(common_flags.config_from_flags())
+    console.print(f"{len(jobs)} runs to go, {len(free)} at a time.")
+    waiting = collections.deque(jobs)
+    requeues: collections.Counter[str] = collections.Counter()
+    running: dict[subprocess.Popen, tuple[Job, dict[str, Any]]] = {}
+    failed: dict[Job, int] = {}
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    previous = signal.signal(signal.SIGTERM, stop)
+    try:
+        while waiting or running:
+            while waiting and free:
+                job, slot = waiting.popleft(), free.pop(0)
+                running[_start(job, slot)] = (job, slot)
+                console.print(f"started: {job.name}")
+            time.sleep(_POLL_SECONDS)
+            for process in [one for one in running if one.poll() is not None]:
+                job, slot = running.pop(process)
+                free.append(slot)
+                code = process.returncode
+                if code == interrupts.EXIT_CODE and requeues[job.name] < _MAX_REQUEUES:
+                    requeues[job.name] += 1
+                    waiting.append(job)
+                    console.print(f"interrupted, queued again: {job.name}")
+                elif code != 0:
+                    failed[job] = code
+                    console.print(f"failed: {job.name}, see {job.log}")
+                else:
+                    console.print(f"finished: {job.name}")
+    except KeyboardInterrupt:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+        raise interrupts.Interrupted from None
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+    return failed
+
+
+def _start(job: Job, slot: Mapping[str, Any]) -> subprocess.Popen:
+    environment = dict(os.environ)
+    if "gpu" in slot:
+        environment["CUDA_VISIBLE_DEVICES"] = str(slot["gpu"])
+    # A process started here inherits these cores, by which EnvPool and XLA size
+    # their threads.
+    mine = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, slot["cores"])
+    try:
+        with job.log.open("a") as log:
+            return subprocess.Popen(
+                job.command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+    finally:
+        os.sched_setaffinity(0, mine)
+
+
+class SlurmTask:
+    """A job as Slurm runs it; what is stopped before its end is submitted again."""
+
+    def __init__(self, job: Job):
+        """Holds the job."""
+        self._job = job
+
+    def __call__(self) -> int:
+        """Runs the job, again while it says so; returns its exit code."""
+        for _ in range(_MAX_REQUEUES):
+            with self._job.log.open("a") as log:
+                done = subprocess.run(
+                    self._job.command,
+                    stdout=log,
+                    stderr=subprocess.STDOUT,
+                    check=False,
+                )
+            if done.returncode != interrupts.EXIT_CODE:
+                break
+        return done.returncode
+
+    def checkpoint(self) -> Any:
+        """Tells submitit what to submit after a time limit: the same command."""
+        import submitit
+
+        return submitit.helpers.DelayedSubmission(self)
+
+
+def _run_slurm(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, int]:
+    """Submits jobs and waits for them; returns the exit codes of those that failed."""
+    try:
+        import submitit
+    except ImportError as error:
+        raise ValueError(
+            "--run=slurm needs the package submitit: pip install 'aps_jax[sweep]'."
+        ) from error
+    folder = jobs[0].log.parent / "submitit"
+    executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
+    executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
+    submitted = [(job, executor.submit(SlurmTask(job))) for job in jobs]
+    console.print(
+        f"Submitted {len(jobs)} jobs: {submitted[0][1].job_id} to "
+        f"{submitted[-1][1].job_id}. Waiting; the same command looks again."
+    )
+    failed = {}
+    for job, handle in submitted:
+        try:
+            code = handle.result()
+        except submitit.core.utils.UncompletedJobError as error:
+            console.print(f"failed: {job.name}: {str(error).splitlines()[0]}")
+            code = 1
+        if code != 0:
+            failed[job] = code
+        else:
+            console.print(f"finished: {job.name}")
+    return failed
+
+
+def _slurm_parameters(words: Sequence[str]) -> Iterator[tuple[str, Any]]:
+    """Reads `--slurm`."""
+    for word in words:
+        name, equals, value = word.partition("=")
+        if not equals or not name.isidentifier():
+            raise ValueError(f"--slurm takes name=value, got {word!r}.")
+        yield name, int(value) if value.isdecimal() else value
+
+
+if __name__ == "__main__":
+    common_flags.run(main, short=_SHORT)

@@ -1,0 +1,219 @@
+"""Tests of experiments.benchmark: its arithmetic, and every row in its smallest size."""
+
+import json
+import math
+import types
+
+import jax
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from aps_jax import envs, resources
+from experiments import (
+    bench_loop,
+    bench_parts,
+    bench_startup,
+    bench_table,
+    benchmark,
+    common_flags,
+)
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    """Lets the tests read flags, each at its default unless a test sets it."""
+    with flagsaver.flagsaver():
+        flags.FLAGS.mark_as_parsed()
+        yield
+
+
+def test_things_take_turns_and_are_timed_per_unit_of_work(monkeypatch):
+    now, order = [0.0], []
+
+    def make(name, seconds):
+        def run():
+            order.append(name)
+            now[0] += seconds
+
+        return run
+
+    monkeypatch.setattr(bench_table.time, "perf_counter", lambda: now[0])
+    turns = bench_table.take_turns(
+        {"a": make("a", 2.0), "b": make("b", 6.0)}, repetitions=3, work={"b": 3.0}
+    )
+    assert order == ["a", "b"] * 4  # The first turns are not timed.
+    assert turns.seconds == {"a": [2.0] * 3, "b": [2.0] * 3}
+    assert turns.rate("a") == 0.5
+
+
+def test_ratios_are_medians_of_the_ratios_within_a_repetition():
+    # A machine that is ten times slower in the second repetition changes nothing.
+    turns = bench_table.Turns({"a": [1.0, 10.0, 1.0], "b": [2.0, 20.0, 3.0]})
+    assert turns.ratio(lambda t: t["b"] / t["a"]) == 2.0
+    assert turns.median("a") == 1.0
+
+
+@pytest.mark.parametrize(
+    "fields, is_met",
+    [
+        (bench_table.at_least(0.9, 0.9), True),
+        (bench_table.at_least(0.89, 0.9), False),
+        (bench_table.at_most(1.06, 1.06), True),
+        (bench_table.at_most(1.07, 1.06), False),
+        (bench_table.at_least(None, 1.0), None),
+    ],
+)
+def test_goals(fields, is_met):
+    assert fields["is_met"] is is_met
+
+
+def test_the_table_says_what_was_measured_and_what_was_not():
+    rows = [
+        bench_table.Row(
+            "full",
+            "ours",
+            1234.5,
+            1000.0,
+            "frames/s",
+            **bench_table.at_least(1.2345, 2),
+        ),
+        bench_table.Row("encoder", "all", note="PyTorch is not installed"),
+    ]
+    machine = bench_table.describe_machine() | {"commit": "abc", "size": "full"}
+    head, *_, first, second = bench_table.to_markdown(rows, machine).splitlines()
+    assert "abc" in head
+    assert first.strip("| ").split(" | ") == [
+        "full",
+        "ours",
+        "1,234",
+        "1,000",
+        "frames/s",
+        "1.23",
+        "at least 2",
+        "**no**",
+    ]
+    assert "PyTorch is not installed" in second
+    assert len(bench_table.to_text(rows).splitlines()) == 3
+
+
+def test_every_row_runs(tmp_path, monkeypatch):
+    starts = iter([9.0, 3.0])
+    monkeypatch.setattr(bench_startup, "measure", lambda *_: next(starts))
+    with flagsaver.flagsaver(size="smoke", workdir=str(tmp_path)):
+        benchmark.main(["benchmark"])
+    result = json.loads((tmp_path / "benchmark.json").read_text())
+    assert {row["row"] for row in result["rows"]} == set(benchmark.ROWS)
+    assert {"cpu", "cores", "device", "jax", "commit"} <= set(result["machine"])
+    by_case = {row["case"]: row for row in result["rows"]}
+    for row in result["rows"]:
+        assert row["ratio"] is None or math.isfinite(row["ratio"]), row
+    # What does not depend on the clock holds in the smallest size too.
+    assert by_case["bytes per step / bytes of its frame"]["is_met"]
+    assert by_case["cold / with the compilation cache"]["ratio"] == 3.0
+    for row in result["rows"]:
+        if row["row"] in ("recompilation", "knn_accuracy", "knn_memory"):
+            assert row["is_met"] is not False, row
+    assert "scaling" in (tmp_path / "benchmark.md").read_text()
+
+
+def test_without_pytorch_its_rows_say_so(monkeypatch):
+    monkeypatch.setattr(bench_parts.bench_encoders, "torch", None)
+    (row,) = bench_parts.encoder_rows(bench_loop.SMOKE)
+    assert row.is_met is None and "not installed" in row.note
+    rows = bench_parts.knn_rows(bench_loop.SMOKE)
+    compared = [row for row in rows if "PyTorch" in row.case]
+    assert compared and all(row.ratio is None for row in compared)
+    assert all("not installed" in row.note for row in compared)
+
+
+def test_unknown_rows_are_refused(tmp_path):
+    with (
+        flagsaver.flagsaver(rows=["speed"], workdir=str(tmp_path)),
+        pytest.raises(ValueError, match=r"acting, full.*got \['speed'\]"),
+    ):
+        benchmark.main(["benchmark"])
+
+
+def test_a_start_is_measured_in_a_process_of_its_own(monkeypatch):
+    seen = {}
+
+    def run(command, *, env, **_):
+        seen.update(command=command, env=env)
+        return types.SimpleNamespace(
+            stdout="x\nseconds to the first update: 12.500\n", stderr=""
+        )
+
+    monkeypatch.setattr(bench_startup.subprocess, "run", run)
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", "elsewhere")
+    assert bench_startup.measure("folder", [("num_envs", 4)], "cpu") == 12.5
+    assert "--compilation_cache=folder" in seen["command"]
+    assert "--num_envs=4" in seen["command"]
+    assert "JAX_COMPILATION_CACHE_DIR" not in seen["env"]
+
+    def fail(command, **_):
+        return types.SimpleNamespace(stdout="", stderr="no memory")
+
+    monkeypatch.setattr(bench_startup.subprocess, "run", fail)
+    with pytest.raises(RuntimeError, match="no memory"):
+        bench_startup.measure("folder", [], "cpu")
+
+
+@pytest.mark.parametrize(
+    "flag, variable, expected",
+    [
+        ("auto", None, "home"),
+        ("auto", "there", None),  # JAX reads the variable by itself.
+        ("mine", "there", "mine"),
+        ("", None, None),
+    ],
+)
+def test_compiled_programs_are_kept_where_the_flag_says(
+    monkeypatch, tmp_path, flag, variable, expected
+):
+    settings = {}
+    monkeypatch.setattr(common_flags.jax.config, "update", settings.__setitem__)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "home"))
+    if variable is None:
+        monkeypatch.delenv("JAX_COMPILATION_CACHE_DIR")
+    else:
+        monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", variable)
+    with flagsaver.flagsaver(compilation_cache=flag):
+        common_flags.use_compilation_cache()
+    folder = settings.get("jax_compilation_cache_dir")
+    if expected == "home":
+        assert folder.startswith(str(tmp_path / "home" / "aps_jax"))
+    else:
+        assert folder == expected
+
+
+def test_cpus_of_other_kinds_have_other_cache_folders(monkeypatch):
+    here = resources.cache_folder()
+    assert here == resources.cache_folder()
+    monkeypatch.setattr(resources, "_cpu_flags", lambda: "mmx")
+    assert resources.cache_folder() != here
+    assert resources.cache_folder().parent == here.parent
+
+
+def test_the_jitted_step_is_that_of_the_pool():
+    def make():
+        return envs.AtariPool("Pong", 2, seeds=[3, 4], num_threads=1, max_frames=80)
+
+    pool, twin = make(), make()
+    pool.reset()
+    twin.reset()
+    handle, step = twin.make_jitted_step()
+    step = jax.jit(step)
+    rng = np.random.default_rng(0)
+    is_first = []
+    for _ in range(45):  # Over two time limits, with the resets behind them.
+        actions = rng.integers(0, pool.num_actions, 2).astype(np.int32)
+        pool.send(actions)
+        expected = pool.recv()
+        handle, found = step(handle, actions)
+        jax.tree.map(np.testing.assert_array_equal, expected, jax.device_get(found))
+        is_first.append(expected.is_first)
+    assert 0 < np.sum(is_first) < 90
+    pool.close()
+    twin.close()
