@@ -12,6 +12,7 @@ import dataclasses
 import json
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from absl import app, flags, logging
 
@@ -100,6 +101,44 @@ def agent_config_from(settings: Sequence[str]) -> maze_agent.AgentConfig:
     return dataclasses.replace(default, **values)
 
 
+def open_workdir(workdir: str, description: dict[str, Any]) -> dict[str, Any] | None:
+    """Makes the folder, and returns the result of a run that was stopped in it, if any.
+
+    Raises:
+      OSError: if it cannot be made, read or written.
+      ValueError: if its `maze.json` is damaged, or of a run with another description.
+    """
+    os.makedirs(workdir, exist_ok=True)
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise PermissionError("the folder cannot be written.")
+    path = os.path.join(workdir, "maze.json")
+    if not os.path.exists(path):
+        return None
+    with open(path) as file:
+        earlier = json.load(file)
+    differing = [key for key in description if earlier.get(key) != description[key]]
+    if differing:
+        raise ValueError(
+            f"holds a run that differs in {', '.join(differing)}; give another folder."
+        )
+    return earlier
+
+
+def write(result: dict[str, Any], workdir: str) -> None:
+    """Writes the result, its table and its pictures."""
+    result["table"] = maze_grid.summarise(result)
+    # A run stopped while it writes must leave a whole file behind.
+    path = os.path.join(workdir, "maze.json")
+    with open(path + ".tmp", "w") as file:
+        json.dump(result, file)
+    os.replace(path + ".tmp", path)
+    with open(os.path.join(workdir, "table.md"), "w") as file:
+        file.write(maze_grid.format_table(result))
+    if _PICTURES.value:
+        maze_plots.draw_all(result, workdir)
+    logging.info("Wrote the results of %s", ", ".join(result["mazes"]))
+
+
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
@@ -109,22 +148,17 @@ def main(argv: Sequence[str]) -> None:
         raise app.UsageError(f"--set: {error}") from error
     test_config = maze_evaluation.TestConfig(num_rewards=_REWARDS.value)
     seeds = list(range(_FIRST_SEED.value, _FIRST_SEED.value + _NUM_SEEDS.value))
-    os.makedirs(_WORKDIR.value, exist_ok=True)
+    description = maze_grid.describe(_AGENTS.value, seeds, agent_config, test_config)
+    try:
+        earlier = open_workdir(_WORKDIR.value, description)
+    except (OSError, ValueError) as error:
+        raise app.UsageError(f"--workdir={_WORKDIR.value}: {error}") from error
 
-    grid = maze_grid.run_grid(
-        _MAZES.value, _AGENTS.value, seeds, agent_config, test_config
-    )
-    for result in grid:
-        result["table"] = maze_grid.summarise(result)
-        table = maze_grid.format_table(result)
-        with open(os.path.join(_WORKDIR.value, "maze.json"), "w") as file:
-            json.dump(result, file)
-        with open(os.path.join(_WORKDIR.value, "table.md"), "w") as file:
-            file.write(table)
-        if _PICTURES.value:
-            maze_plots.draw_all(result, _WORKDIR.value)
-        logging.info("Wrote the results of %s", ", ".join(result["mazes"]))
-    print(table)
+    for result in maze_grid.run_grid(
+        _MAZES.value, _AGENTS.value, seeds, agent_config, test_config, earlier
+    ):
+        write(result, _WORKDIR.value)
+    print(maze_grid.format_table(result))
 
 
 if __name__ == "__main__":

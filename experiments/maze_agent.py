@@ -16,9 +16,11 @@ an episode, `I` iterations, `K` tasks of one update.
 
 import dataclasses
 import enum
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -27,6 +29,7 @@ import optax
 from aps_jax import knn, losses, maze, networks, rewards, sphere
 from aps_jax.types import Params, PRNGKey
 
+_HEAD_SCALE = 0.01  # Of the first values in a table: no action is preferred by much.
 _FINAL_RATE = 0.02  # Learning rates fall by a cosine to this share of the first one.
 
 
@@ -50,27 +53,31 @@ class AgentConfig:
     entropy_weight: float = 1.0
     task_following: float = 1.0  # Weight of psi^T w in behaviour; 0 only explores.
     td_form: TDForm = TDForm.OFF_POLICY
-    feature_dim: int = 20
+    feature_dim: int = 40
     feature_hidden: int = 128
-    hidden: int = 128
+    num_heads: int = 32  # Tasks with a head of their own; 0: one network of any task.
+    hidden: int = 128  # Of that network.
     observation_scale: float = 3.0  # Of the one-hot observation, see docs/maze.md.
     unit_values: bool = True  # Cumulants times (1 - discount): psi stays near 1.
-    discount: float = 0.95
+    discount: float = 0.97
+    num_steps: int = 9  # Of a return, along greedy actions that the replay holds.
     episode_length: int = 40
     task_hold: int = 40  # Agent steps for which behaviour keeps a task.
-    num_envs: int = 8
-    num_iterations: int = 1000
-    num_updates: int = 4
-    num_tasks: int = 8
+    num_envs: int = 64
+    num_iterations: int = 150
+    num_updates: int = 1  # Of the successor features, an iteration.
+    num_feature_updates: int = 4  # Of the features, for each of those.
+    num_tasks: int = 8  # Of an update without heads; those learn all their tasks.
     epsilon: float = 0.2
-    learning_rate: float = 2e-3
+    head_rate: float = 0.5  # Share of its error that an update takes from a head.
+    learning_rate: float = 2e-3  # Of Adam, without heads.
     feature_learning_rate: float = 1e-3
     feature_decay: float = (
         0.98  # Per iteration, of the visits that features learn from.
     )
     replay_exponent: float = 0.0  # 0 weighs transitions equally, 1 by their visits.
     replay_decay: float = 1.0  # Per iteration, of the replay's counts.
-    target_period: int = 10  # Updates.
+    target_period: int = 1  # Updates.
     num_neighbors: int = 16
     num_particles: int = 256
     distance_decay: float = 0.99
@@ -85,7 +92,9 @@ class AgentConfig:
             "num_envs",
             "num_iterations",
             "num_updates",
+            "num_feature_updates",
             "num_tasks",
+            "num_steps",
             "target_period",
             "num_neighbors",
             "num_particles",
@@ -98,6 +107,13 @@ class AgentConfig:
                 f"task_hold must divide an episode of {self.episode_length} steps, got "
                 f"{self.task_hold}."
             )
+        if self.num_heads < 0:
+            raise ValueError(f"num_heads must be at least 0, got {self.num_heads}.")
+        if self.num_steps != 1 and not math.log2(self.num_steps - 1).is_integer():
+            raise ValueError(
+                f"num_steps must be 1, or 1 more than a power of 2, got "
+                f"{self.num_steps}."
+            )
         if self.num_neighbors > self.num_particles:
             raise ValueError(
                 f"num_neighbors must be at most the {self.num_particles} particles, "
@@ -109,7 +125,7 @@ class Networks(NamedTuple):
     """The library's two networks, with an encoder for one-hot cells."""
 
     features: networks.FeatureNetwork
-    successor: networks.SuccessorNetwork
+    successor: networks.SuccessorNetwork  # Used without heads.
 
 
 class Pretrained(NamedTuple):
@@ -117,6 +133,7 @@ class Pretrained(NamedTuple):
 
     feature_params: Params
     successor_params: Params
+    tasks: jax.Array  # [K, D], whose successor features were learnt, if by heads.
     visits: jax.Array  # [I, S] float32, how often each iteration reached each cell.
     td_loss: jax.Array  # [I], mean over the iteration's updates.
     feature_loss: jax.Array  # [I], mean over the iteration's updates.
@@ -153,7 +170,6 @@ class _Episodes(NamedTuple):
 
 def make_networks(config: AgentConfig) -> Networks:
     """Builds the two networks; they have no parameters of their own."""
-    has_exploration = config.td_form in (TDForm.SPLIT, TDForm.OFF_POLICY)
     return Networks(
         features=networks.FeatureNetwork(
             networks.MlpEncoder((config.feature_hidden,)), config.feature_dim
@@ -163,9 +179,14 @@ def make_networks(config: AgentConfig) -> Networks:
             num_actions=maze.NUM_ACTIONS,
             feature_dim=config.feature_dim,
             hidden=config.hidden,
-            exploration_head=has_exploration,
+            exploration_head=has_exploration(config),
         ),
     )
+
+
+def has_exploration(config: AgentConfig) -> bool:
+    """Returns whether the value of the entropy reward is an output of its own."""
+    return config.td_form in (TDForm.SPLIT, TDForm.OFF_POLICY)
 
 
 def observations(world: maze.Maze, config: AgentConfig) -> jax.Array:
@@ -181,17 +202,30 @@ def init_params(
     k_features, k_successor = jax.random.split(key)
     cells = observations(world, config)
     nets = make_networks(config)
-    tasks = jnp.zeros((cells.shape[0], 1, config.feature_dim))
-    return (
-        nets.features.init(k_features, cells),
-        nets.successor.init(k_successor, cells, tasks),
-    )
+    feature_params = nets.features.init(k_features, cells)
+    if not config.num_heads:
+        tasks = jnp.zeros((cells.shape[0], 1, config.feature_dim))
+        return feature_params, nets.successor.init(k_successor, cells, tasks)
+    shape = (cells.shape[0], config.num_heads, maze.NUM_ACTIONS)
+    k_psi, k_exploration = jax.random.split(k_successor)
+    exploration = None
+    if has_exploration(config):
+        exploration = _HEAD_SCALE * jax.random.normal(k_exploration, shape)
+    psi = _HEAD_SCALE * jax.random.normal(k_psi, (*shape, config.feature_dim))
+    return feature_params, networks.Successor(psi=psi, exploration=exploration)
 
 
 def successor_table(
     params: Params, world: maze.Maze, tasks: jax.Array, config: AgentConfig
 ) -> networks.Successor:
-    """Predicts psi `[S, K, A, D]` of every cell for tasks `[K, D]`."""
+    """Predicts psi `[S, K, A, D]` of every cell for tasks `[K, D]`.
+
+    With heads the tasks must be the pretrained ones, in their order: the parameters are
+    then the table itself.
+    """
+    if config.num_heads:
+        chex.assert_shape(tasks, (config.num_heads, config.feature_dim))
+        return params
     cells = observations(world, config)
     tasks = jnp.broadcast_to(tasks, (cells.shape[0], *tasks.shape))
     return make_networks(config).successor.apply(params, cells, tasks)
@@ -257,48 +291,136 @@ def descend(
     return optax.apply_updates(params, updates), opt_state
 
 
+class _Window(NamedTuple):
+    """What follows, up to the state from which values are bootstrapped."""
+
+    phi: jax.Array  # [D] float32, discounted sum of the features.
+    r_entropy: jax.Array  # [] float32, discounted sum of the entropy rewards.
+    discount: jax.Array  # [] float32, what stands before the bootstrapped values.
+    psi: jax.Array  # [1, D] float32, of the greedy action where the window ends.
+    exploration: jax.Array | None  # [1], the same.
+
+
+def _follow(
+    greedy: jax.Array,
+    predicted: networks.Successor,
+    phi: jax.Array,
+    r_entropy: jax.Array,
+    world: maze.Maze,
+    is_met: jax.Array,
+    num_steps: int,
+    discount: float,
+) -> _Window:
+    """Follows greedy actions `[S, K]` from every cell, for `num_steps` at most.
+
+    A window ends before the first transition that is not met in the replay.
+
+    Args:
+      greedy: `[S, K]` int, an action for each cell and task.
+      predicted: what is bootstrapped from, for `S` cells and `K` tasks.
+      phi: `[S, D]`, features of the cells.
+      r_entropy: `[S]`, entropy rewards of the cells.
+      world: the maze.
+      is_met: `[S, A]` bool, which transitions the replay holds.
+      num_steps: 0 or a power of 2.
+      discount: of one step.
+
+    Returns:
+      Windows, every field with `[S, K]` before its own shape.
+    """
+    num_cells, num_tasks = greedy.shape
+    columns = jnp.arange(num_tasks)
+
+    met = jnp.take_along_axis(is_met, greedy, axis=1)
+    here = jnp.broadcast_to(jnp.arange(num_cells)[:, None], greedy.shape)
+    cell, gamma = here, jnp.ones(greedy.shape)
+    phi_sum, r_sum = jnp.zeros((*greedy.shape, phi.shape[1])), jnp.zeros(greedy.shape)
+    if num_steps:
+        cell = jnp.where(
+            met, jnp.take_along_axis(world.next_cell, greedy, axis=1), here
+        )
+        gamma = jnp.where(met, jnp.float32(discount), 1.0)
+        phi_sum = jnp.where(met[..., None], phi[cell], 0.0)
+        r_sum = jnp.where(met, r_entropy[cell], 0.0)
+        for _ in range(num_steps.bit_length() - 1):  # Twice as many steps each time.
+            phi_sum += gamma[..., None] * phi_sum[cell, columns]
+            r_sum += gamma * r_sum[cell, columns]
+            gamma *= gamma[cell, columns]
+            cell = cell[cell, columns]
+
+    psi = jnp.take_along_axis(predicted.psi, greedy[..., None, None], axis=2)
+    exploration = predicted.exploration
+    if exploration is not None:
+        exploration = jnp.take_along_axis(exploration, greedy[..., None], axis=2)
+        exploration = exploration[cell, columns]
+    return _Window(
+        phi=phi_sum,
+        r_entropy=r_sum,
+        discount=gamma,
+        psi=psi[cell, columns],
+        exploration=exploration,
+    )
+
+
+def _prepend(
+    window: _Window, phi: jax.Array, r_entropy: jax.Array, discount: float
+) -> _Window:
+    """Puts a step with features `[D]` and entropy reward `[]` before a window."""
+    return window._replace(
+        phi=phi + discount * window.phi,
+        r_entropy=r_entropy + discount * window.r_entropy,
+        discount=discount * window.discount,
+    )
+
+
 def _td_error_square(
     psi_tm1: jax.Array,
     exploration_tm1: jax.Array | None,
-    a_tm1: jax.Array,
-    phi_t: jax.Array,
-    r_entropy_t: jax.Array,
-    psi_t: jax.Array,
-    exploration_t: jax.Array | None,
+    own: _Window,
+    behaviour: _Window,
     w: jax.Array,
     *,
     config: AgentConfig,
 ) -> jax.Array:
-    """Computes the squared TD error `[]` of one transition and task, in any form."""
-    c = config
-    discount_t = jnp.float32(c.discount)
-    # The greedy policy is the same in any unit, but psi of a unit size is much easier
-    # to learn than one of size 1 / (1 - discount).
-    unit = 1.0 - discount_t if c.unit_values else jnp.float32(1.0)
-    phi_t, r_entropy_t = unit * phi_t, unit * r_entropy_t
+    """Computes the squared TD error `[]` of one action and task, in any form.
 
+    The greedy action is already chosen where the window ends, so that the library's
+    errors are given the values of one action only.
+
+    Args:
+      psi_tm1: `[1, D]`, successor features of the action.
+      exploration_tm1: `[1]`, its exploration value; None in the forms without.
+      own: the return of the action if the task alone is obeyed.
+      behaviour: its return if behaviour, which also explores, goes on.
+      w: `[D]`, the task.
+      config: of the agent.
+    """
+    c, action = config, np.int32(0)
     if c.td_form is TDForm.SCALAR:
         r_t = rewards.intrinsic_reward(
-            rewards.skill_reward(phi_t, w),
-            r_entropy_t,
+            rewards.skill_reward(own.phi, w),
+            own.r_entropy,
             skill_weight=c.skill_weight,
             entropy_weight=c.entropy_weight,
         )
-        error = losses.scalar_td_error(psi_tm1, a_tm1, r_t, discount_t, psi_t, w)
-        return jnp.square(error)
+        return jnp.square(
+            losses.scalar_td_error(psi_tm1, action, r_t, own.discount, own.psi, w)
+        )
     if c.td_form is TDForm.VECTOR:
-        cumulant_t = c.skill_weight * phi_t + c.entropy_weight * r_entropy_t * w
-        error = losses.vector_td_error(psi_tm1, a_tm1, cumulant_t, discount_t, psi_t, w)
+        cumulant_t = c.skill_weight * own.phi + c.entropy_weight * own.r_entropy * w
+        error = losses.vector_td_error(
+            psi_tm1, action, cumulant_t, own.discount, own.psi, w
+        )
         return jnp.sum(jnp.square(error))
     split = losses.split_td_error(
         psi_tm1,
         exploration_tm1,
-        a_tm1,
-        phi_t,
-        r_entropy_t,
-        discount_t,
-        psi_t,
-        exploration_t,
+        action,
+        behaviour.phi,
+        behaviour.r_entropy,
+        behaviour.discount,
+        behaviour.psi,
+        behaviour.exploration,
         w,
         skill_weight=c.task_following * c.skill_weight,
         entropy_weight=c.entropy_weight,
@@ -307,7 +429,7 @@ def _td_error_square(
     if c.td_form is TDForm.OFF_POLICY:
         # Without the skill reward there is nothing for psi to learn.
         successor = losses.vector_td_error(
-            psi_tm1, a_tm1, c.skill_weight * phi_t, discount_t, psi_t, w
+            psi_tm1, action, c.skill_weight * own.phi, own.discount, own.psi, w
         )
     return jnp.sum(jnp.square(successor)) + jnp.square(split.exploration)
 
@@ -321,55 +443,90 @@ def make_pretrain(
     num_held = c.episode_length // c.task_hold
     total = c.num_iterations * c.num_updates
 
-    def optimiser(rate: float) -> optax.GradientTransformation:
-        return optax.adam(optax.cosine_decay_schedule(rate, total, _FINAL_RATE))
+    def optimiser(rate: float, repeats: int = 1) -> optax.GradientTransformation:
+        schedule = optax.cosine_decay_schedule(rate, repeats * total, _FINAL_RATE)
+        return optax.adam(schedule)
 
-    feature_optimiser = optimiser(c.feature_learning_rate)
+    feature_optimiser = optimiser(c.feature_learning_rate, c.num_feature_updates)
     successor_optimiser = optimiser(c.learning_rate)
+    if c.num_heads:
+        successor_optimiser = optax.sgd(c.head_rate)
 
-    def td_loss(params, target_params, world, tasks, phi, r_entropy, weight):
+    def action_values(predicted, tasks):
+        """Values actions `[S, K, A]` by the task alone, and as behaviour does."""
+        own = jax.vmap(jax.vmap(losses.q_values), (0, None))(predicted.psi, tasks)
+        if predicted.exploration is None:
+            return own, own
+        return own, rewards.intrinsic_reward(
+            own,
+            predicted.exploration,
+            skill_weight=c.task_following * c.skill_weight,
+            entropy_weight=c.entropy_weight,
+        )
+
+    def returns(target_params, world, tasks, phi, r_entropy, is_met):
+        """Computes what follows each action, `_Window`s of `[S, A, K]`, both ways."""
+        # The greedy policy is the same in any unit, but psi of a unit size is much
+        # easier to learn than one of size 1 / (1 - discount).
+        gamma = jnp.float32(c.discount)
+        unit = 1.0 - gamma if c.unit_values else jnp.float32(1.0)
+        phi, r_entropy = unit * phi, unit * r_entropy
+        predicted = successor_table(target_params, world, tasks, c)
+
+        def follow(values):
+            window = _follow(
+                jnp.argmax(values, axis=-1),
+                predicted,
+                phi,
+                r_entropy,
+                world,
+                is_met,
+                c.num_steps - 1,
+                gamma,
+            )
+            prepend = jax.vmap(
+                jax.vmap(_prepend, (0, None, None, None)), (0, 0, 0, None)
+            )
+            window = prepend(window, phi, r_entropy, gamma)
+            return jax.tree.map(lambda leaf: leaf[world.next_cell], window)
+
+        return [follow(values) for values in action_values(predicted, tasks)]
+
+    def step_unit(weight):
+        """Scales the loss so that a step of rate 1 sets a table to its targets."""
+        if not c.num_heads:
+            return jnp.float32(1)
+        return jnp.sum(weight) * c.num_heads
+
+    def td_loss(params, world, tasks, own, behaviour, weight):
         """Averages over transitions, as `weight` [S, A] says, and over the tasks."""
-        before = successor_table(params, world, tasks, c)
-        after = successor_table(target_params, world, tasks, c)
+        predicted = successor_table(params, world, tasks, c)
+        psi = predicted.psi.swapaxes(1, 2)[..., None, :]  # [S, A, K, 1, D]
+        exploration = predicted.exploration
+        if exploration is not None:
+            exploration = exploration.swapaxes(1, 2)[..., None]
 
         def square(*arguments):
             return _td_error_square(*arguments, config=c)
 
-        over_tasks = jax.vmap(square, (0, 0, None, None, None, 0, 0, 0))
-        over_cells = jax.vmap(over_tasks, (0, 0, None, 0, 0, 0, 0, None))
-        total = jnp.float32(0)
-        for action in range(num_actions):  # Indexing by a constant has a fast gradient.
-            reached = world.next_cell[:, action]
-            exploration = after.exploration
-            squares = over_cells(
-                before.psi,
-                before.exploration,
-                np.int32(action),
-                phi[reached],
-                r_entropy[reached],
-                after.psi[reached],
-                None if exploration is None else exploration[reached],
-                tasks,
-            )
-            total += jnp.sum(weight[:, action] * jnp.mean(squares, axis=1))
-        return 0.5 * total
+        for axis in (0, None, None):  # Tasks, then actions, then cells.
+            square = jax.vmap(square, (0, 0, 0, 0, axis))
+        squares = square(psi, exploration, own, behaviour, tasks)
+        loss = 0.5 * jnp.sum(weight * jnp.mean(squares, axis=2)) / jnp.sum(weight)
+        return loss * step_unit(weight), loss
 
     def feature_loss(params, world, mean_task, weight):
         phi = feature_table(params, world, c).phi
         return jnp.sum(weight * jax.vmap(losses.feature_loss)(phi, mean_task))
 
-    def play(key, world, params, tasks):
-        """Plays one episode per environment under tasks [E, num_held, D]."""
-        tasks = tasks.reshape(-1, dim)
-        predicted = successor_table(params, world, tasks, c)
-        q = jax.vmap(jax.vmap(losses.q_values), (0, None))(predicted.psi, tasks)
-        if predicted.exploration is not None:
-            q = rewards.intrinsic_reward(
-                q,
-                predicted.exploration,
-                skill_weight=c.task_following * c.skill_weight,
-                entropy_weight=c.entropy_weight,
-            )
+    def play(key, world, params, tasks, chosen):
+        """Plays one episode per environment under the chosen tasks [E, num_held]."""
+        if c.num_heads:
+            _, q = action_values(successor_table(params, world, tasks, c), tasks)
+            q = q[:, chosen.reshape(-1)]
+        else:
+            tasks = tasks[chosen.reshape(-1)]
+            _, q = action_values(successor_table(params, world, tasks, c), tasks)
         greedy = jnp.argmax(q, axis=-1).astype(jnp.int32)
         greedy = greedy.reshape(-1, c.num_envs, num_held)
         return _play(key, world, greedy, c.epsilon, c.episode_length)
@@ -406,14 +563,13 @@ def make_pretrain(
             is_met, jnp.where(is_met, memory.replay, 1.0) ** c.replay_exponent, 0.0
         )
         phi = feature_table(learner.feature_params, world, c).phi
-        td, grads = jax.value_and_grad(td_loss)(
-            learner.successor_params,
-            learner.target_params,
-            world,
-            tasks,
-            phi,
-            r_entropy,
-            weight / jnp.sum(weight),
+        # One and the same table, if the target is never old.
+        targets = learner.target_params
+        if c.target_period == 1:
+            targets = learner.successor_params
+        windows = returns(targets, world, tasks, phi, r_entropy, is_met)
+        (_, td), grads = jax.value_and_grad(td_loss, has_aux=True)(
+            learner.successor_params, world, tasks, *windows, weight
         )
         successor_params, successor_opt = descend(
             successor_optimiser, grads, learner.successor_opt, learner.successor_params
@@ -423,11 +579,18 @@ def make_pretrain(
         count = memory.task_count
         mean_task = memory.task_sum / jnp.maximum(count, 1e-6)[:, None]
         is_recent = (count > 1e-3).astype(jnp.float32)
-        error, grads = jax.value_and_grad(feature_loss)(
-            learner.feature_params, world, mean_task, is_recent / jnp.sum(is_recent)
-        )
-        feature_params, feature_opt = descend(
-            feature_optimiser, grads, learner.feature_opt, learner.feature_params
+
+        def update_features(carry, _):
+            error, grads = jax.value_and_grad(feature_loss)(
+                carry[0], world, mean_task, is_recent / jnp.sum(is_recent)
+            )
+            return descend(feature_optimiser, grads, carry[1], carry[0]), error
+
+        (feature_params, feature_opt), errors = jax.lax.scan(
+            update_features,
+            (learner.feature_params, learner.feature_opt),
+            None,
+            length=c.num_feature_updates,
         )
 
         num_updates = learner.num_updates + 1
@@ -445,29 +608,45 @@ def make_pretrain(
             successor_opt=successor_opt,
             num_updates=num_updates,
         )
-        return learner, (td, error)
+        return learner, (td, jnp.mean(errors))
 
-    def iteration(carry, key, *, world):
+    def iteration(carry, key, *, world, codebook):
         learner, memory = carry
         k_behaviour, k_play, k_particles, k_updates = jax.random.split(key, 4)
-        behaviour = sphere.sample_uniform(k_behaviour, (c.num_envs, num_held), dim)
-        episodes = play(k_play, world, learner.successor_params, behaviour)
+        num_played = c.num_envs * num_held
+        played, chosen = codebook, jnp.arange(num_played)
+        if c.num_heads:  # Each task once before any comes twice.
+            order = jax.random.permutation(k_behaviour, c.num_heads)
+            chosen = order[chosen % c.num_heads]
+        else:
+            played = sphere.sample_uniform(k_behaviour, (num_played,), dim)
+        chosen = chosen.reshape(c.num_envs, num_held)
+        behaviour = played[chosen]
+        episodes = play(k_play, world, learner.successor_params, played, chosen)
         visits, memory = remember(memory, episodes, behaviour)
         h = feature_table(learner.feature_params, world, c).h
         r_entropy, memory = value_entropy(k_particles, h, memory, episodes.next_cell)
-        tasks = sphere.sample_uniform(k_updates, (c.num_updates, c.num_tasks), dim)
+        drawn = None
+        if not c.num_heads:
+            drawn = sphere.sample_uniform(k_updates, (c.num_updates, c.num_tasks), dim)
         learner, (td, error) = jax.lax.scan(
             lambda learner, tasks: update(
-                learner, tasks, world=world, r_entropy=r_entropy, memory=memory
+                learner,
+                codebook if tasks is None else tasks,
+                world=world,
+                r_entropy=r_entropy,
+                memory=memory,
             ),
             learner,
-            tasks,
+            drawn,
+            length=c.num_updates,
         )
         return (learner, memory), (visits, jnp.mean(td), jnp.mean(error))
 
     def pretrain(key: PRNGKey, world: maze.Maze) -> Pretrained:
         num_cells = world.is_free.shape[0]
-        k_init, k_iterations = jax.random.split(key)
+        k_init, k_iterations, k_tasks = jax.random.split(key, 3)
+        codebook = sphere.sample_uniform(k_tasks, (c.num_heads,), dim)
         feature_params, successor_params = init_params(k_init, world, c)
         learner = _Learner(
             feature_params=feature_params,
@@ -485,13 +664,14 @@ def make_pretrain(
             scale=rewards.init_distance_scale(),
         )
         (learner, _), (visits, td, error) = jax.lax.scan(
-            lambda carry, key: iteration(carry, key, world=world),
+            lambda carry, key: iteration(carry, key, world=world, codebook=codebook),
             (learner, memory),
             jax.random.split(k_iterations, c.num_iterations),
         )
         return Pretrained(
             feature_params=learner.feature_params,
             successor_params=learner.successor_params,
+            tasks=codebook,
             visits=visits,
             td_loss=td,
             feature_loss=error,

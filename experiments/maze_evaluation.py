@@ -32,9 +32,9 @@ class TestConfig:
     intercept: bool = True
     ridge: float = 1e-3
     few_shot_rewards: int = 4
-    few_shot_episodes: int = 20
-    few_shot_inference_episodes: int = 3
-    few_shot_updates: int = 20
+    few_shot_episodes: int = 30
+    few_shot_inference_episodes: int = 10
+    few_shot_updates: int = 10
     few_shot_learning_rate: float = 3e-4
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class TestConfig:
 class ZeroShot(NamedTuple):
     """Scores of acting on the inferred task without learning, means over rewards."""
 
-    alone: jax.Array  # [N + 1] greedy in psi(s, a, w)^T w; last: all cells rewarded.
+    alone: jax.Array  # [N + 1] by one policy's psi^T w; last: all cells rewarded.
     improved: jax.Array  # [N + 1] with generalised policy improvement.
     bound: jax.Array  # [N + 1] acting optimally on the inferred reward.
     fallbacks: jax.Array  # [N + 1] share of rewards for which no task was inferred.
@@ -125,15 +125,28 @@ def zero_shot(
     recent = jnp.sum(result.visits[-num_recent:], axis=0)
     most = max(config.sample_sizes)
 
-    def evaluate(w: jax.Array, key: jax.Array, reward: jax.Array):
+    if agent_config.num_heads:
+        heads = maze_agent.successor_table(
+            result.successor_params, world, result.tasks, agent_config
+        ).psi
+
+    def policies(key: jax.Array, w: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Returns psi `[S, A, D]` of one policy for w, and `[S, K, A, D]` of many."""
+        if agent_config.num_heads:  # The policy of the nearest task that has a head.
+            nearest = jnp.argmax(jnp.sum(result.tasks * w[None, :], axis=1))
+            return heads[:, nearest], heads
         candidates = tasks.candidate_tasks(
             key, w, num=config.num_candidates, kappa=config.kappa
         )
         psi = maze_agent.successor_table(
             result.successor_params, world, candidates, agent_config
         ).psi
-        alone = jax.vmap(losses.q_values, (0, None))(psi[:, 0], w)
-        improved = jax.vmap(tasks.gpi_action_values, (0, None))(psi, w)
+        return psi[:, 0], psi
+
+    def evaluate(w: jax.Array, key: jax.Array, reward: jax.Array):
+        one, many = policies(key, w)
+        alone = jax.vmap(losses.q_values, (0, None))(one, w)
+        improved = jax.vmap(tasks.gpi_action_values, (0, None))(many, w)
         inferred = jnp.sum(phi * w[None, :], axis=1)
         planned = maze.optimal_action_values(world, inferred, horizon=horizon)
         return (
@@ -147,12 +160,17 @@ def zero_shot(
         k_reward, k_cells, k_task, k_candidates = jax.random.split(key, 4)
         reward = maze.sample_reward(k_reward, world, boxes)
         cells = jax.random.categorical(k_cells, jnp.log(recent), shape=(most,))
-        inferred = [
-            _infer(phi[cells], reward[cells], jnp.arange(most) < size, k_task, config)
-            for size in config.sample_sizes
-        ]
-        inferred.append(_infer(phi, reward, world.is_free, k_task, config))
-        inferred = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inferred)
+        # All regressions at once: the eigenvalue solvers of several, run side by side,
+        # can wait for one another's threads for ever (JAX 0.10 on a CPU of two cores).
+        seen = jnp.concatenate([cells, jnp.arange(phi.shape[0])])
+        drawn = [jnp.arange(most) < size for size in config.sample_sizes]
+        drawn.append(jnp.zeros(most, bool))
+        free = [jnp.zeros_like(world.is_free)] * len(config.sample_sizes)
+        free.append(world.is_free)
+        masks = jnp.concatenate([jnp.stack(drawn), jnp.stack(free)], axis=1)
+        inferred = jax.vmap(
+            lambda mask: _infer(phi[seen], reward[seen], mask, k_task, config)
+        )(masks)
         alone, improved, bound, policies = jax.lax.map(
             lambda w: evaluate(w, k_candidates, reward), inferred.task
         )
@@ -240,7 +258,9 @@ def few_shot(
     The first episodes follow random tasks; then the task is inferred from all
     transitions met so far, and is kept. From then on `psi^T w` learns the game reward by
     Q-learning with frozen features, on every distinct transition met, while acting
-    epsilon-greedily. Called with fresh parameters this is the from-scratch arm.
+    epsilon-greedily. With heads one table learns, which starts from psi of the policy
+    that values an action most, as generalised policy improvement has it. Called with
+    fresh parameters this is the from-scratch arm.
 
     Args:
       key: is consumed.
@@ -261,10 +281,22 @@ def few_shot(
     gamma = jnp.float32(agent_config.discount)
     unit = 1.0 - gamma if agent_config.unit_values else jnp.float32(1.0)
     optimiser = optax.adam(config.few_shot_learning_rate)
+    if agent_config.num_heads:
+        optimiser = optax.sgd(agent_config.head_rate)
 
-    def psi_of(params: Params, w: jax.Array) -> jax.Array:
+    def begin(w: jax.Array) -> Params:
+        """Returns what learning for w starts from."""
+        if not agent_config.num_heads:
+            return successor_params
+        psi = successor_params.psi  # [S, K, A, D]
+        best = jnp.argmax(jnp.sum(psi * w[None, None, None], axis=-1), axis=1)
+        return jnp.take_along_axis(psi, best[:, None, :, None], axis=1)[:, 0]
+
+    def psi_of(params: Params, w: jax.Array) -> jax.Array:  # [S, A, D]
+        if agent_config.num_heads:
+            return params
         table = maze_agent.successor_table(params, world, w[None], agent_config)
-        return table.psi[:, 0]  # [S, A, D]
+        return table.psi[:, 0]
 
     def values(params: Params, w: jax.Array) -> jax.Array:
         return jax.vmap(losses.q_values, (0, None))(psi_of(params, w), w)
@@ -299,6 +331,8 @@ def few_shot(
                 w,
             )
             total += jnp.sum(jnp.square(errors) * met[:, action])
+        if agent_config.num_heads:  # Every entry of the table is a loss of its own.
+            return 0.5 * total
         return 0.5 * total / jnp.maximum(jnp.sum(met), 1)
 
     def one_reward(key: jax.Array) -> jax.Array:
@@ -323,6 +357,11 @@ def few_shot(
             is_random = index + 1 < config.few_shot_inference_episodes
             w = jnp.where(is_last, inferred.task, w)
             w = jnp.where(is_random, sphere.sample_uniform(k_fallback, (), dim), w)
+            params, target_params = jax.tree.map(
+                lambda new, old: jnp.where(is_random | is_last, new, old),
+                (begin(w), begin(w)),
+                (params, target_params),
+            )
             # In the units of psi^T w, which pretraining learnt for a unit task.
             unit_reward = (reward - inferred.intercept) / inferred.scale
             weight = met.astype(jnp.float32)
@@ -333,6 +372,8 @@ def few_shot(
                 params, opt_state = maze_agent.descend(
                     optimiser, grads, opt_state, params
                 )
+                if agent_config.target_period == 1:
+                    target_params = params
                 return (params, target_params, opt_state), None
 
             (learnt, _, learnt_opt), _ = jax.lax.scan(
@@ -346,19 +387,14 @@ def few_shot(
                 (learnt, learnt_opt),
                 (params, opt_state),
             )
-            # The target network is renewed once an episode.
+            # A target network is renewed once an episode, if not every update.
             return (params, params, opt_state, met, w), score(params, w)
 
         w = sphere.sample_uniform(k_task, (), dim)
         met = jnp.zeros((num_cells, num_actions), bool)
-        carry = (
-            successor_params,
-            successor_params,
-            optimiser.init(successor_params),
-            met,
-            w,
-        )
-        first = score(successor_params, w)
+        params = begin(w)
+        carry = (params, params, optimiser.init(params), met, w)
+        first = score(params, w)
         num = config.few_shot_episodes
         _, scores = jax.lax.scan(
             episode, carry, (jnp.arange(num), jax.random.split(k_episodes, num))

@@ -21,6 +21,7 @@ from experiments import maze_agent, maze_evaluation
 # Weights of the skill and of the entropy reward: the only difference between agents.
 AGENT_WEIGHTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 RANDOM = "random"
+_SEEDS_AT_ONCE = 2
 _COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
 
 
@@ -30,11 +31,12 @@ def run_grid(
     seeds: Sequence[int],
     agent_config: maze_agent.AgentConfig,
     test_config: maze_evaluation.TestConfig,
+    earlier: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Pretrains and tests every agent in every maze, all seeds at once.
 
     Yields the result so far after each maze, so that a long grid can be looked at, and
-    stopped, at any time.
+    stopped, at any time. It goes on after the last whole maze.
 
     Args:
       mazes: names in `maze.MAPS`.
@@ -43,47 +45,65 @@ def run_grid(
         same for all agents.
       agent_config: shared by all agents, but for the two reward weights.
       test_config: what is asked of them.
+      earlier: what a stopped run of the same settings yielded last; its mazes are not
+        run again.
 
     Yields:
       The contents of `maze.json`, without its table.
     """
+    description = describe(agents, seeds, agent_config, test_config)
+    if earlier is None:
+        earlier = {"mazes": {}, "runs": [], "wall_seconds": 0.0, "cpu_seconds": 0.0}
+    runs, by_maze = list(earlier["runs"]), dict(earlier["mazes"])
+    mazes = [name for name in mazes if name not in by_maze]
+    if not mazes:
+        yield earlier
+        return
+
     boxes = jnp.asarray(maze.box_masks(10, 10))
     horizon = agent_config.episode_length
     # The default generator, unrolled wherever it is used, would double the compile time.
     keys = jnp.stack([jax.random.key(seed, impl="rbg") for seed in seeds])
     over_seeds = functools.partial(jax.vmap, in_axes=(0, None, None))
 
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None, None, None))
-    def run(key, world, skill_weight, entropy_weight):
+    def run_one(key, world, skill_weight, entropy_weight):
         config = dataclasses.replace(
             agent_config, skill_weight=skill_weight, entropy_weight=entropy_weight
         )
-        k_pretrain, k_test, k_few, _ = jax.random.split(key, 4)
+        k_pretrain, k_test, _, _ = jax.random.split(key, 4)
         result = maze_agent.make_pretrain(config)(k_pretrain, world)
         scores, example = maze_evaluation.zero_shot(
             k_test, world, boxes, result, config, test_config
         )
-        few = maze_evaluation.few_shot(
+        return result, scores, example
+
+    @jax.jit
+    def run(keys, world, *weights):
+        # Few seeds at a time: the tables of all of them would not fit into a cache.
+        return jax.lax.map(
+            lambda key: run_one(key, world, *weights), keys, batch_size=_SEEDS_AT_ONCE
+        )
+
+    # Apart from the zero-shot test, for the reason given there.
+    @jax.jit
+    @functools.partial(jax.vmap, in_axes=(0, None, 0, 0))
+    def fine_tune(key, world, feature_params, successor_params):
+        _, _, k_few, _ = jax.random.split(key, 4)
+        return maze_evaluation.few_shot(
             k_few,
             world,
             boxes,
-            result.feature_params,
-            result.successor_params,
-            config,
+            feature_params,
+            successor_params,
+            agent_config,
             test_config,
         )
-        return result.visits, scores, example, few
 
     @jax.jit
     @over_seeds
-    def scratch(key, world, _):
-        # The scratch arm meets the rewards of the others: they share the key.
-        _, _, k_few, k_init = jax.random.split(key, 4)
-        params = maze_agent.init_params(k_init, world, agent_config)
-        return maze_evaluation.few_shot(
-            k_few, world, boxes, *params, agent_config, test_config
-        )
+    def fresh(key, world, _):
+        _, _, _, k_init = jax.random.split(key, 4)
+        return maze_agent.init_params(k_init, world, agent_config)
 
     @jax.jit
     @over_seeds
@@ -107,9 +127,8 @@ def run_grid(
         k_pretrain, _, _, _ = jax.random.split(key, 4)
         return maze_agent.random_visits(k_pretrain, world, agent_config)
 
-    started = time.time()
-    runs, by_maze = [], {}
-    total = len(mazes) * len(agents)
+    started, cpu_started = time.time(), time.process_time()
+    done, total = 0, len(mazes) * len(agents)
     for name in mazes:
         world = maze.parse_maze(maze.MAPS[name])
         features_best, discounted = jax.device_get(bounds(keys, world, 0))
@@ -117,7 +136,10 @@ def run_grid(
             "map": list(maze.MAPS[name]),
             "feature_bound": _rounded(features_best),
             "discount_bound": _rounded(discounted),
-            "few_shot_scratch": _rounded(jax.device_get(scratch(keys, world, 0))),
+            # The scratch arm meets the rewards of the others: they share the key.
+            "few_shot_scratch": _rounded(
+                jax.device_get(fine_tune(keys, world, *fresh(keys, world, 0)))
+            ),
         }
         for agent in agents:
             if agent == RANDOM:
@@ -125,8 +147,20 @@ def run_grid(
                 results = [{} for _ in seeds]
             else:
                 weights = [jnp.float32(w) for w in AGENT_WEIGHTS[agent]]
-                outputs = jax.device_get(run(keys, world, *weights))
-                visits, scores, examples, few = outputs
+                pretrained, scores, examples = jax.block_until_ready(
+                    run(keys, world, *weights)
+                )
+                visits, scores, examples = jax.device_get(
+                    (pretrained.visits, scores, examples)
+                )
+                few = jax.device_get(
+                    fine_tune(
+                        keys,
+                        world,
+                        pretrained.feature_params,
+                        pretrained.successor_params,
+                    )
+                )
                 results = [
                     {
                         "zero_shot": _per_seed(scores, index),
@@ -140,7 +174,7 @@ def run_grid(
                 runs.append(
                     {"maze": name, "agent": agent, "seed": seed, **coverage, **result}
                 )
-            done = len(runs) // len(seeds)
+            done += 1
             elapsed = time.time() - started
             logging.info(
                 "%d of %d: %s in %s, %d seeds, %.0f s so far, about %.0f s to go",
@@ -153,21 +187,39 @@ def run_grid(
                 elapsed / done * (total - done),
             )
         yield {
-            "schema": 1,
-            "agent_config": {
-                key: value.value if isinstance(value, maze_agent.TDForm) else value
-                for key, value in dataclasses.asdict(agent_config).items()
-                if key not in ("skill_weight", "entropy_weight")
-            },
-            "agent_weights": {a: AGENT_WEIGHTS[a] for a in agents if a != RANDOM},
-            "test_config": dataclasses.asdict(test_config),
-            "seeds": list(seeds),
-            "agents": list(agents),
-            "sample_sizes": [*test_config.sample_sizes, "all"],
+            **description,
             "mazes": dict(by_maze),
             "runs": list(runs),
-            "wall_seconds": round(time.time() - started, 1),
+            "wall_seconds": round(earlier["wall_seconds"] + time.time() - started, 1),
+            "cpu_seconds": round(
+                earlier["cpu_seconds"] + time.process_time() - cpu_started, 1
+            ),
         }
+
+
+def describe(
+    agents: Sequence[str],
+    seeds: Sequence[int],
+    agent_config: maze_agent.AgentConfig,
+    test_config: maze_evaluation.TestConfig,
+) -> dict[str, Any]:
+    """Returns what `maze.json` says of a grid's settings, as JSON reads them."""
+    agent_fields = {
+        key: value.value if isinstance(value, maze_agent.TDForm) else value
+        for key, value in dataclasses.asdict(agent_config).items()
+        if key not in ("skill_weight", "entropy_weight")
+    }
+    test_fields = dataclasses.asdict(test_config)
+    test_fields["sample_sizes"] = list(test_config.sample_sizes)
+    return {
+        "schema": 2,
+        "agent_config": agent_fields,
+        "agent_weights": {a: list(AGENT_WEIGHTS[a]) for a in agents if a != RANDOM},
+        "test_config": test_fields,
+        "seeds": list(seeds),
+        "agents": list(agents),
+        "sample_sizes": [*test_config.sample_sizes, "all"],
+    }
 
 
 def _rounded(array: np.ndarray) -> Any:

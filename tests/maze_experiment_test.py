@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aps_jax import maze
+from aps_jax import maze, networks
 from experiments import maze_agent, maze_evaluation, maze_grid
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -20,65 +20,120 @@ ROOT = pathlib.Path(__file__).parents[1]
 CORRIDOR = ("S....",)
 
 
-def fixed_successor(dim=3):
-    """Successor features, exploration values and features of one transition."""
-    rng = np.random.default_rng(0)
+def random_window(rng, dim):
+    """What follows an action, with numbers that mean nothing."""
 
     def draw(*shape):
         return rng.normal(size=shape).astype(np.float32)
 
-    w = draw(dim)
-    return {
-        "psi_tm1": draw(4, dim),
-        "exploration_tm1": draw(4),
-        "a_tm1": jnp.int32(2),
-        "phi_t": draw(dim),
-        "r_entropy_t": draw(),
-        "psi_t": draw(4, dim),
-        "exploration_t": draw(4),
-        "w": w / np.linalg.norm(w),
-    }
+    return maze_agent._Window(
+        phi=draw(dim),
+        r_entropy=draw(),
+        discount=np.float32(rng.uniform()),
+        psi=draw(1, dim),
+        exploration=draw(1),
+    )
 
 
-def td_square(t, **fields):
-    config = maze_agent.AgentConfig(**fields)
-    return maze_agent._td_error_square(*t.values(), config=config)
+def test_td_forms_match_their_equations():
+    rng = np.random.default_rng(0)
+    own, behaviour = random_window(rng, 3), random_window(rng, 3)
+    psi_tm1, exploration_tm1 = np.float32(rng.normal(size=(1, 3))), np.ones(1)
+    w = np.float32([0.6, 0.0, 0.8])
+    fields = {"skill_weight": 0.7, "entropy_weight": 0.4}
 
-
-def reference_errors(t, unit, discount, behaviour, skill_weight=1.0):
-    """The vector and exploration errors, the target's action maximising behaviour."""
-    action = int(np.argmax(behaviour))
-    successor = unit * skill_weight * t["phi_t"] + discount * t["psi_t"][action]
-    exploration = unit * t["r_entropy_t"] + discount * t["exploration_t"][action]
-    return successor - t["psi_tm1"][2], exploration - t["exploration_tm1"][2]
-
-
-@pytest.mark.parametrize("unit_values", [False, True])
-def test_td_forms_match_their_equations(unit_values):
-    t = fixed_successor()
-    discount = 0.9
-    unit = 0.1 if unit_values else 1.0
-    q = t["psi_t"] @ t["w"]
-    fields = {
-        "skill_weight": 0.7,
-        "entropy_weight": 0.4,
-        "discount": discount,
-        "unit_values": unit_values,
-    }
-    own, _ = reference_errors(t, unit, discount, q, skill_weight=0.7)
-    entropy = unit * 0.4 * t["r_entropy_t"] * t["w"]
-    both = 0.7 * q + 0.4 * t["exploration_t"]
-    split, exploration = reference_errors(t, unit, discount, both)
+    task = 0.7 * own.phi + own.discount * own.psi[0] - psi_tm1[0]
+    both = task + 0.4 * own.r_entropy * w
+    split = behaviour.phi + behaviour.discount * behaviour.psi[0] - psi_tm1[0]
+    exploration = behaviour.r_entropy + behaviour.discount * behaviour.exploration[0]
+    exploration = (exploration - exploration_tm1[0]) ** 2
     expected = {
-        maze_agent.TDForm.SCALAR: np.square((own + entropy) @ t["w"]),
-        maze_agent.TDForm.VECTOR: np.sum(np.square(own + entropy)),
-        maze_agent.TDForm.SPLIT: np.sum(np.square(split)) + exploration**2,
-        maze_agent.TDForm.OFF_POLICY: np.sum(np.square(own)) + exploration**2,
+        maze_agent.TDForm.SCALAR: (both @ w) ** 2,
+        maze_agent.TDForm.VECTOR: both @ both,
+        maze_agent.TDForm.SPLIT: split @ split + exploration,
+        maze_agent.TDForm.OFF_POLICY: task @ task + exploration,
     }
     for form, square in expected.items():
-        np.testing.assert_allclose(
-            td_square(t, td_form=form, **fields), square, rtol=1e-4, err_msg=form
+        config = maze_agent.AgentConfig(td_form=form, **fields)
+        found = maze_agent._td_error_square(
+            psi_tm1, np.float32(exploration_tm1), own, behaviour, w, config=config
         )
+        np.testing.assert_allclose(found, square, rtol=1e-4, err_msg=form)
+
+
+def walk(world, greedy, start, is_met, phi, r_entropy, num_steps, discount):
+    """Follows the greedy actions one by one; returns sums, discount and last cell."""
+    phi_sum, r_sum, factor, cell = 0.0, 0.0, 1.0, start
+    for _ in range(num_steps):
+        if not is_met[cell, greedy[cell]]:
+            break
+        cell = int(world.next_cell[cell, greedy[cell]])
+        phi_sum = phi_sum + factor * phi[cell]
+        r_sum = r_sum + factor * r_entropy[cell]
+        factor *= discount
+    return phi_sum, r_sum, factor, cell
+
+
+@pytest.mark.parametrize("num_steps", [0, 1, 2, 8])
+def test_windows_follow_greedy_actions_through_what_was_met(num_steps):
+    rng = np.random.default_rng(1)
+    world = maze.parse_maze(("S..", ".#.", "..."))
+    greedy = rng.integers(4, size=(9, 2))
+    phi = np.float32(rng.normal(size=(9, 3)))
+    r_entropy = np.float32(rng.normal(size=9))
+    is_met = rng.uniform(size=(9, 4)) < 0.8
+    predicted = networks.Successor(
+        psi=jnp.asarray(rng.normal(size=(9, 2, 4, 3)), jnp.float32),
+        exploration=jnp.asarray(rng.normal(size=(9, 2, 4)), jnp.float32),
+    )
+    window = maze_agent._follow(
+        jnp.asarray(greedy),
+        predicted,
+        phi,
+        r_entropy,
+        world,
+        jnp.asarray(is_met),
+        num_steps,
+        0.9,
+    )
+    for start, task in np.ndindex(9, 2):
+        actions = greedy[:, task]
+        phi_sum, r_sum, factor, cell = walk(
+            world, actions, start, is_met, phi, r_entropy, num_steps, 0.9
+        )
+        found = jax.tree.map(lambda leaf, at=(start, task): leaf[at], window)
+        np.testing.assert_allclose(found.phi, phi_sum + np.zeros(3), atol=1e-5)
+        np.testing.assert_allclose(found.r_entropy, r_sum, atol=1e-5)
+        np.testing.assert_allclose(found.discount, factor, rtol=1e-5)
+        last = predicted.psi[cell, task, actions[cell]]
+        np.testing.assert_array_equal(found.psi[0], last)
+        last = predicted.exploration[cell, task, actions[cell]]
+        assert found.exploration[0] == last
+
+
+def test_a_step_is_put_before_a_window():
+    window = random_window(np.random.default_rng(0), 2)
+    longer = maze_agent._prepend(window, jnp.array([1.0, 2.0]), jnp.float32(3.0), 0.5)
+    np.testing.assert_allclose(longer.phi, [1.0, 2.0] + 0.5 * window.phi, rtol=1e-6)
+    np.testing.assert_allclose(longer.r_entropy, 3.0 + 0.5 * window.r_entropy)
+    np.testing.assert_allclose(longer.discount, 0.5 * window.discount)
+
+
+def test_heads_learn_the_successor_features_of_their_tasks():
+    # In a corridor whose every move is soon met, the heads must come to value iteration.
+    world = maze.parse_maze(CORRIDOR)
+    config = maze_agent.AgentConfig(
+        feature_dim=2, num_heads=4, num_envs=4, num_iterations=300, epsilon=0.5
+    )
+    learnt = jax.jit(maze_agent.make_pretrain(config))(jax.random.key(0), world)
+    phi = maze_agent.feature_table(learnt.feature_params, world, config).phi
+    for index, w in enumerate(learnt.tasks):
+        exact = maze.optimal_action_values(
+            world, jnp.matmul(phi, w), horizon=400, discount=config.discount
+        )[-1]
+        psi = learnt.successor_params.psi[:, index]
+        values = jnp.sum(psi * w[None, None, :], axis=-1)
+        np.testing.assert_allclose(values, (1 - config.discount) * exact, atol=0.02)
 
 
 @pytest.mark.parametrize(
@@ -86,6 +141,8 @@ def test_td_forms_match_their_equations(unit_values):
     [
         ({"num_envs": 0}, "num_envs must be positive, got 0"),
         ({"task_hold": 7}, "divide an episode of 40 steps, got 7"),
+        ({"num_heads": -1}, "num_heads must be at least 0, got -1"),
+        ({"num_steps": 4}, "1 more than a power of 2, got 4"),
         ({"num_neighbors": 300}, "at most the 256 particles, got 300"),
     ],
 )
@@ -98,7 +155,7 @@ def test_bad_agent_configs_are_refused(fields, message):
     "fields, message",
     [
         ({"num_rewards": 0}, "num_rewards must be positive, got 0"),
-        ({"few_shot_episodes": 2}, "of 2 few-shot episodes 3"),
+        ({"few_shot_episodes": 2}, "of 2 few-shot episodes 10"),
     ],
 )
 def test_bad_test_configs_are_refused(fields, message):
@@ -129,7 +186,7 @@ def test_random_visits_count_every_step_once():
     world = maze.parse_maze(maze.MAPS["comb"])
     config = maze_agent.AgentConfig(num_iterations=3)
     visits = maze_agent.random_visits(jax.random.key(0), world, config)
-    np.testing.assert_array_equal(jnp.sum(visits, axis=1), 8 * 40)
+    np.testing.assert_array_equal(jnp.sum(visits, axis=1), 64 * 40)
     assert not np.any(np.asarray(visits)[:, ~np.asarray(world.is_free)])
 
 
@@ -218,6 +275,7 @@ def run_script(*arguments):
         (["--workdir=unused", "--set=gamma=1"], "no field 'gamma'"),
         (["--workdir=unused", "--set=num_envs=few"], "num_envs needs a whole number"),
         (["--workdir=unused", "--set=num_envs=0"], "num_envs must be positive, got 0"),
+        (["--workdir=README.md"], "--workdir=README.md: [Errno 17] File exists"),
         ([], "--workdir"),
     ],
 )
@@ -236,7 +294,7 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         # The sizes of the tutorial's command: what is compiled for one serves both.
         "--num_seeds=2",
         "--rewards=10",
-        "--set=num_iterations=250",
+        "--set=num_iterations=60",
     )
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "maze.json") as file:
@@ -245,7 +303,7 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     scores = [run["zero_shot"]["improved"][-1] for run in (trained, other)]
     assert np.mean(scores) > 0.4  # Random play scores 0.
     assert trained["cells_reached"][-1] >= random["cells_reached"][-1]
-    assert sum(trained["visits"]) == 250 * 8 * 40
+    assert sum(trained["visits"]) == 60 * 64 * 40
     assert {name for name in os.listdir(tmp_path) if name.endswith(".png")} == {
         "visits.png",
         "coverage.png",
@@ -257,4 +315,43 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     table = (tmp_path / "table.md").read_text()
     assert table.startswith("| agent | zero-shot |")
     assert table in finished.stdout
-    chex.assert_shape(np.array(trained["few_shot"]), (21,))
+    chex.assert_shape(np.array(trained["few_shot"]), (31,))
+
+    refused = run_script(f"--workdir={tmp_path}", "--mazes=open", "--agents=random")
+    assert refused.returncode == 1
+    assert "differs in agent_config, agent_weights, test_config, seeds, agents" in (
+        refused.stderr + refused.stdout
+    )
+
+
+def test_a_grid_goes_on_after_its_last_maze():
+    config = maze_agent.AgentConfig(feature_dim=2, num_heads=2, num_iterations=2)
+    test_config = maze_evaluation.TestConfig(
+        num_rewards=1, few_shot_rewards=1, few_shot_inference_episodes=1
+    )
+    settings = ["random"], [0], config, test_config
+    before = {"maze": "open", "agent": "random", "seed": 0}
+    earlier = {
+        "mazes": {"open": {"map": []}},
+        "runs": [before],
+        "wall_seconds": 5.0,
+        "cpu_seconds": 7.0,
+    }
+    (both,) = maze_grid.run_grid(["open", "comb"], *settings, earlier)
+    assert list(both["mazes"]) == ["open", "comb"]
+    assert both["runs"][0] == before
+    assert [run["maze"] for run in both["runs"]] == ["open", "comb"]
+    assert both["wall_seconds"] > 5.0
+    assert both["cpu_seconds"] > 7.0
+    (again,) = maze_grid.run_grid(["open"], *settings, both)
+    assert again == both
+
+
+def test_pages_show_the_table_of_the_results():
+    folder = ROOT / "results" / "maze"
+    with open(folder / "maze.json") as file:
+        result = json.load(file)
+    table = maze_grid.format_table({**result, "table": maze_grid.summarise(result)})
+    assert (folder / "table.md").read_text() == table
+    for page in ("README.md", "docs/maze.md"):
+        assert table in (ROOT / page).read_text()
