@@ -11,13 +11,17 @@ docs/tutorial.md for a walk through them.
 import dataclasses
 import json
 import os
+import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-from aps_jax import maze
+from aps_jax import interrupts, maze
 from experiments import maze_agent, maze_evaluation, maze_grid, maze_plots
+
+# A pretraining is one long computation that nothing can be saved of.
+_PATIENCE_SECONDS = 1.5
 
 _AGENT_NAMES = [*maze_grid.AGENT_WEIGHTS, maze_grid.RANDOM]
 
@@ -154,10 +158,17 @@ def main(argv: Sequence[str]) -> None:
     except (OSError, ValueError) as error:
         raise app.UsageError(f"--workdir={_WORKDIR.value}: {error}") from error
 
-    for result in maze_grid.run_grid(
-        _MAZES.value, _AGENTS.value, seeds, agent_config, test_config, earlier
-    ):
-        write(result, _WORKDIR.value)
+    with interrupts.StopRequests(patience_seconds=_PATIENCE_SECONDS) as stop:
+        logging.info("%d mazes, stopped and continued between two.", len(_MAZES.value))
+        try:
+            for result in maze_grid.run_grid(
+                _MAZES.value, _AGENTS.value, seeds, agent_config, test_config, earlier
+            ):
+                write(result, _WORKDIR.value)
+                stop.check()
+        except interrupts.Interrupted as error:
+            print(error, file=sys.stderr)
+            sys.exit(interrupts.EXIT_CODE)
     print(maze_grid.format_table(result))
 
 

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import signal
 import subprocess
 import sys
 
@@ -322,6 +323,21 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     assert "differs in agent_config, agent_weights, test_config, seeds, agents" in (
         refused.stderr + refused.stdout
     )
+
+
+def test_a_stop_ends_with_the_code_that_asks_to_be_run_again(tmp_path):
+    command = [sys.executable, "-m", "experiments.maze", f"--workdir={tmp_path}"]
+    with subprocess.Popen(
+        [*command, "--set=num_iterations=1000000"],
+        cwd=ROOT,
+        stderr=subprocess.PIPE,
+        text=True,
+    ) as process:
+        assert any("stopped and continued" in line for line in process.stderr)
+        process.send_signal(signal.SIGTERM)
+        said = process.stderr.read()
+    assert process.returncode == 75
+    assert "SIGTERM noticed" in said and "the same command continues" in said
 
 
 def test_a_grid_goes_on_after_its_last_maze():
