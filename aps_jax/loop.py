@@ -522,22 +522,23 @@ def names_of(group: Sequence[metrics.Metric]) -> list[str]:
 _CALIBRATION_STATES = 1024
 
 
-def calibrate(
-    config: config_lib.Config,
-    agent: agent_lib.Agent,
-    ring: replay.Replay,
-    session: Session,
-) -> None:
-    """Measures the features' moments over the replay, for good: learning has ended.
+def make_calibrate(
+    config: config_lib.Config, agent: agent_lib.Agent, ring: replay.Replay
+) -> Callable[[types.Params, replay.ReplayState], types.Params]:
+    """Makes the jitted measurement of the features' moments over the replay.
 
     Args:
       config: The run's values.
       agent: The agent's functions.
-      ring: The replay's.
-      session: Has played at least one window; its state is replaced.
+      ring: The replay's; it must hold a window by the time of the measurement.
+
+    Returns:
+      `calibrate(params, replay_state) -> params`, whose features are white.
     """
 
-    def measure(params: types.Params, replay_state: replay.ReplayState) -> types.Params:
+    def calibrate(
+        params: types.Params, replay_state: replay.ReplayState
+    ) -> types.Params:
         windows = ring.sample(
             replay_state,
             stream_key(config.seed, Stream.CALIBRATE),
@@ -546,8 +547,7 @@ def calibrate(
         )
         return agent.calibrate(params, windows.observation[:, 0])
 
-    params = jax.jit(measure)(session.state.params, session.memory.replay)
-    session.state = session.state._replace(params=params)
+    return jax.jit(calibrate)
 
 
 class Pretraining(NamedTuple):

@@ -270,8 +270,8 @@ def limit_arenas() -> None:
     """Lets glibc's allocator have an arena per core, and not its default of eight.
 
     Checkpoints are written by threads that come and go. Each keeps free pieces in the
-    arena it happened to get, so that memory grew by 1 MB per checkpoint for at least
-    fifty of them. To be called before there are threads; other allocators have no such
+    arena it happened to get: memory grew by 1 MB per checkpoint, and by half of that
+    with this limit (docs/reliability.md). To be called before there are threads; other allocators have no such
     setting, nor need it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -61,19 +61,20 @@ class SnapshotWriter:
                 num_windows=_NUM_STATES,
                 num_states=1,
             )
-            observation = windows.observation[:, 0]
-            params = agent.calibrate(params, observation)
-            phi = agent.features(params, observation).phi
+            phi = agent.features(params, windows.observation[:, 0]).phi
             return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
         self._sample = jax.jit(sample)
 
-    def write(self, session: loop.Session) -> None:
-        """Writes the snapshot of a session that has played a few steps."""
+    def write(self, session: loop.Session, params: types.Params) -> None:
+        """Writes the snapshot of a session that has played a few steps.
+
+        Args:
+          session: Whose replay holds the states.
+          params: Its parameters, calibrated.
+        """
         steps = session.agent_steps
-        sampled = self._sample(
-            session.state.params, session.memory.replay, loop.put(np.int32(steps))
-        )
+        sampled = self._sample(params, session.memory.replay, loop.put(np.int32(steps)))
         try:
             self._folder.mkdir(exist_ok=True)
             np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))

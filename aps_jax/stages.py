@@ -104,6 +104,7 @@ def pretrain(
                 loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
                 warn,
             )
+            calibrate = loop.make_calibrate(config, agent, ring)
             total = -(-values.pretrain_agent_steps // num_envs)
             recorder.wait_for_refill(schedule, total)
             if progress is not None:
@@ -115,12 +116,13 @@ def pretrain(
             while session.iteration < total:
                 session.step(act, learn, schedule)
                 is_last = session.iteration == total
-                if is_last and session.agent_steps >= schedule.start:
-                    loop.calibrate(config, agent, ring, session)
                 if session.agent_steps >= schedule.start and (
                     is_last or recorder.is_row_due(config.report)
                 ):
-                    snapshot.write(session)
+                    params = calibrate(session.state.params, session.memory.replay)
+                    snapshot.write(session, params)
+                    if is_last:  # Learning has ended: for good.
+                        session.state = session.state._replace(params=params)
                 recorder.record(config.report, is_last=is_last, progress=progress)
             result = {
                 **_describe(config, PRETRAIN),

@@ -20,7 +20,12 @@ def replay_rows(size: bench_loop.Size) -> list[Row]:
     """Compares updates from the replay with updates from a batch that is at hand."""
     parts = bench_loop.started(bench_loop.main_config(size), size)
     session = parts.session
-    batch = jax.jit(session.sample)(session.memory.replay, session.state.num_updates)
+    sample = jax.jit(session.sample)
+    # As many as there are updates in a turn: some batches take less time than others.
+    batches = [
+        sample(session.memory.replay, session.state.num_updates + number)
+        for number in range(size.updates)
+    ]
 
     @functools.partial(jax.jit, donate_argnames=("state", "sums"))
     def learn_from_batch(state, sums, batch, replay_state):
@@ -37,7 +42,7 @@ def replay_rows(size: bench_loop.Size) -> list[Row]:
         jax.block_until_ready(session.state)
 
     def from_batch() -> None:
-        for _ in range(size.updates):
+        for batch in batches:
             session.state, session.sums = learn_from_batch(
                 session.state, session.sums, batch, session.memory.replay
             )

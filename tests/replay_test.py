@@ -86,7 +86,7 @@ model_sample = jax.jit(
 )
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=25, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=15, database=None)
 @hypothesis.given(
     seed=st.integers(0, 2**31),
     # How many steps are added before each sample.

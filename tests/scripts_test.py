@@ -252,7 +252,7 @@ def given_values(name):
     return values.map(lambda value: f"--{name}={value}")
 
 
-@hypothesis.settings(derandomize=True, deadline=None, max_examples=200, database=None)
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=120, database=None)
 @hypothesis.given(
     words=st.lists(
         st.sampled_from(sorted(config_lib.option_fields())).flatmap(given_values),
