@@ -296,13 +296,18 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         "--num_seeds=2",
         "--rewards=10",
         "--set=num_iterations=60",
+        "--set=num_heads=16",
+        "--set=feature_dim=20",
     )
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "maze.json") as file:
         result = json.load(file)
     trained, other, random, _ = result["runs"]
     scores = [run["zero_shot"]["improved"][-1] for run in (trained, other)]
-    assert np.mean(scores) > 0.4  # Random play scores 0.
+    # Random play scores 0. Seeds 0 to 19 of this very command: 0.42, 0.45, 0.56, 0.63,
+    # 0.68, 0.69, 0.69, 0.70, 0.72, 0.73, 0.77, 0.78, 0.80, 0.82, 0.82, 0.87, 0.87, 0.91,
+    # 0.91, 0.94; the two worst have a mean of 0.44.
+    assert np.mean(scores) > 0.4
     assert trained["cells_reached"][-1] >= random["cells_reached"][-1]
     assert sum(trained["visits"]) == 60 * 64 * 40
     assert {name for name in os.listdir(tmp_path) if name.endswith(".png")} == {
