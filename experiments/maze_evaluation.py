@@ -252,15 +252,21 @@ def few_shot(
     successor_params: Params,
     agent_config: maze_agent.AgentConfig,
     config: TestConfig,
+    *,
+    is_pretrained: bool | jax.Array,
 ) -> jax.Array:
     """Fine-tunes on rewards, and scores the greedy policy after every episode.
 
     The first episodes follow random tasks; then the task is inferred from all
-    transitions met so far, and is kept. From then on `psi^T w` learns the game reward by
-    Q-learning with frozen features, on every distinct transition met, while acting
+    transitions met so far. From then on `psi^T w` learns the game reward by Q-learning
+    with frozen features, on every distinct transition met, while acting
     epsilon-greedily. With heads one table learns, which starts from psi of the policy
-    that values an action most, as generalised policy improvement has it. Called with
-    fresh parameters this is the from-scratch arm.
+    that values an action most, as generalised policy improvement has it.
+
+    A pretrained agent infers the task anew after every further episode, and begins to
+    learn anew from what its psi says of it: a task inferred from few cells is wrong, and
+    values learnt for it stay wrong where nothing is met that corrects them. An untrained
+    agent has nothing to begin anew from; it keeps its task and goes on learning.
 
     Args:
       key: is consumed.
@@ -270,6 +276,7 @@ def few_shot(
       successor_params: of the successor network, pretrained or fresh.
       agent_config: of both networks.
       config: the test.
+      is_pretrained: `[]` bool, whether the parameters are.
 
     Returns:
       `[F + 1]`, mean over rewards of the score after 0, 1, ... episodes. Before the
@@ -343,8 +350,9 @@ def few_shot(
             return _score(world, _table(values(params, w), horizon), reward)
 
         def episode(carry, inputs):
-            params, target_params, opt_state, met, w = carry
+            params, target_params, opt_state, met, task = carry
             index, key = inputs
+            w = task.task
             k_play, k_fallback = jax.random.split(key)
             met = met | play(k_play, params, w)
 
@@ -353,17 +361,24 @@ def few_shot(
             inferred = _infer(
                 phi[reached], reward[reached], met.reshape(-1), k_fallback, config
             )
-            is_last = index + 1 == config.few_shot_inference_episodes
             is_random = index + 1 < config.few_shot_inference_episodes
-            w = jnp.where(is_last, inferred.task, w)
-            w = jnp.where(is_random, sphere.sample_uniform(k_fallback, (), dim), w)
+            is_later = index + 1 > config.few_shot_inference_episodes
+            is_inferred = ~is_random & (is_pretrained | ~is_later)
+            # The scale is kept with w: that of a later regression would not fit the
+            # values that were learnt.
+            task = jax.tree.map(
+                lambda new, old: jnp.where(is_inferred, new, old), inferred, task
+            )
+            w = sphere.sample_uniform(k_fallback, (), dim)
+            task = task._replace(task=jnp.where(is_random, w, task.task))
+            w = task.task
             params, target_params = jax.tree.map(
-                lambda new, old: jnp.where(is_random | is_last, new, old),
+                lambda new, old: jnp.where(is_random | is_inferred, new, old),
                 (begin(w), begin(w)),
                 (params, target_params),
             )
             # In the units of psi^T w, which pretraining learnt for a unit task.
-            unit_reward = (reward - inferred.intercept) / inferred.scale
+            unit_reward = reward / task.scale
             weight = met.astype(jnp.float32)
 
             def update(carry, _):
@@ -388,12 +403,15 @@ def few_shot(
                 (params, opt_state),
             )
             # A target network is renewed once an episode, if not every update.
-            return (params, params, opt_state, met, w), score(params, w)
+            return (params, params, opt_state, met, task), score(params, w)
 
         w = sphere.sample_uniform(k_task, (), dim)
         met = jnp.zeros((num_cells, num_actions), bool)
         params = begin(w)
-        carry = (params, params, optimiser.init(params), met, w)
+        # Nothing was inferred yet: an inference from no rewards is the random task.
+        nobody = _infer(phi[:1], jnp.zeros(1), jnp.zeros(1, bool), k_task, config)
+        task = nobody._replace(task=w)
+        carry = (params, params, optimiser.init(params), met, task)
         first = score(params, w)
         num = config.few_shot_episodes
         _, scores = jax.lax.scan(

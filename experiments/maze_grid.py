@@ -86,8 +86,8 @@ def run_grid(
 
     # Apart from the zero-shot test, for the reason given there.
     @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None, 0, 0))
-    def fine_tune(key, world, feature_params, successor_params):
+    @functools.partial(jax.vmap, in_axes=(0, None, 0, 0, None))
+    def fine_tune(key, world, feature_params, successor_params, is_pretrained):
         _, _, k_few, _ = jax.random.split(key, 4)
         return maze_evaluation.few_shot(
             k_few,
@@ -97,6 +97,7 @@ def run_grid(
             successor_params,
             agent_config,
             test_config,
+            is_pretrained=is_pretrained,
         )
 
     @jax.jit
@@ -138,7 +139,9 @@ def run_grid(
             "discount_bound": _rounded(discounted),
             # The scratch arm meets the rewards of the others: they share the key.
             "few_shot_scratch": _rounded(
-                jax.device_get(fine_tune(keys, world, *fresh(keys, world, 0)))
+                jax.device_get(
+                    fine_tune(keys, world, *fresh(keys, world, 0), np.bool_(False))
+                )
             ),
         }
         for agent in agents:
@@ -159,6 +162,7 @@ def run_grid(
                         world,
                         pretrained.feature_params,
                         pretrained.successor_params,
+                        np.bool_(True),
                     )
                 )
                 results = [
