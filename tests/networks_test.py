@@ -202,7 +202,7 @@ def test_parameter_counts(name):
 
 @pytest.mark.parametrize(
     "name, num_windows, chunk_size",
-    [("small", 2, 16), ("nature", 3, 4), ("paper", 1, 1)],
+    [("small", 2, 64), ("nature", 3, 16), ("paper", 1, 4)],
 )
 def test_plans_by_backend(name, num_windows, chunk_size):
     layers = ENCODERS[name][0].layers
