@@ -314,6 +314,17 @@ def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
     assert resumed["updates"] == 9
 
 
+def wait_for_saves(monkeypatch):
+    """Makes every save end before the next step, so that a test knows when it was."""
+    begin = checkpoint.Checkpointer.save
+
+    def save(self, *args):
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+
+
 def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
     """The first checkpoint and the first two tries of the last one cannot be written."""
     folder, pretrained, _ = run
@@ -328,14 +339,7 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
 
     monkeypatch.setattr(checkpoint, "_to_disk", full)
     monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
-    begin = checkpoint.Checkpointer.save
-
-    def save(self, *args):
-        """Waits, so that the failure is there to be noticed at the very next row."""
-        begin(self, *args)
-        concurrent.futures.wait([self._saving])
-
-    monkeypatch.setattr(checkpoint.Checkpointer, "save", save)
+    wait_for_saves(monkeypatch)
     result = pretrain(make_config(), tmp_path / "p")
     assert tries[0] == "writing_120" and tries.count("writing_240") == 3
     assert result["updates"] == pretrained["updates"]
@@ -348,8 +352,9 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
     assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
 
 
-def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, caplog):
+def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, monkeypatch, caplog):
     folder, pretrained, _ = run
+    wait_for_saves(monkeypatch)
     workdir = tmp_path / "p"
 
     class Deleting(fakes.ChainPool):
