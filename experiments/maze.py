@@ -8,7 +8,6 @@ and the pictures into the work directory. See docs/maze.md for the results, and
 docs/tutorial.md for a walk through them.
 """
 
-import dataclasses
 import json
 import os
 import sys
@@ -66,45 +65,6 @@ flags.register_validator("mazes", lambda v: _check_names(v, list(maze.MAPS)))
 flags.register_validator("agents", lambda v: _check_names(v, _AGENT_NAMES))
 
 
-def agent_config_from(settings: Sequence[str]) -> maze_agent.AgentConfig:
-    """Builds the default agent with some fields set.
-
-    Args:
-      settings: of the form `field=value`.
-
-    Raises:
-      ValueError: if a setting has another form, a field does not exist, or a value is
-        not of its type or out of range.
-    """
-    default = maze_agent.AgentConfig()
-    values = {}
-    for setting in settings:
-        name, equals, text = setting.partition("=")
-        if not equals:
-            raise ValueError(f"expected FIELD=VALUE, got {setting!r}.")
-        if name not in vars(default):
-            raise ValueError(
-                f"no field {name!r}; there are {', '.join(vars(default))}."
-            )
-        kind = type(getattr(default, name))
-        if kind is bool:
-            if text not in ("true", "false"):
-                raise ValueError(f"{name} needs true or false, got {text!r}.")
-            values[name] = text == "true"
-            continue
-        try:
-            values[name] = kind(text)
-        except ValueError as error:
-            choices = [form.value for form in maze_agent.TDForm]
-            needed = {
-                int: "a whole number",
-                float: "a number",
-                maze_agent.TDForm: f"one of {', '.join(choices)}",
-            }[kind]
-            raise ValueError(f"{name} needs {needed}, got {text!r}.") from error
-    return dataclasses.replace(default, **values)
-
-
 def open_workdir(workdir: str, description: dict[str, Any]) -> dict[str, Any] | None:
     """Makes the folder, and returns the result of a run that was stopped in it, if any.
 
@@ -147,7 +107,7 @@ def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
     try:
-        agent_config = agent_config_from(_SET.value)
+        agent_config = maze_agent.agent_config_from(_SET.value)
     except ValueError as error:
         raise app.UsageError(f"--set: {error}") from error
     test_config = maze_evaluation.TestConfig(num_rewards=_REWARDS.value)

@@ -17,7 +17,7 @@ an episode, `I` iterations, `K` tasks of one update.
 import dataclasses
 import enum
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import chex
@@ -119,6 +119,45 @@ class AgentConfig:
                 f"num_neighbors must be at most the {self.num_particles} particles, "
                 f"got {self.num_neighbors}."
             )
+
+
+def agent_config_from(settings: Sequence[str]) -> AgentConfig:
+    """Builds the default agent with some fields set.
+
+    Args:
+      settings: of the form `field=value`.
+
+    Raises:
+      ValueError: if a setting has another form, a field does not exist, or a value is
+        not of its type or out of range.
+    """
+    default = AgentConfig()
+    values = {}
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals:
+            raise ValueError(f"expected FIELD=VALUE, got {setting!r}.")
+        if name not in vars(default):
+            raise ValueError(
+                f"no field {name!r}; there are {', '.join(vars(default))}."
+            )
+        kind = type(getattr(default, name))
+        if kind is bool:
+            if text not in ("true", "false"):
+                raise ValueError(f"{name} needs true or false, got {text!r}.")
+            values[name] = text == "true"
+            continue
+        try:
+            values[name] = kind(text)
+        except ValueError as error:
+            choices = [form.value for form in TDForm]
+            needed = {
+                int: "a whole number",
+                float: "a number",
+                TDForm: f"one of {', '.join(choices)}",
+            }[kind]
+            raise ValueError(f"{name} needs {needed}, got {text!r}.") from error
+    return dataclasses.replace(default, **values)
 
 
 class Networks(NamedTuple):

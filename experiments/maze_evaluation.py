@@ -198,6 +198,70 @@ def zero_shot(
     return jax.tree.map(lambda leaf: jnp.mean(leaf, axis=0), scores), first
 
 
+class UnseenCells(NamedTuple):
+    """What cells never met in pretraining cost; mean scores over rewards, and a share."""
+
+    share: jax.Array  # [], free cells never visited.
+    known: jax.Array  # [] planning on the true reward of seen cells, 0 elsewhere.
+    believed: jax.Array  # [] planning on what seen cells' rewards say of all cells.
+    silent: jax.Array  # [] the same, unseen cells taken to give no reward.
+    acted: jax.Array  # [] psi for the task that seen cells say, with GPI over heads.
+
+
+def unseen_cells(
+    key: jax.Array,
+    world: maze.Maze,
+    boxes: jax.Array,
+    result: maze_agent.Pretrained,
+    agent_config: maze_agent.AgentConfig,
+    config: TestConfig,
+) -> UnseenCells:
+    """Measures what is lost in cells that pretraining never visited.
+
+    The task is regressed on every visited cell once. `known` is then the bound of
+    coverage alone; `known - silent` is lost by the features of seen cells, and
+    `silent - believed` by what the features say of cells that they were never trained
+    on.
+
+    Args:
+      key: is consumed; the rewards are those of `zero_shot` with the same key.
+      world: the maze.
+      boxes: `[P, S]`, as `maze.box_masks` makes them.
+      result: the pretrained agent, which must have heads.
+      agent_config: what it was pretrained with.
+      config: the test.
+    """
+    horizon = agent_config.episode_length
+    phi = maze_agent.feature_table(result.feature_params, world, agent_config).phi
+    heads = maze_agent.successor_table(
+        result.successor_params, world, result.tasks, agent_config
+    ).psi
+    is_seen = (jnp.sum(result.visits, axis=0) > 0) & world.is_free
+
+    def one_reward(key: jax.Array) -> tuple[jax.Array, ...]:
+        k_reward, _, k_task, _ = jax.random.split(key, 4)
+        reward = maze.sample_reward(k_reward, world, boxes)
+        task = _infer(phi, reward, is_seen, k_task, config)
+        believed = jnp.sum(phi * task.task[None, :], axis=1)
+        nothing = -task.intercept / task.scale
+        improved = jax.vmap(tasks.gpi_action_values, (0, None))(heads, task.task)
+
+        def plan(reward_of_cells: jax.Array) -> jax.Array:
+            values = maze.optimal_action_values(world, reward_of_cells, horizon=horizon)
+            return _score(world, values, reward)
+
+        return (
+            plan(jnp.where(is_seen, reward, 0.0)),
+            plan(believed),
+            plan(jnp.where(is_seen, believed, nothing)),
+            _score(world, _table(improved, horizon), reward),
+        )
+
+    scores = jax.lax.map(one_reward, jax.random.split(key, config.num_rewards))
+    share = 1.0 - jnp.sum(is_seen) / jnp.sum(world.is_free)
+    return UnseenCells(share, *(jnp.mean(score) for score in scores))
+
+
 def feature_bound(
     world: maze.Maze, rewards: jax.Array, *, feature_dim: int, horizon: int
 ) -> jax.Array:
