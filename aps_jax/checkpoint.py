@@ -29,6 +29,8 @@ MANIFEST_NAME = "manifest.sha256"
 # Prefixes of folders that are no checkpoints: not yet, or not any more.
 _WRITING = "writing_"
 _DELETING = "deleting_"
+# A whole one that another of its number takes the place of.
+_REPLACED = "replaced_"
 
 
 class _MisfitError(ValueError):
@@ -135,11 +137,16 @@ class Checkpointer:
         self._orbax.close()
 
     def clean(self) -> None:
-        """Removes what a process that died left half written; for the owner alone."""
+        """Tidies up what a process that died left half done; for the owner alone."""
         if not self._folder.is_dir():
             return
-        for path in self._folder.iterdir():
-            if path.name.startswith((_WRITING, _DELETING)):
+        for path in list(self._folder.iterdir()):
+            if path.name.startswith(_REPLACED):
+                current = self._folder / path.name.removeprefix(_REPLACED)
+                if not current.exists():
+                    path.rename(current)
+                    continue
+            if path.name.startswith((_WRITING, _DELETING, _REPLACED)):
                 shutil.rmtree(path, ignore_errors=True)
 
     def restore_newest(
@@ -217,10 +224,14 @@ class Checkpointer:
             (temporary / MANIFEST_NAME).write_text(_manifest(temporary))
             for path in [temporary, *temporary.rglob("*")]:
                 _to_disk(path)
-            # The number is taken where a damaged one was left, or a run goes back.
-            self._delete(number)
-            temporary.rename(self._folder / str(number))
+            # The number is taken where a score came later, or a run goes back.
+            path, replaced = self._folder / str(number), self._folder
+            replaced /= f"{_REPLACED}{number}"
+            if path.exists():
+                path.rename(replaced)
+            temporary.rename(path)
             _to_disk(self._folder)
+            shutil.rmtree(replaced, ignore_errors=True)
         except BaseException:
             shutil.rmtree(temporary, ignore_errors=True)
             raise

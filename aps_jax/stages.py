@@ -675,17 +675,20 @@ class _Recorder:
     def write(self, row: dict[str, float]) -> None:
         """Writes one row of metrics."""
         self.last_row = loop.without_nan(row)
-        score = row.get("eval_return_mean", row["episode_return"])
-        if not math.isnan(score) and not (
-            self.facts.get("is_evaluated") and "eval_return_mean" not in row
-        ):
+        is_evaluation = "eval_return_mean" in row
+        score = row["eval_return_mean" if is_evaluation else "episode_return"]
+        if is_evaluation or not (self.facts.get("is_evaluated") or math.isnan(score)):
             self.facts["score"] = score
-            self.facts["is_evaluated"] = "eval_return_mean" in row
+            self.facts["is_evaluated"] = is_evaluation
+            self.facts["scored_agent_steps"] = self._session.agent_steps
         try:
             self._ensure_folder()
             self._writer.write(row)
         except (OSError, ValueError) as error:
             self._complain(error)
+        if is_evaluation and self._config.report.keep_best:
+            self._saved = None  # One of this step may lack the score.
+            self.save()
 
     def _ensure_folder(self) -> None:
         """Makes the folder anew if somebody deleted it."""
@@ -703,6 +706,11 @@ class _Recorder:
             return
         session.check_finite()
         self.facts["agent_steps"] = session.agent_steps
+        if (
+            self.facts.get("is_evaluated")
+            and self.facts["scored_agent_steps"] != session.agent_steps
+        ):
+            self.facts["score"] = None  # Full games say nothing of a later agent.
         self.facts["num_rows"] = self._writer.num_rows
         self.facts["last_row"] = self.last_row
         self.facts["environment"] = (

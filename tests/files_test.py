@@ -392,6 +392,27 @@ def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
     assert list((tmp_path / "c").iterdir()) == []
 
 
+@pytest.mark.parametrize("is_renamed", [False, True])
+def test_death_while_a_checkpoint_is_replaced_loses_none(tmp_path, is_renamed):
+    """Of two of one number the newer counts once it has the name, else the older."""
+    folder = tmp_path / "c"
+    saver = checkpoint.Checkpointer(folder)
+    for value in (1.0, 2.0):
+        saver.save(7, {"agent": {"x": jnp.full(3, value)}}, {})
+        saver.finish()
+        if value == 1.0:
+            shutil.copytree(folder / "7", tmp_path / "old")
+    assert [path.name for path in folder.iterdir()] == ["7"]
+    (tmp_path / "old").rename(folder / "replaced_7")
+    if not is_renamed:
+        shutil.move(folder / "7", folder / "writing_7")
+    saver.clean()
+    _, parts = saver.restore_newest({"agent": {"x": jnp.ones(3)}})
+    saver.close()
+    assert [path.name for path in folder.iterdir()] == ["7"]
+    assert parts["agent"]["x"][0] == (2.0 if is_renamed else 1.0)
+
+
 def test_a_folder_taken_by_another_is_left_alone(tmp_path):
     workdir = tmp_path / "r"
     workdir.mkdir()

@@ -529,6 +529,35 @@ def test_evaluations_at_set_steps(run, tmp_path):
     assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
 
 
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_checkpoint_is_the_one_that_was_evaluated(
+    run, tmp_path, monkeypatch, best
+):
+    """Also the last, whose checkpoint was written before its games were played."""
+    folder, _, _ = run
+    scores = [0.0, 0.0, 0.0]
+    scores[best] = 9.0
+    summary, played = evaluation.summary, []
+
+    def numbered(config, result):
+        played.append(None)
+        score = scores[len(played) - 1]
+        return summary(config, result) | {"eval_return_mean": score}
+
+    monkeypatch.setattr(stages.evaluation, "summary", numbered)
+    monkeypatch.setattr(stages, "_score", lambda *_: {})
+    config = make_config(
+        evaluations=3, keep_best=True, keep_checkpoints=1, checkpoint_agent_steps=40
+    )
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    steps = [at["agent_steps"] for at in result["evaluations"]]
+    assert len(steps) == 3
+    kept = checkpoint.Checkpointer(tmp_path / "f" / "checkpoints").numbers()
+    assert kept == sorted({steps[best], steps[-1]})
+    facts = checkpoint.read_facts(tmp_path / "f" / "checkpoints" / str(steps[best]))
+    assert facts["score"] == 9.0
+
+
 @pytest.mark.parametrize(
     "steps, message",
     [
