@@ -50,7 +50,6 @@ from aps_jax.whitening import (
     init_whitening,
     update_whitening,
     whiten,
-    without_common_gradient,
 )
 
 __all__ = (
@@ -93,5 +92,4 @@ __all__ = (
     "update_whitening",
     "vector_td_error",
     "whiten",
-    "without_common_gradient",
 )

@@ -6,13 +6,16 @@ particles, `A` actions, `D` feature dimension.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import chex
 import distrax
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from aps_jax import (
@@ -165,10 +168,56 @@ def lay_out_targets(
     )
 
 
-def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> jax.Array:
-    """Averages over the entries that count; 0 if none does."""
+class _Mean(NamedTuple):
+    """A mean that is not divided yet, so that devices can add up their shares of it."""
+
+    total: jax.Array  # [...] float32
+    count: jax.Array  # [] float32
+
+    def divided(self) -> jax.Array:
+        """Returns the mean; 0 if nothing counts."""
+        return self.total / jnp.maximum(self.count, 1.0)
+
+
+def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> _Mean:
+    """Averages over the entries that count."""
     chex.assert_equal_shape([values, is_valid])
-    return jnp.sum(values * is_valid) / jnp.maximum(jnp.sum(is_valid), 1.0)
+    return _Mean(jnp.sum(values * is_valid), jnp.sum(is_valid))
+
+
+def _mean_of_all(values: jax.Array, *, num_axes: int) -> _Mean:
+    """Averages over the leading axes."""
+    count = jnp.float32(math.prod(values.shape[:num_axes]))
+    return _Mean(jnp.sum(values, axis=tuple(range(num_axes))), count)
+
+
+def _divided(grads: types.Params, count: jax.Array) -> types.Params:
+    """Divides the gradient of a sum by the number of its terms."""
+    return jax.tree.map(lambda x: _Mean(x, count).divided(), grads)
+
+
+def _add_over_devices(tree: Any, axis_name: str | None) -> Any:
+    """Adds up a pytree of float32 over the devices of an axis, in one collective."""
+    if axis_name is None:
+        return tree
+    flat, to_tree = jax.flatten_util.ravel_pytree(tree)
+    return to_tree(jax.lax.psum(flat, axis_name))
+
+
+def _gather_from_devices(
+    arrays: tuple[jax.Array, ...], axis_name: str | None
+) -> tuple[jax.Array, ...]:
+    """Stacks 32-bit arrays of all devices of an axis, `[N, ...]`, in one collective."""
+    if axis_name is None:
+        return tuple(x[None] for x in arrays)
+    # As integers the bits of every type travel unchanged.
+    bits = [jax.lax.bitcast_convert_type(x, jnp.int32).reshape(-1) for x in arrays]
+    gathered = jax.lax.all_gather(jnp.concatenate(bits), axis_name)
+    ends = np.cumsum([x.size for x in bits])[:-1].tolist()
+    return tuple(
+        jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape)
+        for part, x in zip(jnp.split(gathered, ends, axis=1), arrays, strict=True)
+    )
 
 
 def apply_where(function: Callable[[jax.Array], Any], is_needed: jax.Array) -> Any:
@@ -248,6 +297,9 @@ def make_agent(
       w as `reward_scale` that is the unit of the pretrained psi, with
       `config.value_unit` it is the reward's own.
       Both updates return the new state and scalar metrics.
+      `calibrate` and both updates take an `axis_name`: within `jax.shard_map` over an
+      axis of devices, each with its share of the observations, windows and particles,
+      they return on every device what one device would with all of them.
     """
     m, n = config.window_targets, config.n_steps
     has_exploration = config.has_exploration_value
@@ -339,11 +391,14 @@ def make_agent(
     def features(params: types.Params, observation: jax.Array) -> networks.Features:
         return finished_features(params["whitening"], raw_features(params, observation))
 
-    def calibrate(params: types.Params, observation: jax.Array) -> types.Params:
+    def calibrate(
+        params: types.Params, observation: jax.Array, axis_name: str | None = None
+    ) -> types.Params:
         if not config.whiten_features:
             return params
         moments = whitening.init_whitening(config.feature_dim)
-        h = raw_features(params, observation)
+        (h,) = _gather_from_devices((raw_features(params, observation),), axis_name)
+        h = h.reshape(-1, config.feature_dim)
         return {**params, "whitening": whitening.update_whitening(moments, h)}
 
     def successor(
@@ -417,15 +472,14 @@ def make_agent(
         )
         return actor, step
 
-    def entropy_rewards(
-        distance_scale: rewards.DistanceScale,
+    def distances_to_particles(
         h_t: jax.Array,
         ids_t: jax.Array,
         is_used: jax.Array,
         particle_h: jax.Array,
         particle_ids: jax.Array,
-    ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
-        """Returns `[N]` rewards of `[N, D]` states, the new scale, `[N, k]` distances.
+    ) -> jax.Array:
+        """Returns `[N, k]` distances of `[N, D]` states.
 
         States that are not used have no neighbours: distances of +inf, which do not count.
         """
@@ -436,17 +490,19 @@ def make_agent(
             query_ids=ids_t,
             particle_ids=particle_ids,
         )
-        distances = jnp.where(is_used[:, None], distances, jnp.inf)
-        distance_scale = rewards.update_distance_scale(
-            distance_scale, distances, decay=config.scale_decay
-        )
+        return jnp.where(is_used[:, None], distances, jnp.inf)
+
+    def entropy_rewards(
+        distance_scale: rewards.DistanceScale, distances: jax.Array
+    ) -> jax.Array:
+        """Returns `[N]` rewards of `[N, k]` distances."""
         reward = functools.partial(
             rewards.particle_entropy_reward,
             sigma=distance_scale.mean,
             c=config.distance_offset,
             clip=config.distance_clip,
         )
-        return jax.vmap(reward)(distances), distance_scale, distances
+        return jax.vmap(reward)(distances)
 
     def td_errors(
         output_tm1: networks.Successor,
@@ -541,9 +597,7 @@ def make_agent(
 
         return jax.vmap(of_window)(targets)
 
-    def skill_reward_mean(
-        phi: jax.Array, task: jax.Array, targets: Targets
-    ) -> jax.Array:
+    def skill_reward_mean(phi: jax.Array, task: jax.Array, targets: Targets) -> _Mean:
         """Averages phi_t^T w over the states that valid targets sum."""
 
         def of_window(phi, task, target: Targets):
@@ -558,7 +612,16 @@ def make_agent(
         state: AgentState,
         windows: replay.Window,
         particles: replay.Window,
-    ) -> tuple[jax.Array, tuple[rewards.DistanceScale, dict[str, jax.Array]]]:
+        axis_name: str | None,
+    ) -> tuple[
+        jax.Array,
+        tuple[rewards.DistanceScale, whitening.Whitening, dict[str, _Mean]],
+    ]:
+        """Returns a sum whose gradient is that of the device's own losses, not yet means.
+
+        Of the value itself no use is made. Only the feature losses have a gradient with
+        respect to the feature network, and only the TD losses with respect to psi's.
+        """
         targets = lay_out(windows, cut_at_task_change=True, cut_at_life_loss=False)
 
         # Each reached state is encoded once, for the feature loss (which needs the
@@ -569,7 +632,16 @@ def make_agent(
         is_used = is_summed(targets)
         is_further = jnp.pad(is_used.at[:, :m].set(False), ((0, 0), (1, 0)))
         observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
-        particle_h = raw_features(frozen, particles.observation[:, 0])
+        w = windows.task[:, :m]
+        all_h, all_ids, last_w = _gather_from_devices(
+            (
+                raw_features(frozen, particles.observation[:, 0]),
+                particles.id[:, 0],
+                w[-1],
+            ),
+            axis_name,
+        )
+        particle_h = all_h.reshape(-1, config.feature_dim)
         learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
         further_h = apply_where(
             lambda row: raw_features(frozen, observations[row]), is_further.reshape(-1)
@@ -580,28 +652,50 @@ def make_agent(
             moments = whitening.update_whitening(
                 moments, particle_h, decay=config.scale_decay
             )
-            learned_h = whitening.without_common_gradient(learned_h)
-        learned = finished_features(moments, learned_h)
+        is_reached = 1.0 - windows.is_first[:, 1 : m + 1].astype(jnp.float32)
+
+        def feature_loss_of(h: jax.Array) -> tuple[jax.Array, Any]:
+            learned = finished_features(moments, h)
+            each = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w)
+            mean = _mean_of_valid(each, is_reached)
+            return mean.total, (mean, learned)
+
+        gradient_h, (feature_loss, learned) = jax.grad(feature_loss_of, has_aux=True)(
+            jax.lax.stop_gradient(learned_h)
+        )
         further = finished_features(moments, further_h)
         particle_h = finished_features(moments, particle_h).h
         reached: networks.Features = jax.lax.stop_gradient(
             jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
         )
 
-        w_tm1 = windows.task[:, :m]
-        is_reached = 1.0 - windows.is_first[:, 1 : m + 1].astype(jnp.float32)
-        feature_losses = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w_tm1)
-        feature_loss = _mean_of_valid(feature_losses, is_reached)
-
-        flat_rewards, distance_scale, distances = entropy_rewards(
-            state.distance_scale,
+        distances = distances_to_particles(
             reached.h.reshape(-1, reached.h.shape[-1]),
             windows.id[:, 1:].reshape(-1),
             is_used.reshape(-1),
             particle_h,
-            particles.id[:, 0],
+            all_ids.reshape(-1),
         )
-        r_entropy = flat_rewards.reshape(num_windows, num_states - 1)
+        # What the losses need of all devices before their gradient is known: a second,
+        # tiny reduction.
+        distance_sums, common = _add_over_devices(
+            (
+                rewards.sum_distances(state.distance_scale, distances),
+                _mean_of_all(gradient_h, num_axes=2),
+            ),
+            axis_name,
+        )
+        distance_scale = rewards.move_distance_scale(
+            state.distance_scale, distance_sums, decay=config.scale_decay
+        )
+        r_entropy = entropy_rewards(distance_scale, distances)
+        r_entropy = r_entropy.reshape(num_windows, num_states - 1)
+        if config.whiten_features:
+            # As if the mean over the batch were subtracted from the features with
+            # gradient, as batch normalisation does: moving all of them alike changes
+            # nothing once they are white. Else the noise of each batch would move them
+            # all much faster than apart.
+            gradient_h = gradient_h - common.divided()[None, None, :]
 
         def sum_cumulants(phi, r, target: Targets):
             """Sums `[T-1, D]` features and `[T-1]` rewards over each target's steps."""
@@ -619,9 +713,11 @@ def make_agent(
         )
         is_finite = jnp.isfinite(distances)
 
-        w = windows.task[:, :m]
-        # Of each state also for another's task: does what to do depend on the task?
-        both = jnp.stack([w, jnp.roll(w, 1, axis=0)], axis=2)
+        # Of each state also for another's task, that of the window before it: does what
+        # to do depend on the task?
+        device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+        other_w = jnp.concatenate([last_w[device - 1][None], w[:-1]])
+        both = jnp.stack([w, other_w], axis=2)
         outputs = successor_network.apply(
             params["successor"], windows.observation[:, :m], both
         )
@@ -648,14 +744,13 @@ def make_agent(
         chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
             output_tm1, windows.action[:, :m], w
         )
-        metrics = {
+        means = {
             "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
             "reward_entropy": _mean_of_valid(r_entropy, is_used.astype(jnp.float32)),
-            "cosine_phi_task": -feature_loss,
-            "task_dependence": jnp.mean(
-                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
+            "task_dependence": _mean_of_all(
+                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32), num_axes=2
             ),
-            "mean_phi_norm": optax.tree.norm(jnp.mean(learned.phi, axis=(0, 1))),
+            "mean_phi": _mean_of_all(learned.phi, num_axes=2),
             "loss_feature": feature_loss,
             "loss_td": td_loss,
             "td_error": _mean_of_valid(
@@ -665,9 +760,9 @@ def make_agent(
             "knn_distance": _mean_of_valid(
                 jnp.where(is_finite, distances, 0.0), is_finite.astype(jnp.float32)
             ),
-            "distance_scale": distance_scale.mean,
         }
-        return feature_loss + td_loss, (distance_scale, moments, metrics)
+        to_features = jnp.sum(jax.lax.stop_gradient(gradient_h) * learned_h)
+        return to_features + td_loss.total, (distance_scale, moments, means)
 
     def apply_gradients(
         state: AgentState,
@@ -692,11 +787,25 @@ def make_agent(
         )
 
     def update(
-        state: AgentState, windows: replay.Window, particles: replay.Window
+        state: AgentState,
+        windows: replay.Window,
+        particles: replay.Window,
+        axis_name: str | None = None,
     ) -> tuple[AgentState, dict[str, jax.Array]]:
-        (_, (distance_scale, moments, metrics)), grads = jax.value_and_grad(
-            pretrain_loss, has_aux=True
-        )(state.params, state, windows, particles)
+        grads, (distance_scale, moments, means) = jax.grad(pretrain_loss, has_aux=True)(
+            state.params, state, windows, particles, axis_name
+        )
+        unlearned = grads.pop("whitening")  # zeros
+        grads, means = _add_over_devices((grads, means), axis_name)
+        grads = {
+            "features": _divided(grads["features"], means["loss_feature"].count),
+            "successor": _divided(grads["successor"], means["loss_td"].count),
+            "whitening": unlearned,
+        }
+        metrics = {name: mean.divided() for name, mean in means.items()}
+        metrics["cosine_phi_task"] = -metrics["loss_feature"]
+        metrics["mean_phi_norm"] = optax.tree.norm(metrics.pop("mean_phi"))
+        metrics["distance_scale"] = distance_scale.mean
         metrics["gradient_norm"] = optax.tree.norm(grads)
         state = apply_gradients(state, grads, optimizer)
         params = {**state.params, "whitening": moments}
@@ -708,7 +817,8 @@ def make_agent(
         windows: replay.Window,
         task: jax.Array,
         reward_scale: jax.Array,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+    ) -> tuple[jax.Array, dict[str, _Mean]]:
+        """Returns the sum of the device's own losses, not yet a mean."""
         targets = lay_out(
             windows,
             cut_at_task_change=False,
@@ -736,22 +846,26 @@ def make_agent(
         chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
             output_tm1, a_tm1, w
         )
-        metrics = {
+        means = {
             "loss_td": loss,
             "td_error": _mean_of_valid(jnp.abs(errors), targets.is_valid),
             "q_value": _mean_of_valid(chosen_q, targets.is_valid),
         }
-        return loss, metrics
+        return loss.total, means
 
     def finetune_update(
         state: AgentState,
         windows: replay.Window,
         task: jax.Array,
         reward_scale: jax.Array,
+        axis_name: str | None = None,
     ) -> tuple[AgentState, dict[str, jax.Array]]:
-        (_, metrics), grads = jax.value_and_grad(finetune_loss, has_aux=True)(
+        grads, means = jax.grad(finetune_loss, has_aux=True)(
             state.params["successor"], state, windows, task, reward_scale
         )
+        grads, means = _add_over_devices((grads, means), axis_name)
+        grads = _divided(grads, means["loss_td"].count)
+        metrics = {name: mean.divided() for name, mean in means.items()}
         metrics["gradient_norm"] = optax.tree.norm(grads)
         grads = {
             "features": jax.tree.map(jnp.zeros_like, state.params["features"]),

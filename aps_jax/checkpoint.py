@@ -168,7 +168,8 @@ class Checkpointer:
             free for a run that passes them again.
 
         Returns:
-          The facts and the parts, on the default device; None if there is nothing.
+          The facts and the parts, sharded as the templates, or where those do not say
+          on the first device; None if there is nothing.
 
         Raises:
           ValueError: Structure, shapes, dtypes or the format differ (the message shows
@@ -366,7 +367,7 @@ def _restore(
             f"Checkpoint {path} has format {facts.get('format')}, this version "
             f"reads {FORMAT}."
         )
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     parts = {}
     for name, template in templates.items():
         if not (path / name).is_dir():
@@ -381,7 +382,11 @@ def _restore(
                     f"Checkpoint {path} does not fit: {'; '.join(differences)}"
                 )
             wanted = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding),
+                lambda x: jax.ShapeDtypeStruct(
+                    x.shape,
+                    x.dtype,
+                    sharding=getattr(x, "sharding", None) or first_device,
+                ),
                 template,
             )
             parts[name] = reader.restore(

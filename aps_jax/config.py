@@ -419,6 +419,12 @@ class Config:
         "Weights of the intrinsic reward: aps (1, 1), visr (1, 0) or apt (0, 1).",
         choices=tuple(AGENTS),
     )
+    num_devices: int = _option(
+        1,
+        "Devices of this machine that share environments, replay and batch.",
+        low=1,
+        high=1024,
+    )
     environment: EnvironmentConfig = EnvironmentConfig()
     learner: AgentConfig = AgentConfig()
     pretrain: PretrainConfig = PretrainConfig()
@@ -437,6 +443,19 @@ class Config:
             )
         if self.seed < 0:
             raise ValueError(f"seed must be at least 0, got {self.seed}.")
+        if self.num_devices < 1:
+            raise ValueError(f"num_devices must be at least 1, got {self.num_devices}.")
+        for name, count in (
+            ("num_envs", pretrain.num_envs),
+            ("finetune_num_envs", finetune.finetune_num_envs),
+            ("num_particles", learner.num_particles),
+            ("batch_size / window_targets (replayed windows)", learner.num_windows),
+        ):
+            if count % self.num_devices:
+                raise ValueError(
+                    f"{name} must be a multiple of num_devices, so that every device "
+                    f"gets as many; got {count} and {self.num_devices}."
+                )
         if self.seed > _MOST:
             raise ValueError(f"seed must be at most {_MOST}, got {self.seed}.")
         if self.agent not in AGENTS:

@@ -12,7 +12,16 @@ import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import envs, game_tasks, interrupts, loop, protocol, scores, types
+from aps_jax import (
+    devices,
+    envs,
+    game_tasks,
+    interrupts,
+    loop,
+    protocol,
+    scores,
+    types,
+)
 from aps_jax import progress as progress_lib
 
 VIDEO_AGENT_STEPS = 900  # one minute of play
@@ -84,7 +93,7 @@ def evaluate(
     # A copy: the actor is donated, and the task is the caller's.
     tasks = jnp.copy(jnp.broadcast_to(task, (num_games, config.learner.feature_dim)))
     actor = agent_lib.pin_task(agent.init_actor(num_games), tasks[0])
-    actor = loop.put(actor._replace(task=tasks))
+    actor = devices.put(actor._replace(task=tasks))
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
     is_playing = np.ones(num_games, bool)
@@ -105,7 +114,7 @@ def evaluate(
                     is_taking = True
             if only_record and not is_taking:
                 break
-            actor, action = act(params, actor, loop.put(timestep))
+            actor, action = act(params, actor, devices.put(timestep))
             action = jax.device_get(action)
             with loop.blaming_environment():
                 pool.send(action)

@@ -8,6 +8,7 @@ by `fold_in` with a stream and a step, so a resumed run continues the same strea
 import contextlib
 import dataclasses
 import enum
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import envs, metrics, replay, tasks, types
+from aps_jax import devices, envs, metrics, replay, tasks, types
 
 
 class Stream(enum.IntEnum):
@@ -39,15 +40,6 @@ class Stream(enum.IntEnum):
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
     """Returns the key of one random stream of a run."""
     return jax.random.fold_in(jax.random.key(seed), int(stream))
-
-
-def put(tree: Any) -> Any:
-    """Copies a pytree to the device on which stages run, and commits it there.
-
-    All that enters a jitted step is committed alike: a mixture (restored arrays are
-    committed, computed ones are not) would compile the same step twice.
-    """
-    return jax.device_put(tree, jax.local_devices()[0])
 
 
 class Pool(Protocol):
@@ -156,15 +148,47 @@ Learn = Callable[
 ]
 
 
-def init_state(agent: agent_lib.Agent, seed: int) -> agent_lib.AgentState:
-    """Returns the state of an untrained agent, on the device."""
-    return put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)))
+# What of the replay, and of all the memory, is sharded with the environments.
+_REPLAY_SPECS = replay.ReplayState(
+    experience=devices.SHARDED,
+    current_index=devices.EVERYWHERE,
+    is_full=devices.EVERYWHERE,
+)
+_MEMORY_SPECS = Memory(
+    actor=agent_lib.ActorState(
+        stack=devices.SHARDED,
+        task=devices.SHARDED,
+        steps_left=devices.SHARDED,
+        lives=devices.SHARDED,
+        num_steps=devices.EVERYWHERE,
+    ),
+    replay=_REPLAY_SPECS,
+    episodes=devices.SHARDED,
+    regression=devices.EVERYWHERE,
+)
+
+
+def init_state(
+    agent: agent_lib.Agent, seed: int, mesh: devices.Mesh = None
+) -> agent_lib.AgentState:
+    """Returns the state of an untrained agent, on every device."""
+    return devices.put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
+
+
+def init_replay(ring: replay.Replay, mesh: devices.Mesh = None) -> replay.ReplayState:
+    """Allocates an empty replay, each part on its device."""
+    return jax.jit(ring.init, out_shardings=devices.shardings(mesh, _REPLAY_SPECS))()
 
 
 def init_memory(
-    agent: agent_lib.Agent, ring: replay.Replay, *, num_envs: int, feature_dim: int
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    *,
+    num_envs: int,
+    feature_dim: int,
+    mesh: devices.Mesh = None,
 ) -> Memory:
-    """Allocates the memory of a stage, the replay included, on the device."""
+    """Allocates the memory of a stage, the replay included, each part on its device."""
 
     def init() -> Memory:
         return Memory(
@@ -174,7 +198,13 @@ def init_memory(
             regression=tasks.init_regression_moments(feature_dim),
         )
 
-    return put(jax.jit(init)())
+    return jax.jit(init, out_shardings=devices.shardings(mesh, _MEMORY_SPECS))()
+
+
+def pin_task(memory: Memory, task: jax.Array, mesh: devices.Mesh = None) -> Memory:
+    """Gives every environment one task `[D]` and keeps it."""
+    actor = agent_lib.pin_task(memory.actor, task)
+    return memory._replace(actor=devices.put(actor, mesh, _MEMORY_SPECS.actor))
 
 
 def make_act(
@@ -185,6 +215,7 @@ def make_act(
     epsilon: float,
     explore: bool,
     regress_clip: float | None = None,
+    mesh: devices.Mesh = None,
 ) -> Act:
     """Makes the jitted step that acts, stores and counts.
 
@@ -196,6 +227,7 @@ def make_act(
       explore: Whether the value of the entropy reward counts.
       regress_clip: If given, each transition enters the regression of (clipped)
         rewards on the features of the state reached.
+      mesh: The devices, each of which acts for its environments.
 
     Returns:
       `act(params, memory, timestep) -> memory, action [E]`; `memory` is donated.
@@ -229,7 +261,35 @@ def make_act(
         )
         return memory, step.action
 
-    return jax.jit(act, donate_argnames="memory")
+    return jax.jit(
+        act,
+        donate_argnames="memory",
+        out_shardings=devices.shardings(mesh, (_MEMORY_SPECS, devices.SHARDED)),
+    )
+
+
+def make_draw(
+    ring: replay.Replay,
+    *,
+    num_windows: int,
+    num_states: int,
+    mesh: devices.Mesh = None,
+) -> Callable[[replay.ReplayState, types.PRNGKey], replay.Window]:
+    """Makes the function that draws windows, each device from its part of the replay.
+
+    Returns:
+      `draw(replay_state, key)` returns `[num_windows]` windows of `num_states` states,
+      sharded, the same whatever the number of devices. The key is consumed.
+    """
+    draw = functools.partial(
+        ring.sample, num_windows=num_windows, num_states=num_states
+    )
+    return devices.spread(
+        draw,
+        mesh,
+        in_specs=(_REPLAY_SPECS, devices.EVERYWHERE),
+        out_specs=devices.SHARDED,
+    )
 
 
 # The windows an update learns from; a function of the replay and the number of the
@@ -243,13 +303,23 @@ def make_sample(
     key: types.PRNGKey,
     *,
     with_particles: bool,
+    mesh: devices.Mesh = None,
 ) -> Sample:
     """Makes the function that draws the batch of one update.
 
     Returns:
       `sample(replay_state, num_updates)` returns `[B]` windows and, where wanted, `[P]`
-      windows of one state.
+      windows of one state, sharded.
     """
+    draw_windows = make_draw(
+        ring,
+        num_windows=learner.num_windows,
+        num_states=learner.window_states,
+        mesh=mesh,
+    )
+    draw_particles = make_draw(
+        ring, num_windows=learner.num_particles, num_states=1, mesh=mesh
+    )
 
     def sample(
         replay_state: replay.ReplayState, num_updates: jax.Array
@@ -257,21 +327,10 @@ def make_sample(
         window_key = jax.random.fold_in(key, num_updates)
         if with_particles:
             window_key, particle_key = jax.random.split(window_key)
-        windows = ring.sample(
-            replay_state,
-            window_key,
-            num_windows=learner.num_windows,
-            num_states=learner.window_states,
-        )
+        windows = draw_windows(replay_state, window_key)
         if not with_particles:
             return (windows,)
-        particles = ring.sample(
-            replay_state,
-            particle_key,
-            num_windows=learner.num_particles,
-            num_states=1,
-        )
-        return windows, particles
+        return windows, draw_particles(replay_state, particle_key)
 
     return sample
 
@@ -289,12 +348,28 @@ def _add_to_sums(
     )
 
 
-def make_pretrain_learn(agent: agent_lib.Agent, sample: Sample) -> Learn:
+def _jit_learn(learn: Learn, mesh: devices.Mesh) -> Learn:
+    return jax.jit(
+        learn,
+        donate_argnames=("state", "sums"),
+        out_shardings=devices.sharding(mesh),
+    )
+
+
+def make_pretrain_learn(
+    agent: agent_lib.Agent, sample: Sample, mesh: devices.Mesh = None
+) -> Learn:
     """Makes the jitted reward-free update: sample, learn, sum the metrics.
 
     Returns:
       `learn(state, sums, replay_state) -> state, sums`; `state` and `sums` are donated.
     """
+    update = devices.spread(
+        agent.update,
+        mesh,
+        in_specs=(devices.EVERYWHERE, devices.SHARDED, devices.SHARDED),
+        out_specs=devices.EVERYWHERE,
+    )
 
     def learn(
         state: agent_lib.AgentState,
@@ -302,10 +377,10 @@ def make_pretrain_learn(agent: agent_lib.Agent, sample: Sample) -> Learn:
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
         windows, particles = sample(replay_state, state.num_updates)
-        state, values = agent.update(state, windows, particles)
+        state, values = update(state, windows, particles)
         return state, _add_to_sums(sums, values, replay_state)
 
-    return jax.jit(learn, donate_argnames=("state", "sums"))
+    return _jit_learn(learn, mesh)
 
 
 def make_finetune_learn(
@@ -314,12 +389,24 @@ def make_finetune_learn(
     *,
     task: jax.Array,
     reward_scale: jax.Array,
+    mesh: devices.Mesh = None,
 ) -> Learn:
     """Makes the jitted update from the game's reward for one task `[D]`.
 
     Returns:
       `learn(state, sums, replay_state) -> state, sums`; `state` and `sums` are donated.
     """
+    update = devices.spread(
+        agent.finetune_update,
+        mesh,
+        in_specs=(
+            devices.EVERYWHERE,
+            devices.SHARDED,
+            devices.EVERYWHERE,
+            devices.EVERYWHERE,
+        ),
+        out_specs=devices.EVERYWHERE,
+    )
 
     def learn(
         state: agent_lib.AgentState,
@@ -327,10 +414,10 @@ def make_finetune_learn(
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
         (windows,) = sample(replay_state, state.num_updates)
-        state, values = agent.finetune_update(state, windows, task, reward_scale)
+        state, values = update(state, windows, task, reward_scale)
         return state, _add_to_sums(sums, values, replay_state)
 
-    return jax.jit(learn, donate_argnames=("state", "sums"))
+    return _jit_learn(learn, mesh)
 
 
 class Schedule(NamedTuple):
@@ -373,6 +460,7 @@ class Session:
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
     sample: Sample | None = None  # what the updates draw, once there are any
+    mesh: devices.Mesh = None  # on which all states lie
     _flag: jax.Array | None = None  # of an update some iterations ago
 
     @property
@@ -403,7 +491,8 @@ class Session:
         if self.timestep is None:
             with blaming_environment():
                 self.timestep = self.pool.reset()
-        self.memory, action = act(self.state.params, self.memory, put(self.timestep))
+        timestep = devices.put(self.timestep, self.mesh, devices.SHARDED)
+        self.memory, action = act(self.state.params, self.memory, timestep)
         action = jax.device_get(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
         try:
@@ -468,9 +557,11 @@ class Session:
         if self.sample is not None:
             # The replay as it stood then; the newest rows may be of later steps.
             then = self.memory.replay.replace(
-                current_index=put(bad.replay_index), is_full=put(bad.replay_is_full)
+                current_index=devices.put(bad.replay_index, self.mesh),
+                is_full=devices.put(bad.replay_is_full, self.mesh),
             )
-            drawn = jax.device_get(jax.jit(self.sample)(then, put(np.int32(update))))
+            number = devices.put(np.int32(update), self.mesh)
+            drawn = jax.device_get(jax.jit(self.sample)(then, number))
             for part, window in zip(("windows", "particles"), drawn, strict=False):
                 for name, value in window._asdict().items():
                     batch[f"{part}.{name}"] = value
@@ -485,7 +576,7 @@ class Session:
         self.check_finite()
         episodes = jax.device_get(self.memory.episodes)
         values = metrics.means(self.sums)
-        self.sums = put(metrics.init_sums(values))
+        self.sums = devices.put(metrics.init_sums(values), self.mesh)
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
@@ -523,7 +614,10 @@ _CALIBRATION_STATES = 1024
 
 
 def make_calibrate(
-    config: config_lib.Config, agent: agent_lib.Agent, ring: replay.Replay
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    mesh: devices.Mesh = None,
 ) -> Callable[[types.Params, replay.ReplayState], types.Params]:
     """Makes the jitted measurement of the features' moments over the replay.
 
@@ -531,23 +625,31 @@ def make_calibrate(
       config: The run's values.
       agent: The agent's functions.
       ring: The replay's; it must hold a window by the time of the measurement.
+      mesh: The devices that hold it.
 
     Returns:
       `calibrate(params, replay_state) -> params`, whose features are white.
     """
+    draw = make_draw(
+        ring,
+        num_windows=devices.round_up(_CALIBRATION_STATES, mesh),
+        num_states=1,
+        mesh=mesh,
+    )
+    measure = devices.spread(
+        agent.calibrate,
+        mesh,
+        in_specs=(devices.EVERYWHERE, devices.SHARDED),
+        out_specs=devices.EVERYWHERE,
+    )
 
     def calibrate(
         params: types.Params, replay_state: replay.ReplayState
     ) -> types.Params:
-        windows = ring.sample(
-            replay_state,
-            stream_key(config.seed, Stream.CALIBRATE),
-            num_windows=_CALIBRATION_STATES,
-            num_states=1,
-        )
-        return agent.calibrate(params, windows.observation[:, 0])
+        windows = draw(replay_state, stream_key(config.seed, Stream.CALIBRATE))
+        return measure(params, windows.observation[:, 0])
 
-    return jax.jit(calibrate)
+    return jax.jit(calibrate, out_shardings=devices.sharding(mesh))
 
 
 class Pretraining(NamedTuple):
@@ -561,12 +663,15 @@ class Pretraining(NamedTuple):
     schedule: Schedule
 
 
-def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
+def make_pretraining(
+    config: config_lib.Config, pool: Pool, mesh: devices.Mesh = None
+) -> Pretraining:
     """Makes a new session of pretraining, and its jitted steps.
 
     Args:
       config: The run's values.
       pool: Environments, not yet reset, as many as the config says.
+      mesh: The devices that share the work.
     """
     values, learner = config.pretrain, config.learner
     num_envs = values.num_envs
@@ -579,15 +684,23 @@ def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
         learner,
         stream_key(config.seed, Stream.PRETRAIN_LEARN),
         with_particles=True,
+        mesh=mesh,
     )
     session = Session(
         pool=pool,
-        state=init_state(agent, config.seed),
+        state=init_state(agent, config.seed, mesh),
         memory=init_memory(
-            agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+            agent,
+            ring,
+            num_envs=num_envs,
+            feature_dim=learner.feature_dim,
+            mesh=mesh,
         ),
-        sums=put(metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING))),
+        sums=devices.put(
+            metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING)), mesh
+        ),
         sample=sample,
+        mesh=mesh,
     )
     act = make_act(
         agent,
@@ -595,11 +708,12 @@ def make_pretraining(config: config_lib.Config, pool: Pool) -> Pretraining:
         stream_key(config.seed, Stream.PRETRAIN_ACT),
         epsilon=values.pretrain_epsilon,
         explore=True,
+        mesh=mesh,
     )
     schedule = Schedule(
         start=max(values.warmup_agent_steps, learner.window_length * num_envs),
         samples_per_step=values.samples_per_step,
         batch_size=learner.batch_size,
     )
-    learn = make_pretrain_learn(agent, sample)
+    learn = make_pretrain_learn(agent, sample, mesh)
     return Pretraining(agent, ring, session, act, learn, schedule)

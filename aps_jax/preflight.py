@@ -15,7 +15,7 @@ import rich.table
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import envs, loop, metrics, replay, resources, stages
+from aps_jax import devices, envs, loop, metrics, replay, resources, stages
 from aps_jax.config import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
@@ -51,6 +51,8 @@ def run_checks(
       A `Check` for each line of the table; one that failed would end the run.
     """
     checks = [_devices(config), _cores(config)]
+    if config.num_devices > 1:
+        checks += [_share(config, name) for name in stage_names]
     checks += [_memory(config, name) for name in stage_names]
     place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
     try:
@@ -76,12 +78,36 @@ def print_table(checks: Sequence[Check]) -> None:
 
 
 def _devices(config: config_lib.Config) -> Check:
-    devices = jax.devices()
-    text = f"{len(devices)} x {devices[0].device_kind} ({devices[0].platform})"
-    is_slow = devices[0].platform == "cpu" and config.preset in ("gpu", "paper")
+    there = jax.devices()
+    text = f"{len(there)} x {there[0].device_kind} ({there[0].platform})"
+    try:
+        devices.make_mesh(config.num_devices)
+    except ValueError as error:
+        return Check("devices", str(error), "failed")
+    if config.num_devices > 1:
+        text += f", {config.num_devices} of them used"
+    is_slow = there[0].platform == "cpu" and config.preset in ("gpu", "paper")
     if is_slow:
         text += f"; preset {config.preset} is made for a GPU or TPU"
     return Check("devices", text, "warning" if is_slow else "ok")
+
+
+def _share(config: config_lib.Config, name: str) -> Check:
+    """Says what lies on each of several devices."""
+    is_pretraining = name == stages.PRETRAIN
+    learner, count = config.learner, config.num_devices
+    ring = resources.replay_bytes(config, is_pretraining=is_pretraining)
+    num_envs = config.finetune.finetune_num_envs
+    if is_pretraining:
+        num_envs = config.pretrain.num_envs
+    text = (
+        f"{num_envs // count} environments and their replay "
+        f"({resources.size_text(ring / count)}); "
+        f"{learner.batch_size // count} targets"
+    )
+    if is_pretraining:
+        text += f" and {learner.num_particles // count} particles"
+    return Check(f"each device, {name}", f"{text} of a batch; the whole agent")
 
 
 def _cores(config: config_lib.Config) -> Check:
@@ -177,6 +203,7 @@ def measure_rate(
         num_envs, size = values.finetune_num_envs, values.finetune_agent_steps
         samples_per_step = values.finetune_samples_per_step
         act_stream, stream = loop.Stream.FINETUNE_ACT, loop.Stream.FINETUNE_LEARN
+    mesh = devices.make_mesh(config.num_devices)
     pool = loop.make_pool(config, num_envs, act_stream, constructor)
     try:
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
@@ -184,24 +211,31 @@ def measure_rate(
             num_envs=num_envs, size=size, feature_dim=learner.feature_dim
         )
         key = loop.stream_key(config.seed, stream)
-        sample = loop.make_sample(ring, learner, key, with_particles=is_pretraining)
-        state, group = loop.init_state(agent, config.seed), metrics.LEARNING
+        sample = loop.make_sample(
+            ring, learner, key, with_particles=is_pretraining, mesh=mesh
+        )
+        state, group = loop.init_state(agent, config.seed, mesh), metrics.LEARNING
         if is_pretraining:
             group = group + metrics.PRETRAINING
-            learn = loop.make_pretrain_learn(agent, sample)
+            learn = loop.make_pretrain_learn(agent, sample, mesh)
         else:
-            state = loop.put(jax.jit(agent.init_finetune)(state))
+            state = devices.put(jax.jit(agent.init_finetune)(state), mesh)
             task = jnp.zeros((learner.feature_dim,)).at[0].set(1.0)
             learn = loop.make_finetune_learn(
-                agent, sample, task=task, reward_scale=jnp.float32(1.0)
+                agent, sample, task=task, reward_scale=jnp.float32(1.0), mesh=mesh
             )
         session = loop.Session(
             pool=pool,
             state=state,
             memory=loop.init_memory(
-                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+                agent,
+                ring,
+                num_envs=num_envs,
+                feature_dim=learner.feature_dim,
+                mesh=mesh,
             ),
-            sums=loop.put(metrics.init_sums(loop.names_of(group))),
+            sums=devices.put(metrics.init_sums(loop.names_of(group)), mesh),
+            mesh=mesh,
         )
         act = loop.make_act(
             agent,
@@ -209,6 +243,7 @@ def measure_rate(
             loop.stream_key(config.seed, act_stream),
             epsilon=config.pretrain.pretrain_epsilon,
             explore=is_pretraining,
+            mesh=mesh,
         )
         schedule = loop.Schedule(
             start=learner.window_length * num_envs,

@@ -1,7 +1,8 @@
 """Replay of single frames on the device: added in place, sampled as stacked windows.
 
-The ring is Flashbax's trajectory buffer. Letters: `E` environments, `B` windows, `T`
-states of a window, `L = T + STACK_SIZE - 1` its frames, `D` feature dimension.
+The ring is Flashbax's trajectory buffer; what is drawn from it is ours, so that it does
+not depend on how many devices hold a part of the ring. Letters: `E` environments, `B`
+windows, `T` states of a window, `L = T + STACK_SIZE - 1` its frames, `D` feature dimension.
 """
 
 from collections.abc import Callable
@@ -9,6 +10,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flashbax.buffers import trajectory_buffer
 
 from aps_jax import frames, types
@@ -73,7 +75,10 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
       A `Replay` of pure functions. `init()` allocates the ring; `add(state, step)` takes
       a `Step` with leading axis `[E]` and is in place where the state is donated;
       `sample(state, key, num_windows=B, num_states=T)` returns a `Window` with leading
-      axis `[B]`, windows uniform over all that lie in the ring. The key is consumed.
+      axis `[B]`, windows uniform over all that lie in the ring: see `draw_places`. The
+      key is consumed. With `axis_name` the function runs on each device of that axis:
+      `state` holds the ring of its `E / N` environments, and it returns its `B / N` of
+      the `B` windows, which are the same for every number `N` of devices.
 
     Raises:
       ValueError: The replay would hold less than one step of each environment.
@@ -99,21 +104,75 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
         return trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
 
     def sample(
-        state: ReplayState, key: types.PRNGKey, *, num_windows: int, num_states: int
+        state: ReplayState,
+        key: types.PRNGKey,
+        *,
+        num_windows: int,
+        num_states: int,
+        axis_name: str | None = None,
     ) -> Window:
-        # Flashbax broadcasts [B, 1] against [L]; it is meant, so it is allowed here.
-        with jax.numpy_rank_promotion("allow"):
-            steps = trajectory_buffer.sample(
-                state,
-                key,
-                batch_size=num_windows,
-                sequence_length=num_states + STACK_SIZE - 1,
-                period=1,
-            ).experience
+        num_frames = num_states + STACK_SIZE - 1
+        num_held = jnp.where(state.is_full, length, state.current_index)
+        oldest = jnp.where(state.is_full, state.current_index, 0)
+        env, start = draw_places(
+            key,
+            num_envs=num_envs,
+            num_starts=jnp.maximum(num_held - num_frames + 1, 0),
+            num_windows=num_windows,
+            axis_name=axis_name,
+        )
+        time = (oldest + start)[:, None] + jnp.arange(num_frames)[None, :]
+        steps = jax.tree.map(lambda x: x[env[:, None], time % length], state.experience)
         return jax.vmap(stack_window)(steps)
 
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(example)) * num_envs * length
     return Replay(init, add, sample, num_bytes)
+
+
+def draw_places(
+    key: types.PRNGKey,
+    *,
+    num_envs: int,
+    num_starts: jax.Array,
+    num_windows: int,
+    axis_name: str | None = None,
+) -> tuple[jax.Array, jax.Array]:
+    """Draws where windows lie: environments in strata, starts uniformly.
+
+    Window `b` lies in environment `floor((b E + r) / B)`, `r` uniform in `[0, E)`, from a
+    key of its own. Over all `b` that is uniform over the environments, with less variance
+    than independent draws; and the windows `[k B / N, (k + 1) B / N)` lie in the
+    environments `[k E / N, (k + 1) E / N)`, those of device `k` of `N`.
+
+    Args:
+      key: Is consumed.
+      num_envs: `E`, environments of all devices.
+      num_starts: `[]` int, places of an environment at which a window can begin.
+      num_windows: `B`, windows of all devices.
+      axis_name: Axis of the devices, each of which draws its share; None on one.
+
+    Returns:
+      `[B / N]` int32 environments, counted from the device's first, and `[B / N]` int32
+      starts, counted from the oldest step.
+    """
+    num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
+    num_own = num_windows // num_devices
+    # b E = whole * B + rest, exact on the host; on the device it might overflow.
+    whole, rest = np.divmod(np.arange(num_own) * num_envs, num_windows)
+
+    def draw(window: jax.Array) -> tuple[jax.Array, jax.Array]:
+        env_key, start_key = jax.random.split(jax.random.fold_in(key, window))
+        return (
+            jax.random.randint(env_key, (), 0, num_envs),
+            jax.random.randint(start_key, (), 0, num_starts),
+        )
+
+    offset, start = jax.vmap(draw)(
+        device * num_own + jnp.arange(num_own, dtype=jnp.int32)
+    )
+    env = whole.astype(np.int32) + (rest.astype(np.int32) + offset) // num_windows
+    return env, start
 
 
 def stack_window(steps: Step) -> Window:

@@ -132,11 +132,16 @@ def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
 
 
 def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
-    """Returns the memory of the device that a stage needs, about."""
-    copies = 1
-    if jax.default_backend() == "cpu" and config.report.checkpoint_replay:
-        copies = 2  # One more while a checkpoint is written.
-    return copies * replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+    """Returns the memory that a stage needs, about: of each device, or of the host.
+
+    Several devices of a CPU are all in the host's memory.
+    """
+    ring = replay_bytes(config, is_pretraining=is_pretraining)
+    if jax.default_backend() != "cpu":
+        return ring // config.num_devices + _BASE_BYTES
+    # One copy more while a checkpoint is written.
+    copies = 2 if config.report.checkpoint_replay else 1
+    return copies * ring + _BASE_BYTES
 
 
 def cache_folder() -> pathlib.Path:

@@ -2,7 +2,7 @@
 
 `r = skill_weight * r_skill + entropy_weight * r_entropy`. APS weighs the two (1, 1), VISR
 (1, 0), and an agent driven by entropy alone, as in APT, (0, 1). All functions but
-`update_distance_scale` are written for one state: `jax.vmap` them over a batch.
+those of the running mean are written for one state: `jax.vmap` them over a batch.
 
 Letters: `D` feature dimension, `k` nearest neighbours.
 """
@@ -21,6 +21,13 @@ class DistanceScale(NamedTuple):
 
     weight: Array  # [] float32, number of distances behind the mean, decayed.
     mean: Array  # [] float32, in units of the features; 0 before any distance.
+
+
+class DistanceSums(NamedTuple):
+    """Sums over a batch of distances."""
+
+    count: Array  # [] float32, neighbours that exist.
+    deviation: Array  # [] float32, of their distances from the running mean.
 
 
 def init_distance_scale() -> DistanceScale:
@@ -51,17 +58,52 @@ def update_distance_scale(
       The mean with the batch included; unchanged but for its decayed weight if the
       batch has no neighbour.
     """
+    return move_distance_scale(scale, sum_distances(scale, distances), decay=decay)
+
+
+def sum_distances(scale: DistanceScale, distances: Array) -> DistanceSums:
+    """Sums a batch of distances, as a part of what `move_distance_scale` takes.
+
+    Sums of parts of a batch, each on a device of its own, add up to those of the batch.
+
+    Args:
+      scale: the mean before the batch.
+      distances: `[..., k]` float, as those of `update_distance_scale`.
+
+    Returns:
+      The sums.
+    """
     chex.assert_rank([scale.weight, scale.mean], 0)
     chex.assert_type([scale.weight, scale.mean, distances], float)
 
     exists = distances != jnp.inf
-    count = jnp.sum(exists, dtype=jnp.float32)
-    weight = decay * scale.weight + count
     # Deviations from the mean are small once it is known, and summed row by row: so
     # float32 keeps their sum exact to a few units in the last place.
     deviations = jnp.where(exists, distances - scale.mean, 0.0)
-    total = jnp.sum(jnp.sum(deviations, axis=-1))
-    mean = scale.mean + total / jnp.where(weight > 0, weight, 1.0)
+    return DistanceSums(
+        count=jnp.sum(exists, dtype=jnp.float32),
+        deviation=jnp.sum(jnp.sum(deviations, axis=-1)),
+    )
+
+
+def move_distance_scale(
+    scale: DistanceScale, sums: DistanceSums, *, decay: float = 0.99
+) -> DistanceScale:
+    """Adds the sums of a whole batch; the equation is that of `update_distance_scale`.
+
+    Args:
+      scale: the mean of which `sums` holds the deviations.
+      sums: of all distances of the batch.
+      decay: in [0, 1], per update.
+
+    Returns:
+      The mean with the batch included.
+    """
+    chex.assert_rank([*scale, *sums], 0)
+    chex.assert_type([*scale, *sums], float)
+
+    weight = decay * scale.weight + sums.count
+    mean = scale.mean + sums.deviation / jnp.where(weight > 0, weight, 1.0)
     return DistanceScale(weight=weight, mean=mean)
 
 

@@ -25,9 +25,10 @@ _UNFINISHED = ".tmp"  # appended to the name of a file while it is written
 STAGE_FOLDERS = {"pretrain": "pretrain", "finetune": "pretrained"}
 
 # What two starts of the same run may differ in: where and when it was started, and which
-# checkpoints are kept, which changes no number of the run.
+# checkpoints are kept, and on how many devices it runs, which changes no number of the
+# run but for rounding.
 _NO_VALUES = ("schema", "versions", "git_commit", "command")
-_FREE = ("config.report.keep_", "config.report.checkpoint_")
+_FREE = ("config.report.keep_", "config.report.checkpoint_", "config.num_devices")
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "rlax", "flashbax", "numpy", "envpool")
 

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import agent as agent_lib
-from aps_jax import loop, replay, types
+from aps_jax import devices, loop, replay, types
 
 FOLDER_NAME = "features"
 _NUM_STATES = 256
@@ -38,6 +38,7 @@ class SnapshotWriter:
         ring: replay.Replay,
         key: types.PRNGKey,
         warn: Callable[[str], None],
+        mesh: devices.Mesh = None,
     ):
         """Writes nothing yet.
 
@@ -48,19 +49,21 @@ class SnapshotWriter:
           key: Key of a stream that nothing else uses.
           warn: Is told of a snapshot that could not be written: pictures are no reason
             to end a run.
+          mesh: The devices that hold the replay.
         """
         self._folder = workdir / FOLDER_NAME
         self._warn = warn
+        draw = loop.make_draw(
+            ring,
+            num_windows=devices.round_up(_NUM_STATES, mesh),
+            num_states=1,
+            mesh=mesh,
+        )
 
         def sample(
             params: types.Params, replay_state: replay.ReplayState, agent_steps: int
         ) -> jax.Array:
-            windows = ring.sample(
-                replay_state,
-                jax.random.fold_in(key, agent_steps),
-                num_windows=_NUM_STATES,
-                num_states=1,
-            )
+            windows = draw(replay_state, jax.random.fold_in(key, agent_steps))
             phi = agent.features(params, windows.observation[:, 0]).phi
             return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
@@ -74,7 +77,8 @@ class SnapshotWriter:
           params: Its parameters, calibrated.
         """
         steps = session.agent_steps
-        sampled = self._sample(params, session.memory.replay, loop.put(np.int32(steps)))
+        number = devices.put(np.int32(steps), session.mesh)
+        sampled = self._sample(params, session.memory.replay, number)
         try:
             self._folder.mkdir(exist_ok=True)
             np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))

@@ -16,6 +16,7 @@ from absl import logging
 from aps_jax import agent as agent_lib
 from aps_jax import (
     checkpoint,
+    devices,
     envs,
     evaluation,
     game_tasks,
@@ -78,6 +79,7 @@ def pretrain(
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
+    mesh = devices.make_mesh(config.num_devices)
     resources.check_memory(config, is_pretraining=True)
     warn = _warning(progress)
     resources.check_cores(config, warn)
@@ -92,7 +94,9 @@ def pretrain(
         if is_known and (result := rundir.find_result(workdir)) is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir))
-        agent, ring, session, act, learn, schedule = loop.make_pretraining(config, pool)
+        agent, ring, session, act, learn, schedule = loop.make_pretraining(
+            config, pool, mesh
+        )
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
@@ -103,8 +107,9 @@ def pretrain(
                 ring,
                 loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
                 warn,
+                mesh,
             )
-            calibrate = loop.make_calibrate(config, agent, ring)
+            calibrate = loop.make_calibrate(config, agent, ring, mesh)
             total = -(-values.pretrain_agent_steps // num_envs)
             recorder.wait_for_refill(schedule, total)
             if progress is not None:
@@ -172,6 +177,7 @@ def finetune(
     """
     started = time.monotonic()
     constructor = game_tasks.constructor_for(config.finetune.task, constructor)
+    mesh = devices.make_mesh(config.num_devices)
     resources.check_memory(config, is_pretraining=False)
     warn = _warning(progress)
     resources.check_cores(config, warn)
@@ -183,7 +189,7 @@ def finetune(
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
         pretrain_frames = 0
         if init is None:
-            state = loop.init_state(agent, config.seed)
+            state = loop.init_state(agent, config.seed, mesh)
         else:
             trained = load_pretrained(init)
             check_fits(trained, init, config, pool.num_actions)
@@ -207,11 +213,16 @@ def finetune(
         )
         session = loop.Session(
             pool=pool,
-            state=loop.put(jax.jit(agent.init_finetune)(state)),
+            state=devices.put(jax.jit(agent.init_finetune)(state), mesh),
             memory=loop.init_memory(
-                agent, ring, num_envs=num_envs, feature_dim=learner.feature_dim
+                agent,
+                ring,
+                num_envs=num_envs,
+                feature_dim=learner.feature_dim,
+                mesh=mesh,
             ),
-            sums=loop.put(metrics.init_sums(loop.names_of(metrics.LEARNING))),
+            sums=devices.put(metrics.init_sums(loop.names_of(metrics.LEARNING)), mesh),
+            mesh=mesh,
         )
         with _Recorder(
             workdir, metrics.FINETUNE_COLUMNS, session, config, lock, warn, stop
@@ -299,6 +310,7 @@ def _infer(
         epsilon=config.pretrain.pretrain_epsilon,
         explore=True,
         regress_clip=values.reward_clip,
+        mesh=session.mesh,
     )
     total = -(-values.infer_agent_steps // session.pool.num_envs)
     if progress is not None:
@@ -373,18 +385,21 @@ def _learn_task(
         loop.stream_key(config.seed, loop.Stream.FINETUNE_ACT),
         epsilon=values.finetune_epsilon,
         explore=False,
+        mesh=session.mesh,
     )
     session.sample = loop.make_sample(
         ring,
         config.learner,
         loop.stream_key(config.seed, loop.Stream.FINETUNE_LEARN),
         with_particles=False,
+        mesh=session.mesh,
     )
     learn = loop.make_finetune_learn(
         agent,
         session.sample,
         task=task,
         reward_scale=jnp.float32(scale),
+        mesh=session.mesh,
     )
     schedule = loop.Schedule(
         start=max(inferred.agent_steps, config.learner.window_length * num_envs),
@@ -392,9 +407,7 @@ def _learn_task(
         batch_size=config.learner.batch_size,
     )
     if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
-        session.memory = session.memory._replace(
-            actor=loop.put(agent_lib.pin_task(session.memory.actor, task))
-        )
+        session.memory = loop.pin_task(session.memory, task, session.mesh)
     first = -(-inferred.agent_steps // num_envs)
     total = -(-values.finetune_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
@@ -410,7 +423,7 @@ def _learn_task(
         played = evaluation.evaluate(
             config,
             agent,
-            session.state.params,
+            devices.put(session.state.params),  # Full games are played on one device.
             task,
             # psi of other tasks is as good as that of w before learning, not after.
             use_gpi=session.iteration == first,
@@ -550,7 +563,7 @@ class _Recorder:
         )
         self._checkpointer.clean()
         templates = jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype),
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             {**parts, "replay": session.memory.replay},
         )
         if self._checkpointer.numbers():
@@ -600,7 +613,7 @@ class _Recorder:
         self._saved = session.agent_steps
         self.last_row = facts["last_row"]
         if "replay" not in parts:
-            parts["replay"] = loop.put(jax.jit(ring.init)())
+            parts["replay"] = loop.init_replay(ring, session.mesh)
             facts["replay_since"] = session.agent_steps
         session.memory = loop.Memory(actor, parts["replay"], episodes, regression)
         if isinstance(session.pool, loop.ResumablePool) and facts["environment"]:

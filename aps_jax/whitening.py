@@ -98,19 +98,6 @@ def whiten(whitening: Whitening, h: Array) -> jax.Array:
     )
 
 
-def without_common_gradient(h: Array) -> jax.Array:
-    """Returns `h` [..., D] itself, with the mean of its gradient subtracted.
-
-    As if the mean over the leading axes were subtracted with gradient, as batch
-    normalisation does: moving all features alike changes nothing once they are white.
-    Else the noise of each batch would move them all much faster than apart.
-    """
-    chex.assert_type(h, float)
-
-    common = jnp.mean(h, axis=tuple(range(h.ndim - 1)), keepdims=True)
-    return h - (common - jax.lax.stop_gradient(common))
-
-
 def _inverse_square_root(covariance: jax.Array) -> jax.Array:
     """Returns the symmetric `[D, D]` inverse root, by the eigenvalues."""
     variances, directions = jnp.linalg.eigh(covariance)

@@ -18,6 +18,7 @@ import numpy as np
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
 from aps_jax import (
+    devices,
     envs,
     evaluation,
     game_tasks,
@@ -149,9 +150,9 @@ def _infer_tasks(
         return actor, moments, step.action
 
     act = jax.jit(act, donate_argnames=("actor", "moments"))
-    actor = loop.put(agent.init_actor(num_envs))
+    actor = devices.put(agent.init_actor(num_envs))
     one = tasks.init_regression_moments(config.learner.feature_dim)
-    moments = loop.put(
+    moments = devices.put(
         jax.tree.map(lambda x: jnp.zeros((len(makers), *x.shape), x.dtype), one)
     )
     functions = {name: make() for name, make in makers.items()}
@@ -170,8 +171,8 @@ def _infer_tasks(
                 trained.state.params,
                 actor,
                 moments,
-                loop.put(timestep),
-                loop.put(pool.rewards),
+                devices.put(timestep),
+                devices.put(pool.rewards),
             )
             action = jax.device_get(action)
             with loop.blaming_environment():

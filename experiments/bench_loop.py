@@ -12,7 +12,7 @@ import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import loop, replay
+from aps_jax import devices, loop, replay
 from aps_jax.config import FRAME_SKIP
 from experiments.bench_table import (
     NOT_MEASURED,
@@ -180,7 +180,7 @@ def _act_alone(parts: loop.Pretraining, iterations: int) -> None:
     session = parts.session
     for _ in range(iterations):
         session.memory, action = parts.act(
-            session.state.params, session.memory, loop.put(session.timestep)
+            session.state.params, session.memory, devices.put(session.timestep)
         )
         jax.device_get(action)
     jax.block_until_ready(session.memory)
@@ -319,7 +319,7 @@ def _play_without_overlap(parts: loop.Pretraining, iterations: int) -> None:
     for _ in range(iterations):
         before = session.agent_steps
         session.memory, action = parts.act(
-            session.state.params, session.memory, loop.put(session.timestep)
+            session.state.params, session.memory, devices.put(session.timestep)
         )
         pool.send(jax.device_get(action))
         session.timestep = pool.recv()
@@ -365,7 +365,7 @@ def _make_scan(parts: loop.Pretraining, iterations: int) -> Callable[[], None]:
     def play() -> None:
         nonlocal handle
         # All committed to the device alike, or the scan would be compiled twice.
-        carry = loop.put(
+        carry = devices.put(
             (
                 handle,
                 session.state,
@@ -394,7 +394,7 @@ class _HostLoop:
             learner, self._config.finetune, num_actions=self._pool.num_actions
         )
         self._state = loop.init_state(self._agent, 0)
-        self._actor = loop.put(self._agent.init_actor(1))
+        self._actor = devices.put(self._agent.init_actor(1))
         self._steps: replay.Step | None = None
         self._num_steps = 0
         self._rng = np.random.default_rng(0)

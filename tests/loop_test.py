@@ -9,7 +9,7 @@ import pytest
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import loop, metrics, replay
+from aps_jax import devices, loop, metrics, replay
 
 NUM_ENVS = 3
 
@@ -52,7 +52,7 @@ def make_session(config):
         ),
         state=loop.init_state(agent, 0),
         memory=loop.init_memory(agent, ring, num_envs=NUM_ENVS, feature_dim=2),
-        sums=loop.put(
+        sums=devices.put(
             metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
         ),
         sample=sample,
