@@ -11,6 +11,7 @@ matplotlib.use("Agg")
 import matplotlib.figure
 import matplotlib.pyplot as plt
 import numpy as np
+from matplotlib import ticker
 
 from aps_jax import statistics
 
@@ -191,6 +192,10 @@ def draw_coverage(result: dict[str, Any]) -> matplotlib.figure.Figure:
             axes.plot(x, middle, color=_COLOURS[agent], label=_LABELS[agent])
             axes.fill_between(x, low, high, color=_COLOURS[agent], alpha=0.12)
         axes.set_xscale("log")
+        # Names of the powers of ten alone would be one; those of all steps overlap.
+        axes.xaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
+        axes.xaxis.set_minor_formatter(ticker.NullFormatter())
         axes.set_xlabel("agent steps of pretraining")
         axes.set_ylabel(label)
         axes.set_ylim(0, 1.05)

@@ -235,6 +235,44 @@ def run_with(scores, agents=("aps", "random")):
     return {"agents": list(agents), "mazes": {"open": {}, "comb": {}}, "runs": runs}
 
 
+@pytest.mark.parametrize("rewarded, is_seen", [(2, True), (4, False)])
+def test_unseen_cells_cost_what_cannot_be_known(monkeypatch, rewarded, is_seen):
+    """A corridor of five of which three were visited, one feature tells 2 and one 4."""
+    world = maze.parse_maze(CORRIDOR)
+    phi = np.eye(5, dtype=np.float32)[:, [2, 4]]
+    monkeypatch.setattr(
+        maze_agent, "feature_table", lambda *_: networks.Features(h=phi, phi=phi)
+    )
+    psi = jnp.zeros((5, 1, 4, 2))  # Indifferent: always the first action, which bumps.
+    table = networks.Successor(psi=psi, exploration=jnp.zeros((5, 1, 4)))
+    monkeypatch.setattr(maze_agent, "successor_table", lambda *_: table)
+    visits = jnp.array([[3, 1, 0, 0, 0], [2, 1, 1, 0, 0]])
+    nothing = jnp.zeros(2)
+    result = maze_agent.Pretrained({}, {}, phi[2:3], visits, nothing, nothing)
+    box = (jnp.arange(5)[None] == rewarded).astype(jnp.float32)
+    config = maze_agent.AgentConfig(episode_length=40, feature_dim=2, num_heads=1)
+    with jax.numpy_rank_promotion("allow"):
+        found = maze_evaluation.unseen_cells(
+            jax.random.key(0),
+            world,
+            box,
+            result,
+            config,
+            maze_evaluation.TestConfig(num_rewards=3),
+        )
+    np.testing.assert_allclose(found.share, 0.4, rtol=1e-6)
+    reward = 2.0 * box[0]
+    at_random = maze.random_return(world, reward, horizon=40)
+    best = maze.optimal_return(world, reward, horizon=40)
+    bumping = float(-at_random / (best - at_random))
+    np.testing.assert_allclose(found.acted, bumping, rtol=1e-4)
+    if is_seen:
+        known = [found.known, found.silent, found.believed]
+        np.testing.assert_allclose(known, 1.0, rtol=1e-5)
+    else:
+        np.testing.assert_allclose(found.known, bumping, rtol=1e-4)
+
+
 def test_summary_pools_the_runs_of_all_mazes():
     result = run_with([[0.0, 0.4], [0.6, 1.0]])
     aps, random = maze_grid.summarise(result)
