@@ -684,6 +684,19 @@ def test_preflight_says_what_would_end_the_run(tmp_path):
     assert not any(check.name.startswith("rate") for check in checks)
 
 
+def test_preflight_says_what_each_device_holds(tmp_path):
+    config = config_lib.replace_options(config_lib.preset_config("gpu"), num_devices=8)
+    checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
+    found = {check.name: check for check in checks}
+    # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,095 bytes each.
+    assert found["each device, pretrain"].found == (
+        "16 environments and their replay (845.7 MiB); 128 targets and 128 particles "
+        "of a batch; the whole agent"
+    )
+    assert found["devices"].verdict == "failed"
+    assert "num_devices is 8, and this machine has 1" in found["devices"].found
+
+
 def test_memory_there_is_what_the_kernel_says():
     there = resources.available_bytes()
     assert 2**28 < there < 2**45
