@@ -42,9 +42,14 @@ def left(tmp_path_factory):
     return folder, json.loads((folder / "facts.json").read_text())
 
 
+def load(path):
+    with np.load(path) as file:
+        return dict(file)
+
+
 def assert_near(one, other, *, rtol, atol):
-    assert set(one.files) == set(other.files)
-    for name in one.files:
+    assert set(one) == set(other)
+    for name in one:
         np.testing.assert_allclose(
             one[name], other[name], rtol=rtol, atol=atol, err_msg=name
         )
@@ -54,12 +59,12 @@ def assert_near(one, other, *, rtol, atol):
 def test_a_hundred_updates_are_those_of_one_device(left, num_devices):
     """Losses, parameters and metrics; the windows drawn are the same to the bit."""
     folder, _ = left
-    one = np.load(folder / "pretrain_1.npz")
-    other = np.load(folder / f"pretrain_{num_devices}.npz")
-    names = [name for name in one.files if "['calibrated']" not in name]
-    assert sum("params" in name for name in names) > 40
+    one = load(folder / "pretrain_1.npz")
+    other = load(folder / f"pretrain_{num_devices}.npz")
+    names = [name for name in one if "['calibrated']" not in name]
+    assert sum("params" in name for name in names) > 30
     for name in names:
-        rtol, atol = (0.0, 0.0) if "['ids']" in name else (1e-4, 1e-5)
+        rtol, atol = (0.0, 0.0) if "['ids']" in name else (2e-5, 2e-6)
         np.testing.assert_allclose(
             one[name], other[name], rtol=rtol, atol=atol, err_msg=name
         )
@@ -70,8 +75,8 @@ def test_a_hundred_updates_are_those_of_one_device(left, num_devices):
 
 def test_measured_moments_are_those_of_one_device(left):
     folder, _ = left
-    one, other = (np.load(folder / f"pretrain_{n}.npz") for n in (1, 8))
-    names = [n for n in one.files if "['calibrated']['whitening']" in n]
+    one, other = (load(folder / f"pretrain_{n}.npz") for n in (1, 8))
+    names = [n for n in one if "['calibrated']['whitening']" in n]
     assert len(names) == 4
     for name in names:
         np.testing.assert_allclose(one[name], other[name], rtol=2e-3, err_msg=name)
@@ -79,7 +84,7 @@ def test_measured_moments_are_those_of_one_device(left):
 
 def test_a_hundred_updates_from_reward_are_those_of_one_device(left):
     folder, _ = left
-    one, other = (np.load(folder / f"finetune_{n}.npz") for n in (1, 8))
+    one, other = (load(folder / f"finetune_{n}.npz") for n in (1, 8))
     assert_near(one, other, rtol=1e-5, atol=1e-6)
 
 
@@ -104,8 +109,8 @@ def test_an_update_communicates_gradients_particles_and_a_few_sums(left):
 
 def test_acting_communicates_nothing_but_sums_of_the_regression(left):
     folder, facts = left
-    one, other = (np.load(folder / f"act_{n}.npz") for n in (1, 8))
-    for name in one.files:
+    one, other = (load(folder / f"act_{n}.npz") for n in (1, 8))
+    for name in one:
         if "replay" in name:
             np.testing.assert_array_equal(one[name], other[name], err_msg=name)
         else:
@@ -124,10 +129,10 @@ def test_acting_communicates_nothing_but_sums_of_the_regression(left):
 
 def test_stages_on_two_devices_resume_on_two_and_on_one(left):
     folder, _ = left
-    straight = np.load(folder / "straight.npz")
-    stopped = np.load(folder / "stopped.npz")
-    assert set(straight.files) == set(stopped.files)
-    for name in straight.files:
+    straight = load(folder / "straight.npz")
+    stopped = load(folder / "stopped.npz")
+    assert set(straight) == set(stopped)
+    for name in straight:
         if "['pretrained']" in name:  # On two devices before and after.
             np.testing.assert_array_equal(straight[name], stopped[name], err_msg=name)
         else:
