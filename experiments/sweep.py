@@ -32,6 +32,7 @@ from absl import flags
 from aps_jax import config as config_lib
 from aps_jax import (
     envs,
+    game_tasks,
     interrupts,
     metrics,
     report,
@@ -143,12 +144,15 @@ def main(argv: Sequence[str]) -> None:
     if _KEEP.value:
         keep(workdir, pathlib.Path(_KEEP.value))
         console.print(f"Kept in {_KEEP.value}.")
-    if _STAGE.value in ("run_aps", "finetune", "scratch") and any(
-        job.is_done for job in jobs
-    ):
+    # Only scores are reported as scores; other tasks have a table of their own.
+    task = common_flags.given_options().get("task", game_tasks.SCORE)
+    is_of_score = task == game_tasks.SCORE
+    has_score = is_of_score and _STAGE.value in ("run_aps", "finetune", "scratch")
+    if has_score and any(job.is_done for job in jobs):
         report_tables.show(report.report([workdir], out=workdir / "report"))
         console.print(f"Written to {workdir / 'report'}.")
-    if _STAGE.value == "tasks" and (rows := report_tasks.collect(workdir)):
+    is_of_tasks = _STAGE.value == "tasks" or not is_of_score
+    if is_of_tasks and (rows := report_tasks.collect(workdir)):
         report_tables.show_tables([report_tasks.table(rows)], ())
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")

@@ -143,6 +143,15 @@ def slots_with(monkeypatch, *, cores, gib, gpus=0, **values):
         return sweep.slots(config_lib.preset_config("cpu"))
 
 
+def test_what_learned_another_task_is_no_score(tmp_path, capsys):
+    """Its sweep ends well, without a report of scores, of which there are none."""
+    write_finished(tmp_path / "Pong/aps/seed_0/pretrained_survival", task="survival")
+    words = ["--stage=finetune", "--task=survival", "--preset=cpu", "--run=local"]
+    run_sweep(*words, f"--workdir={tmp_path}")
+    assert "1 runs, 1 of them finished." in capsys.readouterr().out
+    assert not (tmp_path / "report").exists()
+
+
 def test_as_many_processes_as_cores_and_memory_hold(monkeypatch):
     found = slots_with(monkeypatch, cores=4, gib=100)
     assert found == [{"cores": [i]} for i in range(4)]
