@@ -25,7 +25,7 @@ class Step(NamedTuple):
     """One agent step of one environment, as stored (leading axes are added outside).
 
     `action` and `task` were chosen after seeing `frame`; the other fields tell how
-    `frame` was reached. 7,095 bytes at D = 5, of which 7,056 are the frame.
+    `frame` was reached. 7,091 bytes at D = 5, of which 7,056 are the frame.
     """
 
     frame: jax.Array  # [84, 84] uint8

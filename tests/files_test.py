@@ -688,9 +688,9 @@ def test_preflight_says_what_each_device_holds(tmp_path):
     config = config_lib.replace_options(config_lib.preset_config("gpu"), num_devices=8)
     checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
     found = {check.name: check for check in checks}
-    # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,095 bytes each.
+    # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,091 bytes each.
     assert found["each device, pretrain"].found == (
-        "16 environments and their replay (845.7 MiB); 128 targets and 128 particles "
+        "16 environments and their replay (845.3 MiB); 128 targets and 128 particles "
         "of a batch; the whole agent"
     )
     assert found["devices"].verdict == "failed"
