@@ -85,7 +85,7 @@ def test_measured_moments_are_those_of_one_device(left):
 def test_a_hundred_updates_from_reward_are_those_of_one_device(left):
     folder, _ = left
     one, other = (load(folder / f"finetune_{n}.npz") for n in (1, 8))
-    assert_near(one, other, rtol=1e-5, atol=1e-6)
+    assert_near(one, other, rtol=2e-5, atol=1e-5)
 
 
 def test_an_update_communicates_gradients_particles_and_a_few_sums(left):
