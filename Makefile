@@ -44,8 +44,8 @@ results: $(VENV)/installed
 	$(SWEEP) --seeds=3 --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
 	$(SWEEP) --seeds=3 --stage=tasks --games=RoadRunner --task=score,survival
 	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --task=examples.tasks:pong_high
-	$(SWEEP) --seeds=1 --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
-	$(SWEEP) --seeds=1 --stage=finetune --games=RoadRunner --task=survival
+	$(SWEEP) --seeds=3 --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
+	$(SWEEP) --seeds=3 --stage=finetune --games=RoadRunner --task=survival
 	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed

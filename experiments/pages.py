@@ -19,8 +19,6 @@ from aps_jax import metrics, report, report_tables, report_tasks
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
-# The result of one earlier run, shown as long as there is no sweep.
-_EARLIER = pathlib.Path("results", "cpu_preset")
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Whether to compare only, and write nothing."
@@ -29,13 +27,10 @@ _CHECK = flags.DEFINE_bool(
 
 def results_table() -> str:
     """Returns the README's table of the first measured results, as `report` makes it."""
-    folder = RESULTS if (ROOT / RESULTS).is_dir() else _EARLIER
     # Seen from the root: notices name folders, and pages no machine's.
     with contextlib.chdir(ROOT):
-        built = report.report([folder], systems=("APS",))
+        built = report.report([RESULTS], systems=("APS",))
     text = report_tables.results_markdown(built)
-    if folder == _EARLIER:
-        return f"{text}\nThe result: [`{folder}`]({folder}).\n"
     if rows := report_tasks.collect(ROOT / RESULTS):
         tasks = report_tasks.table(rows)
         lines = [f"**{tasks.title}**", "", *report_tables.markdown_table(tasks), ""]
@@ -50,8 +45,14 @@ def results_table() -> str:
     )
 
 
+def ablation_tables() -> str:
+    """Returns the maze's ablation, as its script wrote it."""
+    return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
+
+
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
+    "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
     "README.md": {"results": results_table},
 }
