@@ -8,7 +8,6 @@ import sys
 import pytest
 
 from aps_jax import maze
-from experiments import maze_agent
 
 ROOT = pathlib.Path(__file__).parents[1]
 
@@ -30,7 +29,6 @@ def run_script(*arguments):
     [
         ("--changes=gamma=1", "--changes: no field 'gamma'"),
         ("--changes=num_heads=few", "num_heads needs a whole number"),
-        ("--num_seeds=0", "lower_bound"),
     ],
 )
 def test_bad_flags_are_refused_in_one_line(tmp_path, argument, message):
@@ -38,7 +36,7 @@ def test_bad_flags_are_refused_in_one_line(tmp_path, argument, message):
     finished = run_script(f"--workdir={folder}", argument)
     said = finished.stderr + finished.stdout
     assert finished.returncode == 1
-    assert message.replace("lower_bound", "positive integer") in said
+    assert message in said
     assert "Traceback" not in said
     assert not folder.exists()
 
@@ -76,13 +74,18 @@ def test_a_run_goes_on_after_its_last_change_and_writes_both_tables(tmp_path):
     assert "holds runs of other seeds or rewards" in refused.stdout + refused.stderr
 
 
-def test_every_change_changes_one_field():
-    from experiments import maze_ablation  # Its flags are those of a script.
+# In a process of its own, like the script.
+_EACH_CHANGE = """
+from experiments import maze_ablation, maze_agent
+default = vars(maze_agent.AgentConfig())
+for change in maze_ablation.CHANGES:
+    agent, test = maze_ablation.configs_of(change, 3)
+    differing = [name for name in default if vars(agent)[name] != default[name]]
+    assert len(differing) == (change not in ("", "intercept=false")), change
+    assert test.intercept == (change != "intercept=false"), change
+    assert test.num_rewards == 3
+"""
 
-    default = vars(maze_agent.AgentConfig())
-    for change in maze_ablation.CHANGES:
-        agent, test = maze_ablation.configs_of(change, 3)
-        differing = [name for name in default if vars(agent)[name] != default[name]]
-        assert len(differing) == (change not in ("", "intercept=false"))
-        assert test.intercept == (change != "intercept=false")
-        assert test.num_rewards == 3
+
+def test_every_change_changes_one_field():
+    subprocess.run([sys.executable, "-c", _EACH_CHANGE], cwd=ROOT, check=True)
