@@ -1,7 +1,8 @@
 """The host loop of every stage, and the jitted functions that it calls.
 
 One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates and
-returns, so the device learns while the CPU cores emulate. Keys are derived from the seed
+returns, so the device learns while the CPU cores emulate. Where the cores are the device,
+`recv` comes before the updates: both at once would only take turns. Keys are derived from the seed
 by `fold_in` with a stream and a step, so a resumed run continues the same streams.
 """
 
@@ -460,6 +461,10 @@ class Session:
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
     sample: Sample | None = None  # what the updates draw, once there are any
+    # On a CPU emulators and updates want the same cores: measured in docs/performance.md.
+    overlaps: bool = dataclasses.field(
+        default_factory=lambda: jax.default_backend() != "cpu"
+    )
     mesh: devices.Mesh = None  # on which all states lie
     _flag: jax.Array | None = None  # of an update some iterations ago
 
@@ -495,9 +500,12 @@ class Session:
         self.memory, action = act(self.state.params, self.memory, timestep)
         action = jax.device_get(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
+        reached: types.TimeStep | None = None
         try:
             with blaming_environment():
                 self.pool.send(action)
+                if not self.overlaps:
+                    reached = self.pool.recv()
         finally:  # The step is in the replay: its updates are made, come what may.
             if learn is not None and self.agent_steps > self.learn_from:
                 start = max(before, self.learn_from)
@@ -509,7 +517,7 @@ class Session:
         if learn is not None and self.iteration % _LOOK_EVERY == 0:
             self._look()
         with blaming_environment():
-            self.timestep = self.pool.recv()
+            self.timestep = self.pool.recv() if reached is None else reached
         if not np.isfinite(self.timestep.reward).all():
             (places,) = np.nonzero(~np.isfinite(self.timestep.reward))
             raise NonFinite(
