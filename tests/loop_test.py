@@ -245,9 +245,33 @@ def test_a_game_whose_reward_is_not_finite_is_named():
         session.step(act)
 
 
-@pytest.mark.parametrize("place", ["reset", "send", "recv"])
-def test_an_environment_that_raises_loses_no_step_and_no_update(place):
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_updates_are_enqueued_before_or_after_the_environments_stepped(overlaps):
+    """Beside the emulators where they have a device of their own, else after them."""
     session, act, learn = make_session(make_config())
+    assert not session.overlaps  # These tests run on a CPU.
+    session.overlaps = overlaps
+    called = []
+
+    def noting(name, function):
+        def call(*arguments):
+            called.append(name)
+            return function(*arguments)
+
+        return call
+
+    session.pool.send = noting("send", session.pool.send)
+    session.pool.recv = noting("recv", session.pool.recv)
+    schedule = loop.Schedule(start=0, samples_per_step=1.0, batch_size=NUM_ENVS)
+    session.step(act, noting("learn", learn), schedule)
+    assert called == ["send", *(["learn", "recv"] if overlaps else ["recv", "learn"])]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("place", ["reset", "send", "recv"])
+def test_an_environment_that_raises_loses_no_step_and_no_update(place, overlaps):
+    session, act, learn = make_session(make_config())
+    session.overlaps = overlaps
     schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
     for _ in range(0 if place == "reset" else 25):
         session.step(act, learn, schedule)
