@@ -1,4 +1,4 @@
-"""Runs the jitted steps on 1, 2 and 8 virtual devices, and writes what they leave.
+"""Runs the jitted steps on 1 and 8 virtual devices, and writes what they leave.
 
   XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices_program.py FOLDER
 
@@ -228,7 +228,7 @@ def flat(tree):
 
 def main(folder):
     facts = {}
-    for count in (1, 2, 8):
+    for count in (1, 8):
         left, facts[f"pretrain_{count}"] = learned(count, is_pretraining=True)
         np.savez(folder / f"pretrain_{count}.npz", **flat(left))
     for count in (1, 8):
