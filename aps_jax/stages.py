@@ -690,7 +690,8 @@ class _Recorder:
         self.last_row = loop.without_nan(row)
         is_evaluation = "eval_return_mean" in row
         score = row["eval_return_mean" if is_evaluation else "episode_return"]
-        if is_evaluation or not (self.facts.get("is_evaluated") or math.isnan(score)):
+        is_better_known = self.facts.get("is_evaluated") and not is_evaluation
+        if not (math.isnan(score) or is_better_known):
             self.facts["score"] = score
             self.facts["is_evaluated"] = is_evaluation
             self.facts["scored_agent_steps"] = self._session.agent_steps

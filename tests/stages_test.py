@@ -558,6 +558,26 @@ def test_the_best_checkpoint_is_the_one_that_was_evaluated(
     assert facts["score"] == 9.0
 
 
+def test_an_evaluation_without_a_score_is_saved_without_one(
+    run, tmp_path, monkeypatch, caplog
+):
+    """NaN is no JSON: as a score it would keep every checkpoint from being written."""
+    folder, _, _ = run
+    summary = evaluation.summary
+    monkeypatch.setattr(
+        stages.evaluation,
+        "summary",
+        lambda *given: summary(*given) | {"eval_return_mean": math.nan},
+    )
+    monkeypatch.setattr(stages, "_score", lambda *_: {})
+    monkeypatch.setattr(stages, "_patiently", lambda write, *_: write())
+    config = make_config(keep_best=True)
+    finetune(config, tmp_path / "f", folder / "pretrain")
+    facts = checkpoint.read_facts(tmp_path / "f" / "checkpoints" / "120")
+    assert facts.get("score") is None or math.isfinite(facts["score"])
+    assert "cannot write" not in caplog.text
+
+
 @pytest.mark.parametrize(
     "steps, message",
     [
