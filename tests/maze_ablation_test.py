@@ -6,22 +6,11 @@ import subprocess
 import sys
 
 import pytest
+from scripts import run_script
 
 from aps_jax import maze
 
 ROOT = pathlib.Path(__file__).parents[1]
-
-
-def run_script(*arguments):
-    """Runs the script in a process of its own: flags are global to a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.maze_ablation", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=300,
-    )
 
 
 @pytest.mark.parametrize(
@@ -33,7 +22,7 @@ def run_script(*arguments):
 )
 def test_bad_flags_are_refused_in_one_line(tmp_path, argument, message):
     folder = tmp_path / "a"
-    finished = run_script(f"--workdir={folder}", argument)
+    finished = run_script("maze_ablation", f"--workdir={folder}", argument)
     said = finished.stderr + finished.stdout
     assert finished.returncode == 1
     assert message in said
@@ -63,13 +52,13 @@ def test_a_run_goes_on_after_its_last_change_and_writes_both_tables(tmp_path):
     (tmp_path / "ablation.json").write_text(json.dumps(earlier))
     flags = [f"--workdir={tmp_path}", "--first_seed=0", "--num_seeds=2"]
     changes = "--changes=,num_heads=8"
-    finished = run_script(*flags, "--rewards=2", changes)
+    finished = run_script("maze_ablation", *flags, "--rewards=2", changes)
     assert finished.returncode == 0, finished.stderr
     assert "| `num_heads=8` | 0.62 [" in finished.stdout
     assert finished.stdout.count("| none | ") == 2
     assert " | 75% |\n" in finished.stdout
     assert "| none | 25% | 0.25 [0.25, 0.25] |" in finished.stdout
-    refused = run_script(*flags, "--rewards=3", changes)
+    refused = run_script("maze_ablation", *flags, "--rewards=3", changes)
     assert refused.returncode == 1
     assert "holds runs of other seeds or rewards" in refused.stdout + refused.stderr
 

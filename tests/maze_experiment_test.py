@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import run_script
 
 from aps_jax import maze, networks
 from experiments import maze_agent, maze_evaluation, maze_grid
@@ -293,18 +294,6 @@ def test_table_shows_intervals_where_there_are_several_seeds():
     assert table.splitlines()[2] == expected
 
 
-def run_script(*arguments):
-    """Runs the script in a process of its own: flags are global to a process."""
-    return subprocess.run(
-        [sys.executable, "-m", "experiments.maze", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        check=False,
-        text=True,
-        timeout=300,
-    )
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -319,7 +308,7 @@ def run_script(*arguments):
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(arguments, message):
-    finished = run_script(*arguments)
+    finished = run_script("maze", *arguments, timeout=300)
     assert finished.returncode == 1
     assert message in finished.stderr + finished.stdout
     assert "Traceback" not in finished.stderr
@@ -327,6 +316,7 @@ def test_bad_command_lines_are_refused_in_one_line(arguments, message):
 
 def test_short_run_learns_and_writes_everything(tmp_path):
     finished = run_script(
+        "maze",
         f"--workdir={tmp_path}",
         "--mazes=open",
         "--agents=aps,random",
@@ -336,6 +326,7 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         "--set=num_iterations=60",
         "--set=num_heads=16",
         "--set=feature_dim=20",
+        timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
     with open(tmp_path / "maze.json") as file:
@@ -361,7 +352,9 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     assert table in finished.stdout
     chex.assert_shape(np.array(trained["few_shot"]), (31,))
 
-    refused = run_script(f"--workdir={tmp_path}", "--mazes=open", "--agents=random")
+    refused = run_script(
+        "maze", f"--workdir={tmp_path}", "--mazes=open", "--agents=random"
+    )
     assert refused.returncode == 1
     assert "differs in agent_config, agent_weights, test_config, seeds, agents" in (
         refused.stderr + refused.stdout

@@ -2,8 +2,6 @@
 
 import csv
 import json
-import pathlib
-import subprocess
 import sys
 
 import fake_runs
@@ -11,6 +9,7 @@ import matplotlib.colors
 import matplotlib.image
 import numpy as np
 import pytest
+import scripts
 from absl import flags
 from absl.testing import flagsaver
 
@@ -769,14 +768,7 @@ def test_rliable_is_compared(three_games, capsys, monkeypatch):
 
 
 def test_bad_input_in_a_real_process():
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.report", "nowhere", "--out="],
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-        cwd=pathlib.Path(__file__).parent.parent,
-    )
+    done = scripts.run_script("report", "nowhere", "--out=", timeout=300)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr == "error: No such folder: nowhere.\n"

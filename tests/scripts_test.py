@@ -13,6 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import strategies as st
 from PIL import Image
+from scripts import run_script
 
 from aps_jax import config as config_lib
 from aps_jax import loop, resources, stages
@@ -379,17 +380,6 @@ def test_wrong_input_is_one_clear_line_and_writes_nothing(words, message, tmp_pa
     # absl adds one line of its own to errors in flags.
     assert len(lines) <= 2, done.stderr
     assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "notes.txt"]
-
-
-def run_script(script, *arguments):
-    return subprocess.run(
-        [sys.executable, "-m", f"experiments.{script}", *arguments],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-        timeout=120,
-    )
 
 
 def test_short_help_fits_a_screen():

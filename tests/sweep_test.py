@@ -12,6 +12,7 @@ import fake_runs
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from scripts import run_script
 
 from aps_jax import config as config_lib
 from aps_jax import interrupts, report, resources, rundir
@@ -331,12 +332,6 @@ def test_parameters_of_slurm_are_checked(word):
 
 
 def test_the_script_runs_by_itself(tmp_path):
-    done = subprocess.run(
-        [sys.executable, "-m", "experiments.sweep", f"--workdir={tmp_path}"],
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        check=False,
-    )
+    done = run_script("sweep", f"--workdir={tmp_path}")
     assert done.returncode == 0, done.stderr
     assert "experiments.run_aps" in done.stdout
