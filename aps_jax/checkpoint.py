@@ -226,8 +226,8 @@ class Checkpointer:
             for path in [temporary, *temporary.rglob("*")]:
                 _to_disk(path)
             # The number is taken where a score came later, or a run goes back.
-            path, replaced = self._folder / str(number), self._folder
-            replaced /= f"{_REPLACED}{number}"
+            path = self._folder / str(number)
+            replaced = self._folder / f"{_REPLACED}{number}"
             if path.exists():
                 path.rename(replaced)
             temporary.rename(path)

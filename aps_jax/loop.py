@@ -1,9 +1,10 @@
 """The host loop of every stage, and the jitted functions that it calls.
 
 One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates and
-returns, so the device learns while the CPU cores emulate. Where the cores are the device,
-`recv` comes before the updates: both at once would only take turns. Keys are derived from the seed
-by `fold_in` with a stream and a step, so a resumed run continues the same streams.
+returns, so the device learns while the CPU cores emulate. Where the cores are the
+device, `recv` comes before the updates: both at once would only take turns. Keys are
+derived from the seed by `fold_in` with a stream and a step, so a resumed run continues
+the same streams.
 """
 
 import contextlib

@@ -57,17 +57,16 @@ def train(key, num_steps):
         explores = jax.random.uniform(keys[2], (ENVS,)) < EPSILON
         action = jnp.where(explores, at_random, act(params, cell, w))
         reached = jnp.clip(cell + 2 * action - 1, 0, CELLS - 1)
-        grads, scale = jax.grad(loss, has_aux=True)(
-            params, target, scale, cell, action, reached, w
-        )
+        batch = (cell, action, reached, w)
+        grads, scale = jax.grad(loss, has_aux=True)(params, target, scale, *batch)
         changes, opt_state = optimizer.update(grads, opt_state)
         params = optax.apply_updates(params, changes)
         target = optax.incremental_update(params["q"], target, 0.02)
         return (params, target, opt_state, scale, reached, w), None
 
-    carry = (params, params["q"], optimizer.init(params))
-    carry += (aps_jax.init_distance_scale(),)  # APS
-    carry += (jnp.zeros(ENVS, jnp.int32), jnp.zeros((ENVS, DIM)))
+    begin = (jnp.zeros(ENVS, jnp.int32), jnp.zeros((ENVS, DIM)))
+    scale = aps_jax.init_distance_scale()  # APS
+    carry = (params, params["q"], optimizer.init(params), scale, *begin)
     return jax.lax.scan(step, carry, jnp.arange(num_steps))[0][0]
 
 
