@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 from aps_jax import config as config_lib
-from aps_jax import replay
+from aps_jax import hosts, replay
 
 # Networks, optimiser, activations and the libraries themselves: a floor, measured with
 # the smallest encoder, that no run goes under.
@@ -134,14 +134,15 @@ def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
 def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
     """Returns the memory that a stage needs, about: of each device, or of the host.
 
-    Several devices of a CPU are all in the host's memory.
+    Several devices of a CPU are all in the host's memory; of several processes each has
+    its share.
     """
     ring = replay_bytes(config, is_pretraining=is_pretraining)
     if jax.default_backend() != "cpu":
         return ring // config.num_devices + _BASE_BYTES
     # One copy more while a checkpoint is written.
     copies = 2 if config.report.checkpoint_replay else 1
-    return copies * ring + _BASE_BYTES
+    return copies * ring // hosts.num_processes() + _BASE_BYTES
 
 
 def cache_folder() -> pathlib.Path:
@@ -183,7 +184,8 @@ def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:
         )
     if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
         return
-    needed = replay_bytes(config, is_pretraining=is_pretraining) + _BASE_BYTES
+    ring = replay_bytes(config, is_pretraining=is_pretraining)
+    needed = ring // hosts.num_processes() + _BASE_BYTES
     there = host_bytes()
     if needed > _USABLE * there:
         raise ValueError(

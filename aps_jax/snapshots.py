@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import agent as agent_lib
-from aps_jax import devices, loop, replay, types
+from aps_jax import devices, hosts, loop, replay, types
 
 FOLDER_NAME = "features"
 _NUM_STATES = 256
@@ -67,7 +67,7 @@ class SnapshotWriter:
             phi = agent.features(params, windows.observation[:, 0]).phi
             return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
-        self._sample = jax.jit(sample)
+        self._sample = jax.jit(sample, out_shardings=devices.sharding(mesh))
 
     def write(self, session: loop.Session, params: types.Params) -> None:
         """Writes the snapshot of a session that has played a few steps.
@@ -79,6 +79,8 @@ class SnapshotWriter:
         steps = session.agent_steps
         number = devices.put(np.int32(steps), session.mesh)
         sampled = self._sample(params, session.memory.replay, number)
+        if not hosts.is_first():
+            return
         try:
             self._folder.mkdir(exist_ok=True)
             np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))

@@ -13,8 +13,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from aps_jax import rundir, stages
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
 _INIT = flags.DEFINE_string(
@@ -33,8 +31,8 @@ def main(argv: Sequence[str]) -> None:
     config = common_flags.config_from_flags(base)
     if common_flags.is_preflight(config, workdir, stages.FINETUNE):
         return
-    with StopRequests() as stop, Progress() as progress:
-        result = stages.finetune(config, workdir, init, progress=progress, stop=stop)
+    with common_flags.watched() as watched:
+        result = stages.finetune(config, workdir, init, **watched)
     summary.print_results(config, {_arm(init): result})
 
 
@@ -43,4 +41,4 @@ def _arm(init: pathlib.Path | None) -> str:
 
 
 if __name__ == "__main__":
-    common_flags.run(main)
+    common_flags.run(main, is_for_several=True)

@@ -10,8 +10,6 @@ command continues a run that was interrupted.
 from collections.abc import Sequence
 
 from aps_jax import stages
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
 from experiments import common_flags
 
 
@@ -22,8 +20,8 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     if common_flags.is_preflight(config, workdir, stages.PRETRAIN):
         return
-    with StopRequests() as stop, Progress() as progress:
-        result = stages.pretrain(config, workdir, progress=progress, stop=stop)
+    with common_flags.watched() as watched:
+        result = stages.pretrain(config, workdir, **watched)
     print(
         f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
         f"without reward.\nNext: python -m experiments.finetune --init={workdir} "
@@ -32,4 +30,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common_flags.run(main)
+    common_flags.run(main, is_for_several=True)
