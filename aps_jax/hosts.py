@@ -149,7 +149,8 @@ class _Team:
         self.asked = 0  # questions to process 0 so far, the same number in all
         self.is_first_alone = False  # while process 0 answers one
         self.stop: Stop | None = None
-        self.last_words = ""  # how the run can go on, for those who lose it
+        # How the run can go on, for those who lose it.
+        self.last_words: Callable[[], str] = lambda: "The same commands start it again"
         self.is_broken = False  # an operation of all has failed
         self._beats = 0
         self._is_over = threading.Event()
@@ -255,7 +256,7 @@ class _Team:
           text: What has happened.
         """
         with self._is_ending:  # For good: whoever comes second waits for the exit.
-            _say(f"error: {text}. {self.last_words}".rstrip(". ") + ".")
+            _say(f"error: {text}. {self.last_words()}.")
             code = interrupts.EXIT_CODE if self.is_stop_wished() else 1
             self.leave(code, done=code, lost=text)
 
@@ -268,7 +269,8 @@ class _Team:
 
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
-        teller.join(_LINGER_SECONDS)
+        # Where process 0 is gone, nobody listens, and the store may never answer.
+        teller.join(_LINGER_SECONDS if self._hears() else 0.5)
         if self.place.index == 0:
             ends = time.monotonic() + _LINGER_SECONDS
             while time.monotonic() < ends and not all(
@@ -279,6 +281,9 @@ class _Team:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
+
+    def _hears(self) -> bool:
+        return time.monotonic() - self._answered < 2.0 * _BEAT_SECONDS
 
     def _is_silent(self, index: int) -> bool:
         with self._lock:
@@ -503,7 +508,7 @@ def check_shared(folder: Any) -> None:
         time.sleep(0.1)
 
 
-def set_last_words(words: str) -> None:
+def set_last_words(words: Callable[[], str]) -> None:
     """Sets what a process says when it loses the others: how the run can go on."""
     if _team is not None:
         _team.last_words = words

@@ -588,7 +588,7 @@ class _Recorder:
         parts = self._parts()
         fixed_bytes = _num_bytes(parts["agent"]) + _num_bytes(parts["loop"])
         replay_bytes = _num_bytes(session.memory.replay) if self._has_replay else 0
-        hosts.set_last_words(self._last_words())
+        hosts.set_last_words(self._last_words)
 
         def prepare() -> bool:
             """Returns whether there is a checkpoint."""
@@ -794,7 +794,6 @@ class _Recorder:
                 session.agent_steps, parts, {**self.facts, **self._origin}
             )
             self._saved = session.agent_steps
-            hosts.set_last_words(self._last_words())
         except (OSError, ValueError) as error:
             self._complain(error)
 
