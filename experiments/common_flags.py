@@ -321,7 +321,7 @@ def run(
       short: Flags of this module that `--helpshort` shows for the script.
       is_for_several: Whether it can be one of the processes of a run on several hosts.
     """
-    resources.limit_arenas()
+    resources.tune_allocator()
     # Orbax reports every file it touches or cannot; a script's own lines are enough.
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)
