@@ -10,12 +10,8 @@ import sys
 import time
 import warnings
 
-with warnings.catch_warnings():
-    warnings.simplefilter("ignore")
-    import distrax  # noqa: F401
-    import orbax.checkpoint  # noqa: F401
-
 import fakes
+import orbax.checkpoint  # noqa: F401
 import tensorboardX.event_file_writer  # noqa: F401
 from absl import flags
 
