@@ -407,7 +407,8 @@ class _HostLoop:
 
         def update(state, windows, particles):
             stack = jax.vmap(replay.stack_window)
-            return self._agent.update(state, stack(windows), stack(particles))
+            encoded = self._agent.particles(state.params, stack(particles))
+            return self._agent.update(state, stack(windows), encoded)
 
         self._update = jax.jit(update, donate_argnums=0)
         self._timestep = self._pool.reset()
