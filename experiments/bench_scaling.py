@@ -52,13 +52,13 @@ def serve(config: config_lib.Config, requests: IO[str], answers: IO[str]) -> Non
         else:
             bench_loop.learn_alone(parts, int(count))
         print(_DONE, file=answers, flush=True)
-    bench_loop.close_sessions()
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs on as many devices as the flags say."""
     common_flags.reject_words(argv)
     serve(common_flags.config_from_flags(), sys.stdin, sys.stdout)
+    bench_loop.close_sessions()
 
 
 @contextlib.contextmanager
