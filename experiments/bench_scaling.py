@@ -24,7 +24,7 @@ from experiments.bench_table import Row, Turns, at_most, take_turns
 # What stays the same when there are more devices.
 CASES = {"global": "same global batch", "each": "same batch per device"}
 _DONE = "done"
-_SHARED_CORES = "virtual devices share the cores: a ratio of 1 is as good as can be"
+_SHARED_CORES = "virtual devices share the cores of this machine"
 _STACK_BYTES = 84 * 84 * config_lib.STACK_SIZE
 
 
@@ -135,8 +135,9 @@ def devices_rows(size: bench_loop.Size) -> list[Row]:
 def table_of_devices(turns: Turns, counts: Sequence[int]) -> list[Row]:
     """Makes the rows from seconds per agent step and per update; first is one device.
 
-    All devices share in each update, and each steps its share of the environments. Where
-    they share the cores too, the limit is what one device does with the cores alone.
+    All devices take part in each update, and each steps its own environments. The limit
+    is what one device does with all the cores, divided by the number of devices: so the
+    ratio is what all do together, by what one does.
     """
     rows = []
     for case, words in CASES.items():
@@ -150,7 +151,7 @@ def table_of_devices(turns: Turns, counts: Sequence[int]) -> list[Row]:
                 rows.append(
                     Row(
                         "devices",
-                        f"{words}, {thing}: each of {count} / cores shared alone",
+                        f"{words}, {thing}: each of {count} / its share of one alone",
                         rate,
                         turns.rate(one) / share,
                         unit,

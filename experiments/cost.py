@@ -65,7 +65,7 @@ class Inputs:
         25.0, "1e9 bytes per second between host and device.", "assumed"
     )
     hop_microseconds: float = _input(
-        10.0, "Delay of one message between devices.", "assumed"
+        10.0, "Delay of one message between devices, in microseconds.", "assumed"
     )
     least_targets: int = _input(
         64, "Targets per device under which an update is no faster.", "assumed"
@@ -314,7 +314,8 @@ def _study_table(
         (
             (
                 f"With {inputs.cores_per_device:g} cores per device; *: the emulators are "
-                "the slower part, and more cores would help. Evaluations: as if each game "
+                "the slower part, and more cores would help. Acting and compiling are left "
+                "out. Evaluations: as if each game "
                 f"lasted {config.environment.max_frames:,} frames; most are far shorter."
             ),
         ),

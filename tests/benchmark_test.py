@@ -136,7 +136,7 @@ def test_rates_of_devices_are_compared_with_a_share_of_the_cores():
         seconds |= {f"loop {case} 4": [1.0], f"learn {case} 4": [4.0]}
     rows = bench_scaling.table_of_devices(bench_table.Turns(seconds), (1, 4))
     found = {row.case: (row.measured, row.limit, row.ratio) for row in rows}
-    words = "same global batch, {}: each of {} / cores shared alone"
+    words = "same global batch, {}: each of {} / its share of one alone"
     # 2 agent steps a second on one device, so 0.5 on each of 4 at the same speed.
     assert found[words.format("loop", 1)] == (2.0, 2.0, 1.0)
     assert found[words.format("loop", 4)] == (0.25, 0.5, 0.5)
