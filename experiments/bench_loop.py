@@ -97,7 +97,7 @@ SMOKE = Size(
     copy_floats=64,
     starts=1,
     device_counts=(1, 2),
-    particle_counts=(16, 64),
+    particle_counts=(16,),
     options=(
         ("num_envs", 4),
         ("hidden_units", 16),

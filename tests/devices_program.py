@@ -22,6 +22,9 @@ from aps_jax import devices, interrupts, loop, metrics, replay, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
+# Of 8 particles one device encodes 3, 3 and 2; of two devices each 2 and 2; of eight each
+# its one.
+replay.CHUNK_SIZE = 3
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
