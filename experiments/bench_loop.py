@@ -572,13 +572,13 @@ def recompilation_rows(size: Size) -> list[Row]:
 def page_faults_rows(size: Size) -> list[Row]:
     """Counts the pages that the kernel must hand out to the loop after warm-up."""
     parts = started(main_config(size), size)
-    _play(parts, size.iterations, learns=True)
+    play(parts, size.iterations, learns=True)
 
     def count() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     before = count()
-    _play(parts, size.iterations, learns=True)
+    play(parts, size.iterations, learns=True)
     per_iteration = (count() - before) / size.iterations
     return [
         Row(
