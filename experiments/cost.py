@@ -184,7 +184,7 @@ def make_tables(
             ],
         ),
         _network_table(config, machine(middle)),
-        _limits_table(config, machine(middle), middle),
+        _limits_table(config, inputs, machine(middle), middle),
     ]
 
 
@@ -217,7 +217,9 @@ def _update_table(
     config: config_lib.Config, inputs: Inputs, bound: float
 ) -> report_tables.Table:
     learner = config.learner
-    ring, agent = cost_model.device_bytes(config, _NUM_ACTIONS)
+    ring, agent = cost_model.device_bytes(
+        config, num_actions=_NUM_ACTIONS, num_devices=1
+    )
     steps = cost_model.steps_per_update(config)
     gigabytes = 1e9 * inputs.device_gigabytes
     rows = (
@@ -250,9 +252,9 @@ def _update_table(
             "peak / operations; what none will reach",
         ),
         (
-            "replay of one device",
+            "replay, all of it on one device",
             f"{ring / 1e9:.2f}e9 bytes ({ring / gigabytes:.0%} of its memory)",
-            f"{config.pretrain.replay_size:,} steps / N, here N = {config.num_devices}",
+            f"{config.pretrain.replay_size:,} steps, frames and all",
         ),
         (
             "parameters, target, Adam's moments, gradient",
@@ -375,10 +377,17 @@ _WORDS = {
 
 
 def _limits_table(
-    config: config_lib.Config, machine: cost_model.Machine, rate: float
+    config: config_lib.Config,
+    inputs: Inputs,
+    machine: cost_model.Machine,
+    rate: float,
 ) -> report_tables.Table:
     rows = []
     for count in (1, *_DEVICE_COUNTS):
+        held = cost_model.device_bytes(
+            config, num_actions=_NUM_ACTIONS, num_devices=count
+        )
+        share = sum(held) / (1e9 * inputs.device_gigabytes)
         for words, of_case in _cases(config, count):
             found = cost_model.limits(of_case, machine, count, num_actions=_NUM_ACTIONS)
             hours = "-"
@@ -388,6 +397,7 @@ def _limits_table(
                 (
                     f"{count}, {words}",
                     f"{of_case.learner.batch_size / count:,g}",
+                    f"{share:.1%}",
                     *(
                         "-" if value == float("inf") else f"{value:,.0f}"
                         for value in found[:4]
@@ -403,6 +413,7 @@ def _limits_table(
         (
             "devices, batch",
             "targets of a device",
+            "its memory: replay and agent",
             "devices",
             "emulator cores",
             "network",

@@ -182,13 +182,15 @@ def steps_per_update(config: config_lib.Config) -> float:
     return config.learner.batch_size / config.pretrain.samples_per_step
 
 
-def device_bytes(config: config_lib.Config, num_actions: int) -> tuple[float, float]:
-    """Returns the bytes of a device for its part of the replay, and for the agent.
+def device_bytes(
+    config: config_lib.Config, *, num_actions: int, num_devices: int
+) -> tuple[float, float]:
+    """Returns the bytes of one of `N` devices for its replay, and for the agent.
 
     Of the parameters there are the learned ones, two moments of Adam and a gradient, and
     a target of the successor network, here counted as all. Activations come on top.
     """
-    ring = resources.replay_bytes(config, is_pretraining=True) / config.num_devices
+    ring = resources.replay_bytes(config, is_pretraining=True) / num_devices
     return ring, 5 * _FLOAT * num_parameters(config.learner, num_actions)
 
 

@@ -197,8 +197,7 @@ def test_limits_by_hand():
 
 
 def test_a_device_holds_its_share_of_the_replay():
-    config = config_lib.replace_options(GPU, num_devices=8)
-    ring, agent = cost_model.device_bytes(config, 6)
+    ring, agent = cost_model.device_bytes(GPU, num_actions=6, num_devices=8)
     # 128 environments hold 7,812 steps each.
     assert ring == 7812 * 128 / 8 * 7091
     assert agent == 20 * 3_654_505
