@@ -561,15 +561,20 @@ def _check_fits(path: pathlib.Path, saved: Any, wanted: Any) -> None:
         raise _MisfitError(f"Checkpoint {path} does not fit: {'; '.join(differences)}")
 
 
+def _where(template: Any) -> jax.sharding.Sharding:
+    """Returns where a leaf is wanted: if its template does not say, on the first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return getattr(template, "sharding", None) or first
+
+
 def _read_plain(path: pathlib.Path, template: Any) -> Any:
     """Reads a part that one process wrote."""
-    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     with _make_orbax() as reader:
         metadata = reader.metadata(path).item_metadata
         _check_fits(path.parent, metadata.tree, template)
 
         def wanted(x: Any) -> Any:
-            where = getattr(x, "sharding", None) or first_device
+            where = _where(x)
             if where.is_fully_addressable:
                 return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
             # To the host first, in no memory of its own.
@@ -597,7 +602,7 @@ def _read_shared(path: pathlib.Path, template: Any) -> Any:
     _check_fits(path.parent, leaves, shards.leaves_by_path(template))
 
     def read(name: str, x: Any) -> jax.Array:
-        where = x.sharding
+        where = _where(x)
         if where.is_fully_addressable:
             return jax.device_put(shards.read(leaves[name]), where)
         rows = None

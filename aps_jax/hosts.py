@@ -312,11 +312,11 @@ def connect(
       ValueError: They cannot be reached, or something differs.
     """
     global _team
+    if place.index > 0:
+        _knock(place.coordinator, timeout_seconds)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     # It would take SIGTERM, which `interrupts` listens to.
     jax.config.update("jax_enable_preemption_service", False)
-    if place.index > 0:
-        _knock(place.coordinator, timeout_seconds)
     _on_abort(
         lambda: _say(
             f"error: the {place.count} processes of this run did not all come to "
@@ -466,6 +466,17 @@ def by_first(function: Callable[[], _T]) -> _T:
         team.is_first_alone = False
     team.client.key_value_set(key, json.dumps({"result": result}))
     return result
+
+
+def gather(value: _T) -> list[_T]:
+    """Returns the JSON values of all processes, in their order; all must call it."""
+    team = _team
+    if team is None or team.is_first_alone:
+        return [value]
+    team.asked += 1
+    key = f"gathered/{team.asked}"
+    tell(f"{key}/{team.place.index}", value)
+    return [hear(f"{key}/{index}") for index in range(team.place.count)]
 
 
 def tell(key: str, value: Any) -> None:

@@ -15,7 +15,7 @@ import rich.table
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, envs, loop, metrics, replay, resources, stages
+from aps_jax import devices, envs, hosts, loop, metrics, replay, resources, stages
 from aps_jax.config import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
@@ -61,6 +61,8 @@ def run_checks(
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
     checks += [_disk(config, place, name) for name in stage_names]
+    if hosts.is_connected():
+        checks = _of_all(checks)
     if any(check.verdict == "failed" for check in checks):
         return checks
     for name in stage_names:
@@ -75,6 +77,15 @@ def print_table(checks: Sequence[Check]) -> None:
         style = _STYLES[check.verdict]
         table.add_row(check.name, check.found, f"[{style}]{check.verdict}[/]")
     rich.console.Console().print(table)
+
+
+def _of_all(checks: list[Check]) -> list[Check]:
+    """Puts together what the processes of several hosts have found."""
+    found = [Check("processes", hosts.text())]
+    for index, own in enumerate(hosts.gather(checks)):
+        for name, *rest in own:
+            found.append(Check(f"process {index}: {name}", *rest))
+    return found
 
 
 def _devices(config: config_lib.Config) -> Check:
@@ -204,7 +215,7 @@ def measure_rate(
         samples_per_step = values.finetune_samples_per_step
         act_stream, stream = loop.Stream.FINETUNE_ACT, loop.Stream.FINETUNE_LEARN
     mesh = devices.make_mesh(config.num_devices)
-    pool = loop.make_pool(config, num_envs, act_stream, constructor)
+    pool = loop.make_pool(config, num_envs, act_stream, constructor, mesh)
     try:
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
         ring = replay.make_replay(
@@ -258,7 +269,8 @@ def measure_rate(
             session.state, session.sums = state, sums
         jax.block_until_ready(session.state)
         before, started = session.agent_steps, time.monotonic()
-        while time.monotonic() - started < seconds:
+        is_over = devices.Vote(mesh)  # Several processes end at the same step.
+        while not is_over.ask(time.monotonic() - started >= seconds):
             session.step(act, learn, schedule)
         jax.block_until_ready(session.state)
         played = session.agent_steps - before

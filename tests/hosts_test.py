@@ -13,21 +13,63 @@ import jax
 import numpy as np
 import pytest
 
-from aps_jax import hosts, stages
+from aps_jax import agent as agent_lib
+from aps_jax import (
+    checkpoint,
+    envs,
+    hosts,
+    loop,
+    metrics,
+    replay,
+    rundir,
+    stages,
+    tasks,
+)
 
 STAGES = ("pretrain", "finetune")
 
 
-def arrays(workdir):
-    """All that was learned, of both stages."""
-    states = (
-        stages.load_pretrained(workdir / "pretrain").state,
-        stages.load_finetuned(workdir / "finetune").state,
-    )
+def flat(tree):
     return {
         jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(states)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
     }
+
+
+def learned(workdir):
+    """All that was learned, of both stages."""
+    return flat(
+        (
+            stages.load_pretrained(workdir / "pretrain").state,
+            stages.load_finetuned(workdir / "finetune").state,
+        )
+    )
+
+
+def remembered(workdir):
+    """The replay and all else of pretraining that lies with its environments."""
+    _, config = rundir.read_run(workdir / "pretrain")
+    dim, num_envs = config.learner.feature_dim, config.pretrain.num_envs
+    ring = replay.make_replay(
+        num_envs=num_envs, size=config.pretrain.replay_size, feature_dim=dim
+    )
+    agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
+
+    def init():
+        names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+        return {
+            "loop": (
+                agent.init_actor(num_envs),
+                envs.init_episode_stats(num_envs),
+                tasks.init_regression_moments(dim),
+                metrics.init_sums(names),
+            ),
+            "replay": ring.init(),
+        }
+
+    checkpoints = checkpoint.Checkpointer(workdir / "pretrain" / "checkpoints")
+    _, parts = checkpoints.restore_newest(jax.eval_shape(init))
+    return flat(parts)
 
 
 def files(workdir):
@@ -75,10 +117,22 @@ def test_two_processes_one_of_them_killed_are_the_run_of_one(tmp_path):
         assert (two / stage / "metrics.csv").read_text() == rows
         assert rows.count("\n") > 4
         assert result_of(one / stage) == result_of(two / stage)
-    there, here = arrays(one), arrays(two)
-    assert set(there) == set(here)
-    for name in there:
-        np.testing.assert_array_equal(there[name], here[name], err_msg=name)
+    for read in (learned, remembered):
+        there, here = read(one), read(two)
+        assert set(there) == set(here)
+        for name in there:
+            np.testing.assert_array_equal(there[name], here[name], err_msg=name)
+
+
+def test_a_coordinator_that_does_not_answer_is_named():
+    place = hosts.Place(f"localhost:{hosts_runs.free_port()}", 2, 1, None, "by flags")
+    with pytest.raises(
+        ValueError,
+        match=rf"^No answer from process 0 at {place.coordinator}, the "
+        r"coordinator_address, within 0 s \(.*refused\)\. Was it started, ",
+    ):
+        hosts.connect(place, {}, timeout_seconds=0)
+    assert not hosts.is_connected()
 
 
 def flags(address=None, count=None, index=None):
