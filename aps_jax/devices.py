@@ -51,12 +51,15 @@ def make_mesh(num_devices: int) -> Mesh:
         )
     if num_devices == 1:
         return None
+    taken = [device for own in there for device in own[: num_devices // count]]
+    axis_types = (jax.sharding.AxisType.Auto,)
+    if count == 1:
+        return jax.make_mesh(
+            (num_devices,), (AXIS,), axis_types=axis_types, devices=taken
+        )
     # In the order of the processes, whatever a topology would prefer: the shards of a
     # process are its own environments.
-    taken = [device for own in there for device in own[: num_devices // count]]
-    return jax.sharding.Mesh(
-        np.array(taken), (AXIS,), axis_types=(jax.sharding.AxisType.Auto,)
-    )
+    return jax.sharding.Mesh(np.array(taken), (AXIS,), axis_types=axis_types)
 
 
 @functools.cache

@@ -112,6 +112,16 @@ def _place_in_slurm(environment: Mapping[str, str]) -> Place | None:
     count = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if count == 1:
         return None
+    needed = (
+        *("SLURM_STEP_NODELIST", "SLURM_STEP_TASKS_PER_NODE", "SLURM_JOB_ID"),
+        *("SLURM_STEP_ID", "SLURM_PROCID", "SLURM_LOCALID"),
+    )
+    missing = [name for name in needed if name not in environment]
+    if missing:
+        raise ValueError(
+            f"This is one of {count} tasks of a Slurm step, and {', '.join(missing)} is "
+            "not set: give --coordinator_address, --num_processes and --process_id."
+        )
     nodes = environment["SLURM_STEP_NODELIST"]
     # Such as node[007-009,12],other: the first is node007.
     first = re.match(r"([^,\[]*)(?:\[([^\],-]*)[^\]]*\])?([^,\[]*)", nodes)

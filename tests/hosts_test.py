@@ -210,6 +210,15 @@ def test_a_place_in_slurm(changes, address, devices):
     assert found == hosts.Place(address, 4, 3, devices, "by Slurm")
 
 
+def test_a_step_that_says_too_little_is_refused():
+    environment = {**SLURM}
+    del environment["SLURM_LOCALID"]
+    with pytest.raises(
+        ValueError, match="of 4 tasks .* SLURM_LOCALID is not set: give"
+    ):
+        hosts.find_place(**flags(), environment=environment)
+
+
 def test_one_task_of_slurm_is_one_process():
     """So is a script in a batch job, whose own step has one task."""
     environment = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}
