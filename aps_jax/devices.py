@@ -16,6 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
+from aps_jax import hosts
+
 AXIS = "devices"
 
 Mesh = jax.sharding.Mesh | None
@@ -59,7 +61,20 @@ def make_mesh(num_devices: int) -> Mesh:
         )
     # In the order of the processes, whatever a topology would prefer: the shards of a
     # process are its own environments.
-    return jax.sharding.Mesh(np.array(taken), (AXIS,), axis_types=axis_types)
+    mesh = jax.sharding.Mesh(np.array(taken), (AXIS,), axis_types=axis_types)
+    _acquaint(mesh)
+    return mesh
+
+
+def _acquaint(mesh: Mesh) -> None:
+    """Connects the devices of several processes, while all of them are here.
+
+    Gloo gives up on a process that comes 30 seconds late to the first collective, such as
+    one that compiles for longer; to later ones all may come as late as they like.
+    """
+    hosts.gather(None)
+    nothing = np.zeros(len(mesh.local_devices), np.int32)
+    jax.block_until_ready(_largest(sharding(mesh))(put(nothing, mesh, SHARDED)))
 
 
 @functools.cache
@@ -156,7 +171,7 @@ class Vote:
     nobody waits for it.
     """
 
-    def __init__(self, mesh: Mesh, *, every: int = 8):
+    def __init__(self, mesh: Mesh, *, every: int = 4):
         """Asks nothing yet.
 
         Args:

@@ -519,7 +519,7 @@ def check_shared(folder: Any) -> None:
     while True:
         with contextlib.suppress(OSError, ValueError):
             if json.loads(path.read_text())["start"] == token:
-                return
+                break
         if time.monotonic() > ends:
             raise ValueError(
                 f"{folder} of {_team.who(process_index())} is not the folder of that "
@@ -527,6 +527,7 @@ def check_shared(folder: Any) -> None:
                 "on a file system that all of them share."
             )
         time.sleep(0.1)
+    gather(None)  # Nobody goes on before all have found it.
 
 
 def set_last_words(words: Callable[[], str]) -> None:
