@@ -537,12 +537,12 @@ def _restore(
             f"Checkpoint {path} has format {facts.get('format')}, this version "
             f"reads {FORMAT}."
         )
-    # Its own, where as many processes wrote it.
-    own = path / _facts_name(hosts.process_index())
-    is_same = own.exists() and not (path / _facts_name(hosts.num_processes())).exists()
     if "environment" in facts:
+        own = path / _facts_name(hosts.process_index())
+        # Each process wrote such a file.
+        is_same_count = hosts.num_processes() == len(list(path.glob("facts*.json")))
         facts["environment"] = (
-            json.loads(own.read_text())["environment"] if is_same else None
+            json.loads(own.read_text())["environment"] if is_same_count else None
         )
     parts = {}
     for name, template in templates.items():

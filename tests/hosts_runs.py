@@ -1,4 +1,4 @@
-"""Starts the real processes of a run over several hosts, over loopback.
+"""Starts real processes of a run over several hosts; reads what they leave.
 
 They are forked from a server that has imported everything, which saves the seconds that
 importing takes.
@@ -12,6 +12,21 @@ import pathlib
 import signal
 import socket
 import time
+
+import jax
+import numpy as np
+
+from aps_jax import agent as agent_lib
+from aps_jax import (
+    checkpoint,
+    envs,
+    loop,
+    metrics,
+    replay,
+    rundir,
+    stages,
+    tasks,
+)
 
 _TESTS = pathlib.Path(__file__).resolve().parent
 
@@ -128,3 +143,66 @@ class Processes:
 
 def _read(path: pathlib.Path) -> str:
     return path.read_text() if path.exists() else ""
+
+
+STAGES = ("pretrain", "finetune")
+
+
+def flat(tree):
+    return {
+        jax.tree_util.keystr(path): np.asarray(leaf)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    }
+
+
+def learned(workdir):
+    """All that was learned, of both stages."""
+    return flat(
+        (
+            stages.load_pretrained(workdir / "pretrain").state,
+            stages.load_finetuned(workdir / "finetune").state,
+        )
+    )
+
+
+def remembered(workdir):
+    """The replay and all else of pretraining that lies with its environments."""
+    _, config = rundir.read_run(workdir / "pretrain")
+    dim, num_envs = config.learner.feature_dim, config.pretrain.num_envs
+    ring = replay.make_replay(
+        num_envs=num_envs, size=config.pretrain.replay_size, feature_dim=dim
+    )
+    agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
+
+    def init():
+        names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+        return {
+            "loop": (
+                agent.init_actor(num_envs),
+                envs.init_episode_stats(num_envs),
+                tasks.init_regression_moments(dim),
+                metrics.init_sums(names),
+            ),
+            "replay": ring.init(),
+        }
+
+    checkpoints = checkpoint.Checkpointer(workdir / "pretrain" / "checkpoints")
+    _, parts = checkpoints.restore_newest(jax.eval_shape(init))
+    return flat(parts)
+
+
+def files(workdir):
+    """Names of a run's files but for the arrays, which differ in format."""
+    return {
+        str(path.relative_to(workdir))
+        for stage in STAGES
+        for path in (workdir / stage).glob("*")
+        if not path.name.startswith("events.") and path.name != "hosts.json"
+    }
+
+
+def result_of(stage):
+    result = json.loads((stage / "result.json").read_text())
+    for name in ("wall_seconds", "frames_per_second", "git_commit", "init"):
+        result.pop(name, None)
+    return result

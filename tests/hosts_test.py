@@ -4,89 +4,14 @@ What real processes are asked here is little, because each compiles for itself;
 `make test-faults` asks for more.
 """
 
-import json
 import pathlib
 import signal
 
 import hosts_runs
-import jax
 import numpy as np
 import pytest
 
-from aps_jax import agent as agent_lib
-from aps_jax import (
-    checkpoint,
-    envs,
-    hosts,
-    loop,
-    metrics,
-    replay,
-    rundir,
-    stages,
-    tasks,
-)
-
-STAGES = ("pretrain", "finetune")
-
-
-def flat(tree):
-    return {
-        jax.tree_util.keystr(path): np.asarray(leaf)
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
-def learned(workdir):
-    """All that was learned, of both stages."""
-    return flat(
-        (
-            stages.load_pretrained(workdir / "pretrain").state,
-            stages.load_finetuned(workdir / "finetune").state,
-        )
-    )
-
-
-def remembered(workdir):
-    """The replay and all else of pretraining that lies with its environments."""
-    _, config = rundir.read_run(workdir / "pretrain")
-    dim, num_envs = config.learner.feature_dim, config.pretrain.num_envs
-    ring = replay.make_replay(
-        num_envs=num_envs, size=config.pretrain.replay_size, feature_dim=dim
-    )
-    agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
-
-    def init():
-        names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
-        return {
-            "loop": (
-                agent.init_actor(num_envs),
-                envs.init_episode_stats(num_envs),
-                tasks.init_regression_moments(dim),
-                metrics.init_sums(names),
-            ),
-            "replay": ring.init(),
-        }
-
-    checkpoints = checkpoint.Checkpointer(workdir / "pretrain" / "checkpoints")
-    _, parts = checkpoints.restore_newest(jax.eval_shape(init))
-    return flat(parts)
-
-
-def files(workdir):
-    """Names of a run's files but for the arrays, which differ in format."""
-    return {
-        str(path.relative_to(workdir))
-        for stage in STAGES
-        for path in (workdir / stage).glob("*")
-        if not path.name.startswith("events.") and path.name != "hosts.json"
-    }
-
-
-def result_of(stage):
-    result = json.loads((stage / "result.json").read_text())
-    for name in ("wall_seconds", "frames_per_second", "git_commit", "init"):
-        result.pop(name, None)
-    return result
+from aps_jax import hosts
 
 
 def test_two_processes_one_of_them_killed_are_the_run_of_one(tmp_path):
@@ -111,13 +36,13 @@ def test_two_processes_one_of_them_killed_are_the_run_of_one(tmp_path):
     said = processes.said(1)
     assert [line for line in said.splitlines() if "[Gloo]" not in line] == []
 
-    assert files(one) == files(two)
-    for stage in STAGES:
+    assert hosts_runs.files(one) == hosts_runs.files(two)
+    for stage in hosts_runs.STAGES:
         rows = (one / stage / "metrics.csv").read_text()
         assert (two / stage / "metrics.csv").read_text() == rows
         assert rows.count("\n") > 4
-        assert result_of(one / stage) == result_of(two / stage)
-    for read in (learned, remembered):
+        assert hosts_runs.result_of(one / stage) == hosts_runs.result_of(two / stage)
+    for read in (hosts_runs.learned, hosts_runs.remembered):
         there, here = read(one), read(two)
         assert set(there) == set(here)
         for name in there:
