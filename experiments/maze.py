@@ -8,19 +8,19 @@ and the pictures into the work directory. See docs/maze.md for the results, and
 docs/tutorial.md for a walk through them.
 """
 
-import json
-import os
+import pathlib
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 from absl import app, flags, logging
 
-from aps_jax import interrupts, maze
+from aps_jax import interrupts, maze, rundir
 from experiments import maze_agent, maze_evaluation, maze_grid, maze_plots
 
 # A pretraining is one long computation that nothing can be saved of.
 _PATIENCE_SECONDS = 1.5
+_NAME = "maze.json"
 
 _AGENT_NAMES = [*maze_grid.AGENT_WEIGHTS, maze_grid.RANDOM]
 
@@ -65,41 +65,13 @@ flags.register_validator("mazes", lambda v: _check_names(v, list(maze.MAPS)))
 flags.register_validator("agents", lambda v: _check_names(v, _AGENT_NAMES))
 
 
-def open_workdir(workdir: str, description: dict[str, Any]) -> dict[str, Any] | None:
-    """Makes the folder, and returns the result of a run that was stopped in it, if any.
-
-    Raises:
-      OSError: if it cannot be made, read or written.
-      ValueError: if its `maze.json` is damaged, or of a run with another description.
-    """
-    os.makedirs(workdir, exist_ok=True)
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError("the folder cannot be written.")
-    path = os.path.join(workdir, "maze.json")
-    if not os.path.exists(path):
-        return None
-    with open(path) as file:
-        earlier = json.load(file)
-    differing = [key for key in description if earlier.get(key) != description[key]]
-    if differing:
-        raise ValueError(
-            f"holds a run that differs in {', '.join(differing)}; give another folder."
-        )
-    return earlier
-
-
-def write(result: dict[str, Any], workdir: str) -> None:
+def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
     """Writes the result, its table and its pictures."""
     result["table"] = maze_grid.summarise(result)
-    # A run stopped while it writes must leave a whole file behind.
-    path = os.path.join(workdir, "maze.json")
-    with open(path + ".tmp", "w") as file:
-        json.dump(result, file)
-    os.replace(path + ".tmp", path)
-    with open(os.path.join(workdir, "table.md"), "w") as file:
-        file.write(maze_grid.format_table(result))
+    rundir.write_json(workdir / _NAME, result)
+    rundir.write_text(workdir / "table.md", maze_grid.format_table(result))
     if _PICTURES.value:
-        maze_plots.draw_all(result, workdir)
+        maze_plots.draw_all(result, str(workdir))
     logging.info("Wrote the results of %s", ", ".join(result["mazes"]))
 
 
@@ -114,7 +86,8 @@ def main(argv: Sequence[str]) -> None:
     seeds = list(range(_FIRST_SEED.value, _FIRST_SEED.value + _NUM_SEEDS.value))
     description = maze_grid.describe(_AGENTS.value, seeds, agent_config, test_config)
     try:
-        earlier = open_workdir(_WORKDIR.value, description)
+        workdir = pathlib.Path(_WORKDIR.value)
+        earlier = maze_grid.open_workdir(workdir, _NAME, description)
     except (OSError, ValueError) as error:
         raise app.UsageError(f"--workdir={_WORKDIR.value}: {error}") from error
 
@@ -124,7 +97,7 @@ def main(argv: Sequence[str]) -> None:
             for result in maze_grid.run_grid(
                 _MAZES.value, _AGENTS.value, seeds, agent_config, test_config, earlier
             ):
-                write(result, _WORKDIR.value)
+                write(result, workdir)
                 stop.check()
         except interrupts.Interrupted as error:
             print(error, file=sys.stderr)

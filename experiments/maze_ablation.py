@@ -8,7 +8,6 @@ command continues a run that was stopped. See docs/maze.md for the results.
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +20,7 @@ from absl import app, flags, logging
 from aps_jax import maze, rundir, statistics
 from experiments import maze_agent, maze_evaluation, maze_grid
 
+_NAME = "ablation.json"
 # Each as `--set` of the maze takes it, but for `intercept`, which is the test's.
 CHANGES = (
     "",
@@ -157,24 +157,18 @@ def main(argv: Sequence[str]) -> None:
     seeds = list(range(_FIRST_SEED.value, _FIRST_SEED.value + _NUM_SEEDS.value))
     asked = {"seeds": seeds, "num_rewards": _REWARDS.value}
     workdir = pathlib.Path(_WORKDIR.value)
-    path = workdir / "ablation.json"
-    runs: list[dict[str, Any]] = []
     try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        if path.exists():
-            earlier = json.loads(path.read_text())
-            if any(earlier.get(key) != value for key, value in asked.items()):
-                raise ValueError("holds runs of other seeds or rewards.")
-            runs = earlier["runs"]
+        earlier = maze_grid.open_workdir(workdir, _NAME, asked)
     except (OSError, ValueError) as error:
         raise app.UsageError(f"--workdir={workdir}: {error}") from error
+    runs: list[dict[str, Any]] = earlier["runs"] if earlier else []
     known = {run["change"] for run in runs}
     for change in changes:
         if change in known:
             continue
         runs += measure(change, seeds, _REWARDS.value)
         rundir.write_json(
-            path,
+            workdir / _NAME,
             {
                 "schema": 1,
                 **asked,

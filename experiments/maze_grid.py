@@ -6,6 +6,8 @@ Letters: `I` iterations, `S` cells, `R` runs of one maze and agent.
 import dataclasses
 import functools
 import math
+import os
+import pathlib
 import time
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -15,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from aps_jax import maze, statistics
+from aps_jax import maze, rundir, statistics
 from experiments import maze_agent, maze_evaluation
 
 # Weights of the skill and of the entropy reward: the only difference between agents.
@@ -23,6 +25,35 @@ AGENT_WEIGHTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 RANDOM = "random"
 _SEEDS_AT_ONCE = 2
 _COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
+
+
+def open_workdir(
+    workdir: pathlib.Path, name: str, description: dict[str, Any]
+) -> dict[str, Any] | None:
+    """Makes the folder, and returns the result of a run that was stopped in it, if any.
+
+    Args:
+      workdir: The folder.
+      name: Of the result's file.
+      description: What this run will write of itself there.
+
+    Raises:
+      OSError: It cannot be made, read or written.
+      ValueError: Its file is damaged, or of a run with another description.
+    """
+    workdir.mkdir(parents=True, exist_ok=True)
+    if not os.access(workdir, os.W_OK | os.X_OK):
+        raise PermissionError("the folder cannot be written.")
+    path = workdir / name
+    if not path.exists():
+        return None
+    earlier = rundir.read_json(path)
+    differing = [key for key in description if earlier.get(key) != description[key]]
+    if differing:
+        raise ValueError(
+            f"holds a run that differs in {', '.join(differing)}; give another folder."
+        )
+    return earlier
 
 
 def run_grid(

@@ -60,7 +60,7 @@ def test_a_run_goes_on_after_its_last_change_and_writes_both_tables(tmp_path):
     assert "| none | 25% | 0.25 [0.25, 0.25] |" in finished.stdout
     refused = run_script("maze_ablation", *flags, "--rewards=3", changes)
     assert refused.returncode == 1
-    assert "holds runs of other seeds or rewards" in refused.stdout + refused.stderr
+    assert "holds a run that differs in num_rewards" in refused.stdout + refused.stderr
 
 
 # In a process of its own, like the script.
