@@ -661,7 +661,6 @@ def make_agent(
         frozen = jax.lax.stop_gradient(params)
         num_windows, num_states = windows.action.shape
         is_used = is_summed(targets)
-        is_further = jnp.pad(is_used.at[:, :m].set(False), ((0, 0), (1, 0)))
         observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
         w = windows.task[:, :m]
         all_h, all_ids, last_w = _gather_from_devices(
@@ -669,10 +668,14 @@ def make_agent(
         )
         particle_h = all_h.reshape(-1, config.feature_dim)
         learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
+        first_row = num_states * jnp.arange(num_windows, dtype=jnp.int32)
+        further = jnp.arange(m + 1, num_states, dtype=jnp.int32)
+        row = (first_row[:, None] + further[None, :]).reshape(-1)
         further_h = apply_where(
-            lambda row: raw_features(frozen, observations[row]), is_further.reshape(-1)
+            lambda i: raw_features(frozen, observations[row[i]]),
+            is_used[:, m:].reshape(-1),
         )
-        further_h = further_h.reshape(num_windows, num_states, -1)[:, m + 1 :]
+        further_h = further_h.reshape(num_windows, -1, config.feature_dim)
         moments = frozen["whitening"]
         if config.whiten_features:
             moments = whitening.update_whitening(
@@ -689,10 +692,12 @@ def make_agent(
         gradient_h, (feature_loss, learned) = jax.grad(feature_loss_of, has_aux=True)(
             jax.lax.stop_gradient(learned_h)
         )
-        further = finished_features(moments, further_h)
+        unlearned = finished_features(moments, further_h)
         particle_h = finished_features(moments, particle_h).h
         reached: networks.Features = jax.lax.stop_gradient(
-            jax.tree.map(lambda x, y: jnp.concatenate([x, y], axis=1), learned, further)
+            jax.tree.map(
+                lambda x, y: jnp.concatenate([x, y], axis=1), learned, unlearned
+            )
         )
 
         distances = distances_to_particles(

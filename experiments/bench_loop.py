@@ -15,6 +15,7 @@ from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
 from aps_jax import devices, loop, replay
 from aps_jax.config import FRAME_SKIP
+from experiments import cost_model
 from experiments.bench_table import (
     NOT_MEASURED,
     Row,
@@ -205,6 +206,16 @@ def learn_alone(parts: loop.Pretraining, updates: int) -> None:
     jax.block_until_ready(session.state)
 
 
+def matrix_product(size: Size) -> tuple[Callable[[], None], float]:
+    """Returns a product of matrices on the device, and its operations."""
+    side = size.product_side
+    matrix = jnp.ones((side, side), jnp.float32)
+    product = jax.jit(
+        functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    )
+    return lambda: jax.block_until_ready(product(matrix, matrix)), 2.0 * side**3
+
+
 def _loop_turns(
     config: config_lib.Config, size: Size, *, learns: bool, **others: Callable
 ) -> Turns:
@@ -220,7 +231,14 @@ def _loop_turns(
     work = dict.fromkeys(things, float(steps))
     if learns:
         things["learn"] = lambda: learn_alone(parts, size.updates)
-        work["learn"] = size.updates / _updates_per_step(config)
+        updates_per_step = _updates_per_step(config)
+        work["learn"] = size.updates / updates_per_step
+        things["product"], flops = matrix_product(size)
+        flops_per_update = cost_model.update_flops(
+            config.learner, parts.session.pool.num_actions
+        )
+        # Agent steps whose updates have as many operations.
+        work["product"] = flops / flops_per_update / updates_per_step
     return take_turns(things, repetitions=size.repetitions, work=work)
 
 
@@ -275,6 +293,16 @@ def full_rows(size: Size) -> list[Row]:
                 FRAME_SKIP / turns.ratio(limit),
                 "frames/s",
                 **at_least(ratio, 0.9 if is_cpu else 0.88),
+            )
+        )
+        rows.append(
+            Row(
+                "full",
+                f"{name}: an update's operations at the rate of a matrix product / it",
+                1e6 * turns.median("learn"),
+                1e6 * turns.median("product"),
+                "us/agent step",
+                ratio=turns.ratio(lambda t: t["product"] / t["learn"]),
             )
         )
         for part in ("env", "act", "learn"):

@@ -111,17 +111,13 @@ def _points(rng: np.random.Generator, num: int, dim: int) -> np.ndarray:
 
 def _rates(size: bench_loop.Size) -> tuple[Callable[[], None], Callable[[], None], ...]:
     """Returns a matrix product and a copy on the device, with their work."""
-    side = size.product_side
-    matrix = jnp.ones((side, side), jnp.float32)
-    product = jax.jit(
-        functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    )
+    product, flops = bench_loop.matrix_product(size)
     array = jnp.ones((size.copy_floats,), jnp.float32)
     add_one = jax.jit(lambda x: x + 1.0)
     return (
-        lambda: jax.block_until_ready(product(matrix, matrix)),
+        product,
         lambda: jax.block_until_ready(add_one(array)),
-        2.0 * side**3,
+        flops,
         8.0 * size.copy_floats,
     )
 

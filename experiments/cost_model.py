@@ -109,8 +109,8 @@ def num_parameters(learner: config_lib.AgentConfig, num_actions: int) -> int:
 def update_flops(learner: config_lib.AgentConfig, num_actions: int) -> int:
     """Counts an update of pretraining as an accelerator does it.
 
-    The reached states' features with gradient, those of every state of a window and of
-    the particles without; predictions for two tasks with gradient, and the target
+    The features of the states that targets reach first with gradient, those of the
+    further states and of the particles without; predictions for two tasks with gradient, and the target
     network's. Then the distances. The optimiser and the rest are left out: under 1 %.
     """
     windows, targets = learner.num_windows, learner.batch_size
@@ -123,7 +123,7 @@ def update_flops(learner: config_lib.AgentConfig, num_actions: int) -> int:
     )
     return (
         targets * both_flops(features)
-        + (states + particles) * forward_flops(features)
+        + (states - windows - targets + particles) * forward_flops(features)
         + targets * both_flops(two)
         + targets * forward_flops(one)
         + (states - windows) * particles * 3 * dim
