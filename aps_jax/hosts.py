@@ -162,6 +162,7 @@ class _Team:
         # How the run can go on, for those who lose it.
         self.last_words: Callable[[], str] = lambda: "The same commands start it again"
         self.is_broken = False  # an operation of all has failed
+        self.is_first_gone = False  # and with it the store
         self._beats = 0
         self._is_over = threading.Event()
         self._is_ending = threading.Lock()
@@ -251,6 +252,7 @@ class _Team:
             if "lost" in state:  # It knows better than we why it left.
                 return state["lost"]
         if self.place.index > 0 and now - self._answered > patience:
+            self.is_first_gone = True
             return f"{self.who(0)}, which connects all others, is gone"
         for index, state in others.items():
             if "done" not in state and silent[index] > patience:
@@ -279,8 +281,8 @@ class _Team:
 
         teller = threading.Thread(target=tell, daemon=True)
         teller.start()
-        # Where process 0 is gone, nobody listens, and the store may never answer.
-        teller.join(_LINGER_SECONDS if self._hears() else 0.5)
+        if not self.is_first_gone:
+            teller.join(_LINGER_SECONDS)
         if self.place.index == 0:
             ends = time.monotonic() + _LINGER_SECONDS
             while time.monotonic() < ends and not all(
@@ -291,9 +293,6 @@ class _Team:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
-
-    def _hears(self) -> bool:
-        return time.monotonic() - self._answered < 2.0 * _BEAT_SECONDS
 
     def _is_silent(self, index: int) -> bool:
         with self._lock:
@@ -600,6 +599,7 @@ def _explain_abort(team: _Team) -> None:
         try:
             socket.create_connection((host.strip("[]"), int(port)), timeout=3).close()
         except OSError:
+            team.is_first_gone = True
             text = f"{team.who(0)}, which connects all others, is gone"
     team.end(text)
 

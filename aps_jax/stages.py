@@ -845,19 +845,22 @@ class _Recorder:
 
     def _dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
-        if not hosts.is_first():
-            return
+        where = hosts.by_first(lambda: self._write_batch(error.batch))
+        error.args = (f"{error} {where}",)
+
+    def _write_batch(self, batch: dict[str, np.ndarray]) -> str:
+        """Writes a batch; says where it is, and which checkpoint is the last."""
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
         with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
             self._checkpointer.finish()
         try:
-            np.savez_compressed(path, **error.batch)
+            np.savez_compressed(path, **batch)
             where = f"The batch is in {path}."
         except OSError as failure:
             where = f"The batch could not be written ({failure})."
         numbers = self._checkpointer.numbers()
         last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
-        error.args = (f"{error} {where} The last good checkpoint {last}.",)
+        return f"{where} The last good checkpoint {last}."
 
     def _last_words(self) -> str:
         """Says how a run goes on whose other processes are lost."""

@@ -349,8 +349,14 @@ def run(
                     traceback.print_exc()
                 hosts.fail(code, repr(error))
                 raise
-            print(f"error: {text}", file=sys.stderr)
-            hosts.fail(code, text)
+            # What all processes have found together, the first tells for all.
+            is_agreed = isinstance(error, loop.NonFinite)
+            if hosts.is_first() or not is_agreed:
+                print(f"error: {text}", file=sys.stderr)
+            if is_agreed:
+                hosts.finish(code)
+            else:
+                hosts.fail(code, text)
             sys.exit(code)
 
     app.run(guarded)

@@ -10,6 +10,7 @@ import signal
 import hosts_runs
 import numpy as np
 import pytest
+import scripts
 
 from aps_jax import hosts
 
@@ -142,6 +143,16 @@ def test_a_step_that_says_too_little_is_refused():
         ValueError, match="of 4 tasks .* SLURM_LOCALID is not set: give"
     ):
         hosts.find_place(**flags(), environment=environment)
+
+
+def test_a_script_for_one_process_refuses_to_be_one_of_several():
+    given = ("--coordinator_address=a:80", "--num_processes=2", "--process_id=1")
+    done = scripts.run_script("evaluate", *given)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == (
+        "error: evaluate runs in one process, and this is one of 2, found by flags: "
+        "start one task, or give --num_processes=1."
+    )
 
 
 def test_one_task_of_slurm_is_one_process():

@@ -91,6 +91,19 @@ def test_an_environment_that_breaks_ends_all(tmp_path):
     hosts_runs.Processes(tmp_path / "run", 2).finish()
 
 
+def test_an_update_that_is_not_finite_ends_all_once(tmp_path):
+    workdir = tmp_path / "run"
+    processes = hosts_runs.Processes(workdir, 2, learning_rate=1e38)
+    assert processes.end(within=120) == [2, 2]
+    assert last_line(processes, 0).startswith("error: Not finite in update ")
+    assert "error" not in processes.said(1)
+    (path,) = (workdir / "pretrain").glob("nonfinite_*.npz")
+    with np.load(path) as batch:
+        assert len(batch["windows.id"]) == 4
+        # Of the environments of both: the number of a step is that of its environment.
+        assert set(batch["windows.id"].ravel() % 8) & {4, 5, 6, 7}
+
+
 def test_a_process_that_hangs_ends_the_others(tmp_path):
     processes = hosts_runs.Processes(tmp_path / "run", 2, "--step_seconds=0.05")
     processes.wait_for((tmp_path / "run/pretrain/checkpoints/80").exists)
