@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -111,6 +111,11 @@ class Checkpointer:
         self._saving = self._thread.submit(self._write, number, copied, text)
         if failure is not None:
             raise failure
+
+    def delete(self, numbers: Sequence[int]) -> None:
+        """Deletes checkpoints that a run goes back behind; none may be under way."""
+        for number in sorted(numbers, reverse=True):
+            self._delete(number)
 
     def failure(self) -> OSError | None:
         """Returns why the last save failed, once; None if it did not, or is under way."""
