@@ -26,6 +26,7 @@ setuptools.setup(
     extras_require={
         # What the tests compare with, and the linter.
         "dev": [
+            "distrax>=0.1.9",
             "hypothesis>=6.170",
             "pytest-xdist>=3.8",
             "ruff>=0.17",

@@ -24,7 +24,11 @@ _USABLE = 0.9
 # (Random play of Pong is 180 times smaller.)
 _MOST_COMPRESSED = 1000
 _ROOT = pathlib.Path("/")
-_M_ARENA_MAX = -8  # of malloc.h
+# Parameters of mallopt, from malloc.h.
+_M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
+# Free memory that stays with the process: temporaries of the largest update, and no
+# replay. (APS's own encoder with 512 particles takes 0.6 GB.)
+_KEPT_BYTES = 2**30
 
 
 def available_bytes() -> int:
@@ -281,17 +285,27 @@ def size_text(num_bytes: int) -> str:
     return f"{num_bytes / 2**30:.1f} GiB"
 
 
-def limit_arenas() -> None:
-    """Lets glibc's allocator have an arena per core, and not its default of eight.
+def tune_allocator() -> None:
+    """Makes glibc's allocator keep what an update frees, and have an arena per core.
+
+    XLA's CPU client allocates an update's temporaries anew each time. Blocks that large
+    glibc asks of the kernel and gives back, and each of their pages is zeroed when it is
+    first touched: a quarter of an update's processor time (docs/performance.md). Blocks
+    of the heap stay there.
 
     Checkpoints are written by threads that come and go. Each keeps free pieces in the
     arena it happened to get: memory grew by 1 MB per checkpoint, and by half of that
-    with this limit (docs/reliability.md). To be called before there are threads; other allocators have no such
-    setting, nor need it.
+    with an arena per core (docs/reliability.md).
+
+    To be called before there are threads; other allocators have no such settings, nor
+    need them. The library leaves the choice to its user, the scripts all call it.
     """
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_M_ARENA_MAX, max(2, math.ceil(usable_cores())))
+    if mallopt is None:
+        return
+    mallopt(_M_ARENA_MAX, max(2, math.ceil(usable_cores())))
+    mallopt(_M_MMAP_MAX, 0)
+    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
 
 
 def check_accelerator() -> None:

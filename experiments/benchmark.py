@@ -29,6 +29,7 @@ ROWS: Mapping[str, Callable[[bench_loop.Size], list[bench_table.Row]]] = {
     "others": bench_loop.others_rows,
     "replay": bench_parts.replay_rows,
     "recompilation": bench_loop.recompilation_rows,
+    "page_faults": bench_loop.page_faults_rows,
     "knn": bench_parts.knn_rows,
     "knn_accuracy": bench_parts.accuracy_rows,
     "knn_memory": bench_parts.knn_memory_rows,

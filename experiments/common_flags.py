@@ -300,7 +300,7 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
       main: Takes the words of the command line that are no flags, program name first.
       short: Flags of this module that `--helpshort` shows for the script.
     """
-    resources.limit_arenas()
+    resources.tune_allocator()
     # Orbax reports every file it touches or cannot; a script's own lines are enough.
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)

@@ -2,6 +2,7 @@
 
 import functools
 
+import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -699,6 +700,20 @@ def test_improvement_over_policies_values_each_by_the_task_itself():
         actions[name] = np.asarray(step.action)
     assert np.mean(actions["plain"] == actions["same"]) > 0.9
     assert np.any(actions["plain"] != actions["wide"])
+
+
+@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
+def test_epsilon_greedy_draws_as_distrax_does(epsilon):
+    """Also where two actions are equally good: those of every other row here."""
+    values = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
+    values[::2, 1] = values[::2, 4] = 9.0
+    key = jax.random.key(7)
+    actions = agent_lib.epsilon_greedy(key, values, epsilon)
+    with jax.numpy_dtype_promotion("standard"):
+        policy = distrax.EpsilonGreedy(jnp.asarray(values), epsilon)
+    np.testing.assert_array_equal(actions, policy.sample(seed=key))
+    if epsilon == 0.0:
+        assert set(np.asarray(actions[::2])) == {1, 4}
 
 
 def test_random_actions_are_uniform_over_all_actions():
