@@ -110,9 +110,7 @@ def pin_task(actor: ActorState, task: jax.Array) -> ActorState:
     )
 
 
-def epsilon_greedy(
-    key: types.PRNGKey, values: jax.Array, epsilon: float
-) -> jax.Array:
+def epsilon_greedy(key: types.PRNGKey, values: jax.Array, epsilon: float) -> jax.Array:
     """Draws the best action, or with probability epsilon any; equally good ones alike.
 
     Distrax's `EpsilonGreedy`, whose import of TensorFlow Probability is a fifth of the
