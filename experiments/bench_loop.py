@@ -54,6 +54,7 @@ class Size:
     product_side: int
     copy_floats: int
     starts: int  # Processes started with and without a cache.
+    seed_counts: tuple[int, ...]  # Seeds at once.
     options: tuple[tuple[str, Any], ...]  # Of the configs, over their presets.
 
 
@@ -75,6 +76,7 @@ FULL = Size(
     product_side=1024,
     copy_floats=2**24,
     starts=5,
+    seed_counts=(2, 4),
     options=(),
 )
 # Seconds: every row runs, and no figure means anything.
@@ -96,6 +98,7 @@ SMOKE = Size(
     product_side=32,
     copy_floats=64,
     starts=1,
+    seed_counts=(2,),
     options=(
         ("num_envs", 4),
         ("hidden_units", 16),

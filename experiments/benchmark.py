@@ -17,6 +17,7 @@ from aps_jax import rundir
 from experiments import (
     bench_loop,
     bench_parts,
+    bench_seeds,
     bench_startup,
     bench_table,
     common_flags,
@@ -36,6 +37,7 @@ ROWS: Mapping[str, Callable[[bench_loop.Size], list[bench_table.Row]]] = {
     "encoder": bench_parts.encoder_rows,
     "startup": bench_startup.startup_rows,
     "scaling": bench_loop.scaling_rows,
+    "seeds": bench_seeds.seeds_rows,
 }
 _SIZES = {size.name: size for size in (bench_loop.FULL, bench_loop.SMOKE)}
 
