@@ -50,6 +50,13 @@ class AgentState(NamedTuple):
     num_updates: jax.Array  # [] int32, since this stage began
 
 
+class Particles(NamedTuple):
+    """What the entropy reward needs to know of replayed states."""
+
+    h: jax.Array  # [P, D] float32, output of the feature encoder, not whitened.
+    id: jax.Array  # [P] int32, of the steps.
+
+
 class ActorState(NamedTuple):
     """What acting remembers of each environment."""
 
@@ -69,6 +76,7 @@ class Agent(NamedTuple):
     act: Callable[..., tuple[ActorState, replay.Step]]
     features: Callable[[types.Params, jax.Array], networks.Features]
     calibrate: Callable[[types.Params, jax.Array], types.Params]
+    particles: Callable[[types.Params, replay.Window], Particles]
     update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
     finetune_update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
 
@@ -309,8 +317,9 @@ def make_agent(
       `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
       `calibrate(params, observation)` takes the features' mean and covariance anew from
       `[N, 84, 84, STACK_SIZE]` states: those of the updates are a step behind.
+      `particles(params, windows)` encodes `[P]` windows of one state, each by itself.
       `update(state, windows, particles)` makes one reward-free update from `[B]` windows
-      of `config.window_states` states and `[P]` windows of one state.
+      of `config.window_states` states and `[P]` particles, encoded by the same params.
       `finetune_update(state, windows, task, reward_scale)` makes one update from the
       game's reward for one task `[D]`: `psi^T w` learns the value of
       `config.value_unit / reward_scale` times the reward. With the norm of the inferred
@@ -420,6 +429,11 @@ def make_agent(
         (h,) = _gather_from_devices((raw_features(params, observation),), axis_name)
         h = h.reshape(-1, config.feature_dim)
         return {**params, "whitening": whitening.update_whitening(moments, h)}
+
+    def particles_of(params: types.Params, windows: replay.Window) -> Particles:
+        return Particles(
+            raw_features(params, windows.observation[:, 0]), windows.id[:, 0]
+        )
 
     def successor(
         params: types.Params, observation: jax.Array, task: jax.Array
@@ -628,7 +642,7 @@ def make_agent(
         params: types.Params,
         state: AgentState,
         windows: replay.Window,
-        particles: replay.Window,
+        particles: Particles,
         axis_name: str | None,
     ) -> tuple[
         jax.Array,
@@ -651,12 +665,7 @@ def make_agent(
         observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
         w = windows.task[:, :m]
         all_h, all_ids, last_w = _gather_from_devices(
-            (
-                raw_features(frozen, particles.observation[:, 0]),
-                particles.id[:, 0],
-                w[-1],
-            ),
-            axis_name,
+            (particles.h, particles.id, w[-1]), axis_name
         )
         particle_h = all_h.reshape(-1, config.feature_dim)
         learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
@@ -806,7 +815,7 @@ def make_agent(
     def update(
         state: AgentState,
         windows: replay.Window,
-        particles: replay.Window,
+        particles: Particles,
         axis_name: str | None = None,
     ) -> tuple[AgentState, dict[str, jax.Array]]:
         grads, (distance_scale, moments, means) = jax.grad(pretrain_loss, has_aux=True)(
@@ -898,6 +907,7 @@ def make_agent(
         act=act,
         features=features,
         calibrate=calibrate,
+        particles=particles_of,
         update=update,
         finetune_update=finetune_update,
     )

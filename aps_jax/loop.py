@@ -317,9 +317,28 @@ def make_draw(
     )
 
 
-# The windows an update learns from; a function of the replay and the number of the
-# update, so that the batch of an update can be drawn again.
-Sample = Callable[[replay.ReplayState, jax.Array], tuple[replay.Window, ...]]
+class Sample(NamedTuple):
+    """What an update learns from, drawn by the number of the update: so it can be drawn again.
+
+    `windows(replay_state, num_updates)` returns `[B]` windows.
+    `map_particles(function, params, replay_state, num_updates)` returns
+    `function(params, particles)` of `[P]` windows of one state, for a function that treats
+    each by itself: no more of them than `replay.CHUNK_SIZE` exist at a time.
+    """
+
+    windows: Callable[[replay.ReplayState, jax.Array], replay.Window]
+    map_particles: Callable[..., Any] | None  # None where nothing needs them
+
+    def drawn(
+        self, replay_state: replay.ReplayState, num_updates: jax.Array
+    ) -> dict[str, replay.Window]:
+        """Returns all that an update learned from, by its name."""
+        batch = {"windows": self.windows(replay_state, num_updates)}
+        if self.map_particles is not None:
+            batch["particles"] = self.map_particles(
+                lambda _, window: window, (), replay_state, num_updates
+            )
+        return batch
 
 
 def make_sample(
@@ -330,34 +349,57 @@ def make_sample(
     with_particles: bool,
     mesh: devices.Mesh = None,
 ) -> Sample:
-    """Makes the function that draws the batch of one update.
-
-    Returns:
-      `sample(replay_state, num_updates)` returns `[B]` windows and, where wanted, `[P]`
-      windows of one state, sharded.
-    """
+    """Makes the functions that draw the batch of one update, sharded."""
     draw_windows = make_draw(
         ring,
         num_windows=learner.num_windows,
         num_states=learner.window_states,
         mesh=mesh,
     )
-    draw_particles = make_draw(
-        ring, num_windows=learner.num_particles, num_states=1, mesh=mesh
-    )
 
-    def sample(
-        replay_state: replay.ReplayState, num_updates: jax.Array
-    ) -> tuple[replay.Window, ...]:
-        window_key = jax.random.fold_in(key, num_updates)
-        if with_particles:
-            window_key, particle_key = jax.random.split(window_key)
-        windows = draw_windows(replay_state, window_key)
+    def keys(num_updates: jax.Array) -> tuple[types.PRNGKey, types.PRNGKey]:
+        """Returns the key of the windows and that of the particles."""
+        update_key = jax.random.fold_in(key, num_updates)
         if not with_particles:
-            return (windows,)
-        return windows, draw_particles(replay_state, particle_key)
+            return update_key, update_key
+        window_key, particle_key = jax.random.split(update_key)
+        return window_key, particle_key
 
-    return sample
+    def windows(
+        replay_state: replay.ReplayState, num_updates: jax.Array
+    ) -> replay.Window:
+        return draw_windows(replay_state, keys(num_updates)[0])
+
+    def map_particles(
+        function: Callable[[types.Params, replay.Window], Any],
+        params: types.Params,
+        replay_state: replay.ReplayState,
+        num_updates: jax.Array,
+    ) -> Any:
+        def share(
+            params: types.Params,
+            replay_state: replay.ReplayState,
+            particle_key: types.PRNGKey,
+            axis_name: str | None = None,
+        ) -> Any:
+            return ring.map_sample(
+                functools.partial(function, params),
+                replay_state,
+                particle_key,
+                num_windows=learner.num_particles,
+                num_states=1,
+                axis_name=axis_name,
+            )
+
+        mapped = devices.spread(
+            share,
+            mesh,
+            in_specs=(devices.EVERYWHERE, _REPLAY_SPECS, devices.EVERYWHERE),
+            out_specs=devices.SHARDED,
+        )
+        return mapped(params, replay_state, keys(num_updates)[1])
+
+    return Sample(windows, map_particles if with_particles else None)
 
 
 def _add_to_sums(
@@ -401,7 +443,11 @@ def make_pretrain_learn(
         sums: metrics.RunningSums,
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        windows, particles = sample(replay_state, state.num_updates)
+        number = state.num_updates
+        windows = sample.windows(replay_state, number)
+        particles = sample.map_particles(
+            agent.particles, state.params, replay_state, number
+        )
         state, values = update(state, windows, particles)
         return state, _add_to_sums(sums, values, replay_state)
 
@@ -438,7 +484,7 @@ def make_finetune_learn(
         sums: metrics.RunningSums,
         replay_state: replay.ReplayState,
     ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        (windows,) = sample(replay_state, state.num_updates)
+        windows = sample.windows(replay_state, state.num_updates)
         state, values = update(state, windows, task, reward_scale)
         return state, _add_to_sums(sums, values, replay_state)
 
@@ -601,8 +647,8 @@ class Session:
                 is_full=devices.put(bad.replay_is_full, self.mesh),
             )
             number = devices.put(np.int32(update), self.mesh)
-            drawn = jax.device_get(jax.jit(self.sample)(then, number))
-            for part, window in zip(("windows", "particles"), drawn, strict=False):
+            drawn = jax.device_get(jax.jit(self.sample.drawn)(then, number))
+            for part, window in drawn.items():
                 for name, value in window._asdict().items():
                     batch[f"{part}.{name}"] = value
         raise NonFinite(message, batch)

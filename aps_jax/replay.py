@@ -5,8 +5,9 @@ not depend on how many devices hold a part of the ring. Letters: `E` environment
 windows, `T` states of a window, `L = T + STACK_SIZE - 1` its frames, `D` feature dimension.
 """
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +20,9 @@ from aps_jax.config import STACK_SIZE
 ReplayState = trajectory_buffer.TrajectoryBufferState
 
 FRAME_SHAPE = (84, 84)
+
+# Windows that `map_sample` holds at a time.
+CHUNK_SIZE = 1024
 
 
 class Step(NamedTuple):
@@ -54,12 +58,20 @@ class Window(NamedTuple):
     id: jax.Array  # [T] int32
 
 
+class Places(NamedTuple):
+    """Where windows of one length lie in the ring."""
+
+    env: jax.Array  # [B] int32, counted from the device's first.
+    time: jax.Array  # [B] int32, of the window's first frame, modulo the ring's length.
+
+
 class Replay(NamedTuple):
     """The verbs of a replay; `make_replay` binds its sizes."""
 
     init: Callable[[], ReplayState]
     add: Callable[[ReplayState, Step], ReplayState]
     sample: Callable[..., Window]
+    map_sample: Callable[..., Any]
     num_bytes: int  # of the ring, counted from the shapes.
 
 
@@ -79,6 +91,9 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
       key is consumed. With `axis_name` the function runs on each device of that axis:
       `state` holds the ring of its `E / N` environments, and it returns its `B / N` of
       the `B` windows, which are the same for every number `N` of devices.
+      `map_sample(function, state, key, ...)` returns `function(sample(state, key, ...))`
+      for a function that treats each window by itself, but never holds more than
+      `CHUNK_SIZE` of the windows.
 
     Raises:
       ValueError: The replay would hold less than one step of each environment.
@@ -103,14 +118,14 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
     def add(state: ReplayState, step: Step) -> ReplayState:
         return trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
 
-    def sample(
+    def draw(
         state: ReplayState,
         key: types.PRNGKey,
         *,
         num_windows: int,
         num_states: int,
-        axis_name: str | None = None,
-    ) -> Window:
+        axis_name: str | None,
+    ) -> Places:
         num_frames = num_states + STACK_SIZE - 1
         num_held = jnp.where(state.is_full, length, state.current_index)
         oldest = jnp.where(state.is_full, state.current_index, 0)
@@ -121,12 +136,70 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
             num_windows=num_windows,
             axis_name=axis_name,
         )
-        time = (oldest + start)[:, None] + jnp.arange(num_frames)[None, :]
-        steps = jax.tree.map(lambda x: x[env[:, None], time % length], state.experience)
+        return Places(env, oldest + start)
+
+    def read(state: ReplayState, places: Places, num_states: int) -> Window:
+        num_frames = num_states + STACK_SIZE - 1
+        time = places.time[:, None] + jnp.arange(num_frames)[None, :]
+        steps = jax.tree.map(
+            lambda x: x[places.env[:, None], time % length], state.experience
+        )
         return jax.vmap(stack_window)(steps)
 
+    def sample(
+        state: ReplayState,
+        key: types.PRNGKey,
+        *,
+        num_windows: int,
+        num_states: int,
+        axis_name: str | None = None,
+    ) -> Window:
+        places = draw(
+            state,
+            key,
+            num_windows=num_windows,
+            num_states=num_states,
+            axis_name=axis_name,
+        )
+        return read(state, places, num_states)
+
+    def map_sample(
+        function: Callable[[Window], Any],
+        state: ReplayState,
+        key: types.PRNGKey,
+        *,
+        num_windows: int,
+        num_states: int,
+        axis_name: str | None = None,
+    ) -> Any:
+        places = draw(
+            state,
+            key,
+            num_windows=num_windows,
+            num_states=num_states,
+            axis_name=axis_name,
+        )
+        return _map_in_chunks(
+            lambda some: function(read(state, some, num_states)), places
+        )
+
     num_bytes = sum(x.nbytes for x in jax.tree.leaves(example)) * num_envs * length
-    return Replay(init, add, sample, num_bytes)
+    return Replay(init, add, sample, map_sample, num_bytes)
+
+
+def _map_in_chunks(function: Callable[[Places], Any], places: Places) -> Any:
+    """Returns `function(places)`, computed for at most `CHUNK_SIZE` places at a time."""
+    num_places = places.env.shape[0]
+    num_chunks = math.ceil(num_places / CHUNK_SIZE)
+    if num_chunks <= 1:
+        return function(places)
+    size = math.ceil(num_places / num_chunks)
+    # What is computed for the places that fill up the last chunk is thrown away.
+    chunks = jax.tree.map(lambda x: jnp.resize(x, (num_chunks, size)), places)
+    return jax.tree.map(
+        lambda x: x.reshape(-1, *x.shape[2:])[:num_places],
+        jax.lax.map(function, chunks),
+    )
 
 
 def draw_places(

@@ -55,6 +55,8 @@ class Size:
     copy_floats: int
     starts: int  # Processes started with and without a cache.
     seed_counts: tuple[int, ...]  # Seeds at once.
+    device_counts: tuple[int, ...]  # First is one.
+    particle_counts: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]  # Of the configs, over their presets.
 
 
@@ -77,6 +79,8 @@ FULL = Size(
     copy_floats=2**24,
     starts=5,
     seed_counts=(2, 4),
+    device_counts=(1, 2, 4, 8),
+    particle_counts=(512, 4096, 65_536),
     options=(),
 )
 # Seconds: every row runs, and no figure means anything.
@@ -99,6 +103,8 @@ SMOKE = Size(
     copy_floats=64,
     starts=1,
     seed_counts=(2,),
+    device_counts=(1, 2),
+    particle_counts=(16,),
     options=(
         ("num_envs", 4),
         ("hidden_units", 16),
@@ -137,7 +143,7 @@ def started(config: config_lib.Config, size: Size) -> loop.Pretraining:
     del size
     num_envs = config.pretrain.num_envs
     pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT)
-    parts = loop.make_pretraining(config, pool)
+    parts = loop.make_pretraining(config, pool, devices.make_mesh(config.num_devices))
     while parts.session.agent_steps <= parts.schedule.start + 2 * num_envs:
         parts.session.step(parts.act)
     state, sums = parts.learn(
@@ -161,7 +167,7 @@ def _updates_per_step(config: config_lib.Config) -> float:
     return config.pretrain.samples_per_step / config.learner.batch_size
 
 
-def _play(parts: loop.Pretraining, iterations: int, *, learns: bool) -> None:
+def play(parts: loop.Pretraining, iterations: int, *, learns: bool) -> None:
     """Runs the real loop and waits for all that it enqueued."""
     session = parts.session
     for _ in range(iterations):
@@ -193,7 +199,7 @@ def _act_alone(parts: loop.Pretraining, iterations: int) -> None:
     jax.block_until_ready(session.memory)
 
 
-def _learn_alone(parts: loop.Pretraining, updates: int) -> None:
+def learn_alone(parts: loop.Pretraining, updates: int) -> None:
     session = parts.session
     for _ in range(updates):
         session.state, session.sums = parts.learn(
@@ -209,14 +215,14 @@ def _loop_turns(
     parts = started(config, size)
     steps = size.iterations * config.pretrain.num_envs
     things = {
-        "loop": lambda: _play(parts, size.iterations, learns=learns),
+        "loop": lambda: play(parts, size.iterations, learns=learns),
         "env": lambda: _step_randomly(parts, size.iterations),
         "act": lambda: _act_alone(parts, size.iterations),
         **others,
     }
     work = dict.fromkeys(things, float(steps))
     if learns:
-        things["learn"] = lambda: _learn_alone(parts, size.updates)
+        things["learn"] = lambda: learn_alone(parts, size.updates)
         work["learn"] = size.updates / _updates_per_step(config)
     return take_turns(things, repetitions=size.repetitions, work=work)
 
@@ -414,7 +420,8 @@ class _HostLoop:
 
         def update(state, windows, particles):
             stack = jax.vmap(replay.stack_window)
-            return self._agent.update(state, stack(windows), stack(particles))
+            encoded = self._agent.particles(state.params, stack(particles))
+            return self._agent.update(state, stack(windows), encoded)
 
         self._update = jax.jit(update, donate_argnums=0)
         self._timestep = self._pool.reset()
@@ -477,7 +484,7 @@ def others_rows(size: Size) -> list[Row]:
     with contextlib.closing(_HostLoop(config)) as host:
         steps = size.iterations * config.pretrain.num_envs
         things = {
-            "loop": lambda: _play(parts, size.iterations, learns=True),
+            "loop": lambda: play(parts, size.iterations, learns=True),
             "blocking": lambda: _play_without_overlap(parts, size.iterations),
             "scan": _make_scan(parts, size.iterations),
             "host": lambda: host.play(size.single_steps),
@@ -531,12 +538,12 @@ def recompilation_rows(size: Size) -> list[Row]:
     """Counts compilations and implicit transfers of the loop after warm-up."""
     parts = started(main_config(size), size)
     # Everything that is compiled late has been compiled by then.
-    _play(parts, min(size.long_iterations, 250), learns=True)
+    play(parts, min(size.long_iterations, 250), learns=True)
     num_transfers, note = 0, ""
     with _counted_compilations() as events:
         try:
             with jax.transfer_guard("disallow"):
-                _play(parts, size.long_iterations, learns=True)
+                play(parts, size.long_iterations, learns=True)
         except jax.errors.JaxRuntimeError as error:
             if "transfer" not in str(error):
                 raise
@@ -568,13 +575,13 @@ def recompilation_rows(size: Size) -> list[Row]:
 def page_faults_rows(size: Size) -> list[Row]:
     """Counts the pages that the kernel must hand out to the loop after warm-up."""
     parts = started(main_config(size), size)
-    _play(parts, size.iterations, learns=True)
+    play(parts, size.iterations, learns=True)
 
     def count() -> int:
         return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 
     before = count()
-    _play(parts, size.iterations, learns=True)
+    play(parts, size.iterations, learns=True)
     per_iteration = (count() - before) / size.iterations
     return [
         Row(
@@ -603,7 +610,7 @@ def scaling_rows(size: Size) -> list[Row]:
             count = max(3, size.iterations * config.pretrain.num_envs // num_envs // 4)
             if size.options:
                 count = size.iterations
-            things[str(num_envs)] = functools.partial(_play, parts, count, learns=False)
+            things[str(num_envs)] = functools.partial(play, parts, count, learns=False)
             work[str(num_envs)] = float(count * num_envs)
         turns = take_turns(things, repetitions=size.repetitions, work=work)
     rows = []

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax import knn, replay, rewards
+from aps_jax import knn, loop, replay, rewards
 from experiments import bench_encoders, bench_loop
 from experiments.bench_table import Row, at_least, at_most, take_turns
 
@@ -20,7 +20,7 @@ def replay_rows(size: bench_loop.Size) -> list[Row]:
     """Compares updates from the replay with updates from a batch that is at hand."""
     parts = bench_loop.started(bench_loop.main_config(size), size)
     session = parts.session
-    sample = jax.jit(session.sample)
+    sample = jax.jit(session.sample.drawn)
     # As many as there are updates in a turn: some batches take less time than others.
     batches = [
         sample(session.memory.replay, session.state.num_updates + number)
@@ -30,9 +30,11 @@ def replay_rows(size: bench_loop.Size) -> list[Row]:
     @functools.partial(jax.jit, donate_argnames=("state", "sums"))
     def learn_from_batch(state, sums, batch, replay_state):
         # The update of the loop itself, with its `sample` replaced.
-        return bench_loop.learn_function(parts, lambda *_: batch)(
-            state, sums, replay_state
+        at_hand = loop.Sample(
+            windows=lambda *_: batch["windows"],
+            map_particles=lambda encode, params, *_: encode(params, batch["particles"]),
         )
+        return bench_loop.learn_function(parts, at_hand)(state, sums, replay_state)
 
     def from_replay() -> None:
         for _ in range(size.updates):

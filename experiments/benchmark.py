@@ -17,6 +17,7 @@ from aps_jax import rundir
 from experiments import (
     bench_loop,
     bench_parts,
+    bench_scaling,
     bench_seeds,
     bench_startup,
     bench_table,
@@ -38,6 +39,8 @@ ROWS: Mapping[str, Callable[[bench_loop.Size], list[bench_table.Row]]] = {
     "startup": bench_startup.startup_rows,
     "scaling": bench_loop.scaling_rows,
     "seeds": bench_seeds.seeds_rows,
+    "devices": bench_scaling.devices_rows,
+    "particles": bench_scaling.particles_rows,
 }
 _SIZES = {size.name: size for size in (bench_loop.FULL, bench_loop.SMOKE)}
 

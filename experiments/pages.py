@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from aps_jax import metrics, report, report_tables, report_tasks
+from experiments import bench_table, cost
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
@@ -50,10 +51,38 @@ def ablation_tables() -> str:
     return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
 
 
+def measured_rows(name: str) -> Callable[[], str]:
+    """Returns what makes the table of one row of the benchmark, as it was measured."""
+
+    def make() -> str:
+        path = ROOT / "results/benchmark_cpu/devices_and_particles.json"
+        measured = json.loads(path.read_text(encoding="utf-8"))
+        rows = [bench_table.Row(**row) for row in measured["rows"]]
+        return bench_table.to_markdown(
+            [row for row in rows if row.row == name], measured["machine"]
+        )
+
+    return make
+
+
+def cost_tables() -> str:
+    """Returns the model of cost, as its script prints it without flags."""
+    lines: list[str] = []
+    for table in cost.default_tables():
+        lines += [f"**{table.title}**", "", *report_tables.markdown_table(table), ""]
+        lines += [*table.notes, ""] if table.notes else []
+    return "\n".join(lines)
+
+
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
+    "docs/scaling.md": {
+        "particles": measured_rows("particles"),
+        "devices": measured_rows("devices"),
+        "cost": cost_tables,
+    },
     "README.md": {"results": results_table},
 }
 

@@ -44,8 +44,18 @@ def make_agent(config):
 
 @functools.cache
 def make_update(config):
-    """The jitted update, compiled once for all tests of a config."""
-    return jax.jit(make_agent(config).update)
+    """The jitted update, compiled once for all tests of a config.
+
+    It takes particles as windows of one state, and encodes them.
+    """
+    agent = make_agent(config)
+
+    @jax.jit
+    def update(state, windows, particles):
+        encoded = agent.particles(state.params, particles)
+        return agent.update(state, windows, encoded)
+
+    return update
 
 
 def make_windows(rng, num_windows, num_states, *, first_id=0):
@@ -485,7 +495,8 @@ def test_update_is_traced_once():
     @jax.jit
     def update(state, windows, particles):
         traces.append(1)
-        return agent.update(state, windows, particles)
+        encoded = agent.particles(state.params, particles)
+        return agent.update(state, windows, encoded)
 
     state = agent.init(jax.random.key(0))
     for seed in range(3):
@@ -772,9 +783,10 @@ def test_every_preset_updates_a_state_of_its_own_shape(preset):
 
     state = jax.eval_shape(agent.init, jax.random.key(0))
     batch = windows(learner.num_windows, learner.window_states)
-    after, _ = jax.eval_shape(
-        agent.update, state, batch, windows(learner.num_particles, 1)
+    particles = jax.eval_shape(
+        agent.particles, state.params, windows(learner.num_particles, 1)
     )
+    after, _ = jax.eval_shape(agent.update, state, batch, particles)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
         lambda x: (x.shape, x.dtype), state
     )

@@ -1,5 +1,7 @@
 """Tests of experiments.benchmark: its arithmetic, and every row in its smallest size."""
 
+import contextlib
+import io
 import json
 import math
 import types
@@ -10,10 +12,12 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
+from aps_jax import config as config_lib
 from aps_jax import envs, resources
 from experiments import (
     bench_loop,
     bench_parts,
+    bench_scaling,
     bench_startup,
     bench_table,
     benchmark,
@@ -101,6 +105,12 @@ def test_the_table_says_what_was_measured_and_what_was_not():
 def test_every_row_runs(tmp_path, monkeypatch):
     starts = iter([9.0, 3.0])
     monkeypatch.setattr(bench_startup, "measure", lambda *_: next(starts))
+    asked = []
+    monkeypatch.setattr(
+        bench_scaling,
+        "process",
+        lambda count, _: contextlib.nullcontext(lambda *words: asked.append(count)),
+    )
     with flagsaver.flagsaver(size="smoke", workdir=str(tmp_path)):
         benchmark.main(["benchmark"])
     result = json.loads((tmp_path / "benchmark.json").read_text())
@@ -116,6 +126,69 @@ def test_every_row_runs(tmp_path, monkeypatch):
         if row["row"] in ("recompilation", "knn_accuracy", "knn_memory"):
             assert row["is_met"] is not False, row
     assert "scaling" in (tmp_path / "benchmark.md").read_text()
+    assert set(asked) == set(bench_loop.SMOKE.device_counts)
+
+
+def test_rates_of_devices_are_compared_with_a_share_of_the_cores():
+    seconds = {}
+    for case in bench_scaling.CASES:
+        seconds |= {f"loop {case} 1": [0.5], f"learn {case} 1": [2.0]}
+        seconds |= {f"loop {case} 4": [1.0], f"learn {case} 4": [4.0]}
+    rows = bench_scaling.table_of_devices(bench_table.Turns(seconds), (1, 4))
+    found = {row.case: (row.measured, row.limit, row.ratio) for row in rows}
+    words = "same global batch, {}: each of {} / its share of one alone"
+    # 2 agent steps a second on one device, so 0.5 on each of 4 at the same speed.
+    assert found[words.format("loop", 1)] == (2.0, 2.0, 1.0)
+    assert found[words.format("loop", 4)] == (0.25, 0.5, 0.5)
+    assert found[words.format("learn", 4)] == (0.25, 0.5, 0.5)
+    # 4 times the batch, in twice the time.
+    words = words.replace("same global batch", "same batch per device")
+    assert found[words.format("loop", 4)] == (0.25, 0.5, 0.5)
+    assert found[words.format("learn", 4)] == (0.25, 0.125, 2.0)
+
+
+def test_a_process_of_devices_does_what_it_is_asked(monkeypatch):
+    done = []
+    monkeypatch.setattr(bench_loop, "started", lambda config, _: config)
+    monkeypatch.setattr(
+        bench_loop, "play", lambda c, n, learns: done.append((c.pretrain.num_envs, n))
+    )
+    monkeypatch.setattr(
+        bench_loop, "learn_alone", lambda c, n: done.append((c.learner.batch_size, n))
+    )
+    config = config_lib.replace_options(
+        config_lib.preset_config("cpu"), num_devices=2, num_envs=4, batch_size=16
+    )
+    answers = io.StringIO()
+    requests = "loop global 3\nloop each 5\nlearn global 1\nlearn each 2\n"
+    bench_scaling.serve(config, io.StringIO(requests), answers)
+    assert done == [(4, 3), (8, 5), (16, 1), (32, 2)]
+    assert answers.getvalue() == "done\n" * 4
+
+
+@pytest.mark.parametrize("answer, is_well", [("done\n", True), ("", False)])
+def test_a_process_of_devices_is_started_and_asked(monkeypatch, answer, is_well):
+    seen = {}
+
+    @contextlib.contextmanager
+    def start(command, *, env, **_):
+        seen.update(command=command, env=env, requests=io.StringIO())
+        yield types.SimpleNamespace(
+            stdin=seen["requests"], stdout=io.StringIO(answer), poll=lambda: 1
+        )
+
+    monkeypatch.setattr(bench_scaling.subprocess, "Popen", start)
+    with bench_scaling.process(2, bench_loop.SMOKE) as ask:
+        if is_well:
+            ask("loop", "each", 3)
+            assert seen["requests"].getvalue() == "loop each 3\n"
+        else:
+            with pytest.raises(RuntimeError, match="--num_devices=2.* ended"):
+                ask("loop", "each", 3)
+    assert "--num_devices=2" in seen["command"]
+    assert "--num_envs=4" in seen["command"]
+    most = max(bench_loop.SMOKE.device_counts)
+    assert seen["env"]["XLA_FLAGS"].endswith(f"_device_count={most}")
 
 
 def test_without_pytorch_its_rows_say_so(monkeypatch):

@@ -22,6 +22,9 @@ from aps_jax import devices, interrupts, loop, metrics, replay, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
+# Of 8 particles one device encodes 3, 3 and 2; of two devices each 2 and 2; of eight each
+# its one.
+replay.CHUNK_SIZE = 3
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
@@ -97,7 +100,7 @@ def learned(num_devices, *, is_pretraining):
         )
     sums = devices.put(metrics.init_sums(loop.names_of(names)), mesh)
     ring = random_replay(mesh)
-    drawn = jax.jit(sample)(ring, devices.put(np.int32(5), mesh))
+    drawn = jax.jit(sample.drawn)(ring, devices.put(np.int32(5), mesh))
     start = jax.device_get(state.params)
     learn = learn.lower(state, sums, ring).compile()
     losses = []
@@ -106,7 +109,7 @@ def learned(num_devices, *, is_pretraining):
         state, sums = learn(state, sums, ring)
         losses.append(float(sums.sums["loss_td"]) - before)
     left = {
-        "ids": [window.id for window in drawn],
+        "ids": [window.id for window in drawn.values()],
         "losses": losses,
         "state": state._replace(opt_state=None),
         "sums": sums,

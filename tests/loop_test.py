@@ -4,6 +4,7 @@ import functools
 
 import fakes
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -210,7 +211,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/conv_0/bias" in words
-    windows, particles = session.sample(replay_then, np.int32(4))
+    drawn = session.sample.drawn(replay_then, np.int32(4))
+    windows, particles = drawn["windows"], drawn["particles"]
     assert set(windows._fields) == {
         name.removeprefix("windows.")
         for name in caught.value.batch
@@ -312,3 +314,44 @@ def test_the_loop_compiles_once_and_moves_nothing_unasked():
     session.row()
     session.step(act, learn, schedule)
     assert (act._cache_size(), learn._cache_size()) == sizes
+
+
+def learn_shapes(config):
+    """The update of a config, and the shapes that it takes."""
+    agent, ring, _, learn, _ = make_parts(config)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+    sums = jax.eval_shape(lambda: metrics.init_sums(names))
+    return learn, (state, sums, jax.eval_shape(ring.init))
+
+
+def test_memory_of_an_update_does_not_grow_with_the_particles():
+    """As stacks of frames 65,536 particles are 1,850 MB."""
+    few, many = 1024, 65_536
+    taken = []
+    for num_particles in (few, many):
+        learn, shapes = learn_shapes(make_config(num_particles=num_particles))
+        analysis = learn.lower(*shapes).compile().memory_analysis()
+        taken.append(analysis.temp_size_in_bytes)
+    # What grows: 2 features, the id and the place (two numbers) of each.
+    assert taken[1] - taken[0] <= (many - few) * 4 * (2 + 1 + 2) + 2**20
+
+
+def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
+    config = make_config()
+    session, act, learn = make_session(config)
+    for _ in range(12):
+        session.step(act)
+    # Copies, because the update destroys what it is given.
+    given = jax.tree.map(jnp.copy, (session.state, session.sums))
+    whole = learn(*given, session.memory.replay)
+    monkeypatch.setattr(replay, "CHUNK_SIZE", 3)  # Of 8 particles: 3, 3 and 2.
+    agent, _, _, _, sample = make_parts(config)
+    learn = loop.make_pretrain_learn(agent, sample)
+    chunked = learn(session.state, session.sums, session.memory.replay)
+    assert float(whole[1].sums["knn_distance"]) > 0.0
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
+        jax.device_get(whole),
+        jax.device_get(chunked),
+    )

@@ -1,4 +1,7 @@
-"""Tests that what the README shows is true: its code runs, its commands parse."""
+"""Tests that what the README shows is true: its code runs, its commands parse.
+
+So do those of the documentation.
+"""
 
 import importlib
 import pathlib
@@ -13,8 +16,11 @@ ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
 
 
-def blocks(language):
-    return re.findall(rf"```{language}\n(.*?)```", README, flags=re.DOTALL)
+PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
 def test_the_reuse_example_runs():
@@ -27,12 +33,20 @@ def test_the_reuse_example_runs():
     assert found["found"].r_squared > 0.999
 
 
+# Without what stands before them, such as XLA_FLAGS=..., and with the lines that go on.
 COMMANDS = [
-    line.split("#")[0].strip()
-    for block in blocks("bash")
-    for line in block.splitlines()
-    if line.startswith("python -m")
+    command.strip()
+    for text in (README, *PAGES.values())
+    for block in blocks("bash", text)
+    for command in re.findall(
+        r"python -m experiments[^#\n]*", block.replace("\\\n", " ")
+    )
 ]
+
+
+def test_commands_are_found_in_several_pages():
+    assert len(COMMANDS) > 12
+    assert any("--num_devices=2" in command for command in COMMANDS)
 
 
 @pytest.mark.parametrize("command", COMMANDS)

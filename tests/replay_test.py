@@ -148,6 +148,27 @@ def test_sampling_is_uniform_and_follows_its_key():
     assert np.any(np.asarray(windows.id) != np.asarray(other.id))
 
 
+# Of 11: 3 full chunks and 2 windows more; 2 chunks of 6 and 5; one; all at once.
+@pytest.mark.parametrize("chunk_size", [3, 10, 11, 1024])
+def test_mapping_in_chunks_is_mapping_what_is_sampled(monkeypatch, chunk_size):
+    monkeypatch.setattr(replay, "CHUNK_SIZE", chunk_size)
+    ring, state, _ = filled(2, 40, 33)
+    seen = []
+
+    def function(window):
+        seen.append(window.id.shape[0])
+        return {"ids": window.id, "sum": jnp.sum(window.reward, axis=1)}
+
+    draw = {"num_windows": 11, "num_states": 4}
+    key = jax.random.key(5)
+    found = jax.jit(lambda state, key: ring.map_sample(function, state, key, **draw))(
+        state, key
+    )
+    expected = function(ring.sample(state, key, **draw))
+    assert max(seen[:-1]) <= chunk_size
+    jax.tree.map(np.testing.assert_array_equal, found, expected)
+
+
 def test_a_step_takes_one_percent_more_than_its_frame_at_most():
     ring = replay.make_replay(num_envs=8, size=1_000_000, feature_dim=5)
     assert 7056 <= ring.num_bytes / 1_000_000 <= 1.01 * 7056
