@@ -1101,9 +1101,16 @@ class _Recorders:
 
         Raises:
           interrupts.Interrupted: A stop was requested.
+          loop.NonFinite: A seed is not finite; the others have their rows.
         """
+        bad: loop.NonFinite | None = None
         for recorder in self._recorders:
-            recorder.write_due(values, is_last=is_last)
+            try:
+                recorder.write_due(values, is_last=is_last)
+            except loop.NonFinite as error:
+                bad = bad or error
+        if bad is not None:
+            raise bad
         if progress is not None:
             known = [
                 value
