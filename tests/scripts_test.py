@@ -16,7 +16,7 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
-from aps_jax import loop, resources, stages
+from aps_jax import loop, resources, snapshots, stages
 from experiments import (
     common_flags,
     evaluate,
@@ -195,6 +195,8 @@ def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
     tmp_path, capsys, monkeypatch
 ):
     """On the real Pong: pretrain at once, then the stages that start from a seed."""
+    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
+    monkeypatch.setattr(snapshots, "_NUM_STATES", 16)
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, **TINY)
         pretrain.main(["pretrain"])
