@@ -1,26 +1,31 @@
 """Checkpoints: written whole in the background, verified before they are restored.
 
 A checkpoint is a folder named by its number: a subfolder of arrays per part, written by
-Orbax; `facts.json`; and `manifest.sha256`, the checksum of every other file as `sha256sum
+Orbax, or of what several processes share out by `shards`; `facts.json`; and `manifest.sha256`, the checksum of every other file as `sha256sum
 --check` reads it. It is written under another name and renamed last, so that a number
-always names a whole one. No pickle anywhere: arrays and JSON alone, so that a stranger's
+always names a whole one. Of several processes each writes its rows, and the first all else:
+it waits for the others and renames. No pickle anywhere: arrays and JSON alone, so that a stranger's
 checkpoint cannot run code.
 """
 
 import concurrent.futures
+import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
+
+from aps_jax import devices, hosts, shards
 
 FORMAT = 2
 FACTS_NAME = "facts.json"
@@ -31,6 +36,9 @@ _WRITING = "writing_"
 _DELETING = "deleting_"
 # A whole one that another of its number takes the place of.
 _REPLACED = "replaced_"
+
+# The saves of this process, by which several processes know them: all begin the same.
+_SAVES = itertools.count()
 
 
 class _MisfitError(ValueError):
@@ -79,7 +87,7 @@ class Checkpointer:
         self._policy = policy
         self._warn = warn
         # One for all saves: each has threads of its own.
-        self._orbax = ocp.Checkpointer(ocp.StandardCheckpointHandler())
+        self._orbax = _make_orbax()
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")
         self._saving: concurrent.futures.Future[None] | None = None
 
@@ -94,12 +102,15 @@ class Checkpointer:
     ) -> None:
         """Begins to save; training may go on, for the arrays are copied first.
 
-        Waits for the save before it, if that is still under way.
+        Waits for the save before it, if that is still under way. All processes of a run
+        must call it; what fails in any of them is told by the first.
 
         Args:
           number: Name of the checkpoint; a larger number is a newer one.
           parts: Pytrees of arrays by name of the part.
           facts: JSON values; `score`, if there and not None, is what `keep_best` ranks.
+            Of them each process finds its own `environment` again, and all others those
+            of the first.
 
         Raises:
           OSError: The save before this one failed. This one has begun none the less.
@@ -108,7 +119,9 @@ class Checkpointer:
         text = json.dumps({"format": FORMAT, **facts}, indent=1, allow_nan=False)
         failure = self._wait()
         copied = {name: _copy_to_host(part) for name, part in parts.items()}
-        self._saving = self._thread.submit(self._write, number, copied, text)
+        write = self._write if hosts.is_first() else self._write_share
+        order = f"save/{next(_SAVES)}"
+        self._saving = self._thread.submit(write, number, copied, text, order)
         if failure is not None:
             raise failure
 
@@ -180,13 +193,36 @@ class Checkpointer:
           ValueError: Structure, shapes, dtypes or the format differ (the message shows
             both sides), or there are checkpoints and none of them can be read.
         """
+        found: list[tuple[dict[str, Any], dict[str, Any]]] = []
+
+        def choose() -> int | None:
+            number, *restored = self._restore_whole(
+                templates, optional, set_damaged_aside
+            )
+            found.extend(restored)
+            return number
+
+        number = hosts.by_first(choose)
+        if number is None:
+            return None
+        # What the first has found whole need not be verified again.
+        return found[0] if found else self._read(number, templates, optional)
+
+    def _restore_whole(
+        self,
+        templates: Mapping[str, Any],
+        optional: tuple[str, ...],
+        set_damaged_aside: bool,
+    ) -> tuple[Any, ...]:
+        """Returns the number of the newest whole checkpoint and what it holds, or None."""
         numbers = self.numbers()[::-1]
         damaged: list[pathlib.Path] = []
-        found = None
+        found: tuple[Any, ...] = (None,)
         for number in numbers:
             path = self._folder / str(number)
             try:
-                found = _restore(path, templates, optional)
+                _verify(path)
+                found = (number, self._read(number, templates, optional))
                 break
             except _MisfitError:
                 raise
@@ -197,12 +233,17 @@ class Checkpointer:
                     f"{path} cannot be read ({reason}); falling back to the one before."
                 )
                 damaged.append(path)
-        if numbers and found is None:
+        if numbers and found[0] is None:
             raise ValueError(f"None of the checkpoints in {self._folder} can be read.")
         if set_damaged_aside:
             for path in damaged:
                 path.rename(_free_name(self._folder.parent, path.name))
         return found
+
+    def _read(
+        self, number: int, templates: Mapping[str, Any], optional: tuple[str, ...]
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        return _restore(self._folder / str(number), templates, optional)
 
     def _wait(self) -> OSError | None:
         if self._saving is None:
@@ -216,19 +257,35 @@ class Checkpointer:
         failure.__cause__ = error
         return failure
 
-    def _write(self, number: int, parts: dict[str, Any], facts: str) -> None:
+    def _write(
+        self, number: int, parts: dict[str, Any], facts: str, order: str
+    ) -> None:
         """Writes a checkpoint and then applies the policy; runs in the thread."""
         temporary = self._folder / f"{_WRITING}{number}"
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.clean()
-            self._check_room()
-            temporary.mkdir()
-            for name, part in parts.items():
-                self._orbax.save(temporary / name, args=ocp.args.StandardSave(part))
-            (temporary / FACTS_NAME).write_text(facts)
-            (temporary / MANIFEST_NAME).write_text(_manifest(temporary))
-            for path in [temporary, *temporary.rglob("*")]:
+            with _telling(f"{order}/room"):
+                self._folder.mkdir(parents=True, exist_ok=True)
+                self.clean()
+                self._check_room()
+                temporary.mkdir()
+                for name, part in parts.items():
+                    if _is_shared(part):
+                        (temporary / name).mkdir()
+            with _hearing(order) as manifests:
+                for name, part in parts.items():
+                    if _is_shared(part):
+                        shards.write(temporary / name, part, index=0)
+                    else:
+                        self._orbax.save(
+                            temporary / name, args=ocp.args.StandardSave(part)
+                        )
+                (temporary / FACTS_NAME).write_text(facts)
+                own = _own_paths(temporary)
+                manifests.append(_lines(temporary, own))
+                for path in own:
+                    _to_disk(path)
+            (temporary / MANIFEST_NAME).write_text("".join(manifests))
+            for path in (temporary / MANIFEST_NAME, temporary):
                 _to_disk(path)
             # The number is taken where a score came later, or a run goes back.
             path = self._folder / str(number)
@@ -243,6 +300,27 @@ class Checkpointer:
             raise
         for old in self._superseded():
             self._delete(old)
+
+    def _write_share(
+        self, number: int, parts: dict[str, Any], facts: str, order: str
+    ) -> None:
+        """Writes what one process but the first has of a checkpoint; runs in the thread."""
+        if "error" in hosts.hear(f"{order}/room"):
+            return  # The first tells of it.
+        temporary = self._folder / f"{_WRITING}{number}"
+        index = hosts.process_index()
+        with contextlib.suppress(Exception), _telling(f"{order}/{index}") as answer:
+            folders = [
+                shards.write(temporary / name, part, index=index)
+                for name, part in parts.items()
+                if _is_shared(part)
+            ]
+            own = temporary / _facts_name(index)
+            own.write_text(facts)
+            files = [own, *(path for folder in folders for path in folder.rglob("*"))]
+            for path in files + folders:
+                _to_disk(path)
+            answer["manifest"] = _lines(temporary, files)
 
     def _check_room(self) -> None:
         """Refuses early what Orbax would refuse late, with a page of its own errors."""
@@ -296,11 +374,77 @@ def read_facts(path: pathlib.Path) -> dict[str, Any]:
     return json.loads((path / FACTS_NAME).read_text())
 
 
+def _facts_name(index: int) -> str:
+    """Returns the file of a process's own facts."""
+    return FACTS_NAME if index == 0 else f"facts_{index}.json"
+
+
+@contextlib.contextmanager
+def _telling(key: str) -> Iterator[dict[str, Any]]:
+    """Tells the other processes how a piece of work ended, and what it yields."""
+    answer: dict[str, Any] = {}
+    try:
+        yield answer
+    except BaseException as error:
+        lines = str(error).splitlines() or [""]
+        answer["error"] = f"{type(error).__name__}: {lines[0]}"
+        raise
+    finally:
+        if hosts.num_processes() > 1:
+            hosts.tell(key, answer)
+
+
+@contextlib.contextmanager
+def _hearing(order: str) -> Iterator[list[str]]:
+    """Waits after a piece of work, failed or not, for those of the other processes.
+
+    Raises:
+      OSError: One of them failed.
+    """
+    manifests: list[str] = []
+    answers: list[dict[str, Any]] = []
+    try:
+        yield manifests
+    finally:
+        for index in range(1, hosts.num_processes()):
+            answers.append(hosts.hear(f"{order}/{index}"))
+    for index, answer in enumerate(answers, start=1):
+        if "error" in answer:
+            raise OSError(f"process {index}: {answer['error']}")
+        manifests.append(answer["manifest"])
+
+
+def _is_shared(part: Any) -> bool:
+    """Returns whether all processes write a part that was copied to the host."""
+    leaves = jax.tree.leaves(part, is_leaf=lambda x: isinstance(x, shards.Block))
+    return any(isinstance(leaf, shards.Block) for leaf in leaves)
+
+
+def _make_orbax() -> ocp.Checkpointer:
+    """Makes an Orbax that takes this process for the only one."""
+    if jax.process_count() == 1:
+        return ocp.Checkpointer(ocp.StandardCheckpointHandler())
+    index = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(
+        primary_host=index,
+        active_processes={index},
+        barrier_sync_key_prefix=f"process_{index}",
+    )
+    return ocp.Checkpointer(
+        ocp.StandardCheckpointHandler(multiprocessing_options=alone),
+        multiprocessing_options=alone,
+    )
+
+
 def _copy_to_host(tree: Any) -> Any:
-    """Copies arrays to the host's own memory.
+    """Copies arrays to the host's own memory; of sharded ones, this process's rows.
 
     On a CPU `asarray` returns a view of an array that is donated to the next step. What is
     written must not depend on whether XLA then notices the view and copies.
+
+    Returns:
+      The tree with NumPy arrays, or with `shards.Block` where other processes hold a part
+      of it.
     """
 
     def copy(x: Any) -> np.ndarray:
@@ -309,13 +453,39 @@ def _copy_to_host(tree: Any) -> Any:
         )
         return np.asarray(x) if is_elsewhere else np.array(x)
 
-    return jax.tree.map(copy, tree)
+    def block(x: jax.Array) -> shards.Block:
+        if x.is_fully_replicated:
+            return shards.Block(copy(x), None)
+        return shards.Block(devices.own(x), x.shape[0])
+
+    is_shared = any(
+        isinstance(x, jax.Array)
+        and not (x.is_fully_addressable or x.is_fully_replicated)
+        for x in jax.tree.leaves(tree)
+    )
+    return jax.tree.map(block if is_shared else copy, tree)
+
+
+def _own_paths(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns what the first process has written of a checkpoint, and vouches for."""
+    others = range(1, hosts.num_processes())
+    theirs = {_facts_name(index) for index in others}
+    theirs |= {f"{p.name}/{index}" for p in folder.iterdir() for index in others}
+    return [
+        path
+        for path in folder.rglob("*")
+        if "/".join(path.relative_to(folder).parts[:2]) not in theirs
+    ]
 
 
 def _manifest(folder: pathlib.Path) -> str:
     """Returns a line per file of a checkpoint: its SHA-256 and its path."""
+    return _lines(folder, folder.rglob("*"))
+
+
+def _lines(folder: pathlib.Path, paths: Iterable[pathlib.Path]) -> str:
     lines = []
-    for path in sorted(folder.rglob("*")):
+    for path in sorted(paths):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and name != MANIFEST_NAME:
             with path.open("rb") as file:
@@ -336,10 +506,11 @@ def _verify(folder: pathlib.Path) -> None:
         raise ValueError(f"it has no {MANIFEST_NAME}") from error
     except UnicodeDecodeError as error:
         raise ValueError(f"{MANIFEST_NAME} is damaged") from error
-    found = _manifest(folder)
-    if found == written:
+    # Several processes write their lines one after the other.
+    differing = set(written.split("\n")) ^ set(_manifest(folder).split("\n"))
+    if not differing:
         return
-    names = {line[66:] for line in set(written.split("\n")) ^ set(found.split("\n"))}
+    names = {line[66:] for line in differing}
     real = sorted(name for name in names if (folder / name).is_file())
     raise ValueError(
         f"{', '.join(real or sorted(names))} and {MANIFEST_NAME} do not fit together"
@@ -365,39 +536,89 @@ def _free_name(folder: pathlib.Path, number: str) -> pathlib.Path:
 def _restore(
     path: pathlib.Path, templates: Mapping[str, Any], optional: tuple[str, ...]
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    _verify(path)
     facts = read_facts(path)
     if facts.get("format") != FORMAT:
         raise _MisfitError(
             f"Checkpoint {path} has format {facts.get('format')}, this version "
             f"reads {FORMAT}."
         )
-    first_device = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if "environment" in facts:
+        own = path / _facts_name(hosts.process_index())
+        # Each process wrote such a file.
+        is_same_count = hosts.num_processes() == len(list(path.glob("facts*.json")))
+        facts["environment"] = (
+            json.loads(own.read_text())["environment"] if is_same_count else None
+        )
     parts = {}
     for name, template in templates.items():
         if not (path / name).is_dir():
             if name in optional:
                 continue
             raise _MisfitError(f"Checkpoint {path} has no part {name!r}.")
-        with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-            metadata = reader.metadata(path / name).item_metadata
-            differences = tree_differences(metadata.tree, template)
-            if differences:
-                raise _MisfitError(
-                    f"Checkpoint {path} does not fit: {'; '.join(differences)}"
-                )
-            wanted = jax.tree.map(
-                lambda x: jax.ShapeDtypeStruct(
-                    x.shape,
-                    x.dtype,
-                    sharding=getattr(x, "sharding", None) or first_device,
-                ),
-                template,
-            )
-            parts[name] = reader.restore(
-                path / name, args=ocp.args.StandardRestore(wanted)
-            )
+        read = _read_shared if shards.is_written(path / name) else _read_plain
+        parts[name] = read(path / name, template)
     return facts, parts
+
+
+def _check_fits(path: pathlib.Path, saved: Any, wanted: Any) -> None:
+    differences = tree_differences(saved, wanted)
+    if differences:
+        raise _MisfitError(f"Checkpoint {path} does not fit: {'; '.join(differences)}")
+
+
+def _where(template: Any) -> jax.sharding.Sharding:
+    """Returns where a leaf is wanted: if its template does not say, on the first device."""
+    first = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    return getattr(template, "sharding", None) or first
+
+
+def _read_plain(path: pathlib.Path, template: Any) -> Any:
+    """Reads a part that one process wrote."""
+    with _make_orbax() as reader:
+        metadata = reader.metadata(path).item_metadata
+        _check_fits(path.parent, metadata.tree, template)
+
+        def wanted(x: Any) -> Any:
+            where = _where(x)
+            if where.is_fully_addressable:
+                return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+            # To the host first, in no memory of its own.
+            return np.broadcast_to(np.zeros((), x.dtype), x.shape)
+
+        restored = reader.restore(
+            path, args=ocp.args.StandardRestore(jax.tree.map(wanted, template))
+        )
+
+    def place(x: Any, leaf: Any) -> jax.Array:
+        if isinstance(leaf, jax.Array):
+            return leaf
+        if x.sharding.is_fully_replicated:
+            return devices.place(leaf, x.sharding)
+        return devices.place(
+            leaf[devices.share(len(leaf), x.sharding.mesh)], x.sharding
+        )
+
+    return jax.tree.map(place, template, restored)
+
+
+def _read_shared(path: pathlib.Path, template: Any) -> Any:
+    """Reads this process's rows of a part that several wrote."""
+    leaves = shards.leaves(path)
+    _check_fits(path.parent, leaves, shards.leaves_by_path(template))
+
+    def read(name: str, x: Any) -> jax.Array:
+        where = _where(x)
+        if where.is_fully_addressable:
+            return jax.device_put(shards.read(leaves[name]), where)
+        rows = None
+        if not where.is_fully_replicated:
+            rows = devices.share(x.shape[0], where.mesh)
+        return devices.place(shards.read(leaves[name], rows), where)
+
+    named = shards.leaves_by_path(template)
+    return jax.tree.unflatten(
+        jax.tree.structure(template), [read(name, x) for name, x in named.items()]
+    )
 
 
 def tree_differences(saved: Any, wanted: Any, *, most: int = 6) -> list[str]:

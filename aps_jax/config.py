@@ -421,7 +421,7 @@ class Config:
     )
     num_devices: int = _option(
         1,
-        "Devices of this machine that share environments, replay and batch.",
+        "Devices that share environments, replay and batch, those of all hosts together.",
         low=1,
         high=1024,
     )

@@ -82,17 +82,17 @@ def check_game(name: str) -> None:
     )
 
 
-def environment_seeds(seed: int, num_envs: int, *, process_index: int = 0) -> list[int]:
-    """Draws a seed for each environment of one process of one run.
+def environment_seeds(seed: int, num_envs: int, *, stream: int = 0) -> list[int]:
+    """Draws a seed for each environment of one stage of one run.
 
     EnvPool seeds environment `i` with `seed + i` when it is given one number, so that
     runs 0 and 1 would share all environments but one. A `SeedSequence` hashes the
-    run's seed and the process together instead.
+    run's seed and the stream together instead.
 
     Args:
       seed: the run's seed, at least 0.
       num_envs: how many seeds to draw, at least 1.
-      process_index: which process of a run on several hosts this is, at least 0.
+      stream: which of the run's streams of games this is, at least 0.
 
     Returns:
       `num_envs` numbers in [0, 2^31), as EnvPool's 32-bit seeds must be.
@@ -100,12 +100,12 @@ def environment_seeds(seed: int, num_envs: int, *, process_index: int = 0) -> li
     Raises:
       ValueError: if a number is below its least value.
     """
-    if seed < 0 or num_envs < 1 or process_index < 0:
+    if seed < 0 or num_envs < 1 or stream < 0:
         raise ValueError(
-            "seed and process_index must be at least 0 and num_envs at least 1, got "
-            f"seed={seed}, process_index={process_index}, num_envs={num_envs}."
+            "seed and stream must be at least 0 and num_envs at least 1, got "
+            f"seed={seed}, stream={stream}, num_envs={num_envs}."
         )
-    sequence = np.random.SeedSequence(seed, spawn_key=(process_index,))
+    sequence = np.random.SeedSequence(seed, spawn_key=(stream,))
     return [int(word) >> 1 for word in sequence.generate_state(num_envs, np.uint32)]
 
 

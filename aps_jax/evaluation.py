@@ -35,6 +35,18 @@ class Evaluation(NamedTuple):
     lengths: np.ndarray  # [episodes] int64, agent steps.
     pictures: list[list[np.ndarray]]  # of each recorded game, each [H, W, 3] uint8
 
+    def to_lists(self) -> dict[str, list[float]]:
+        """Returns all but the pictures as JSON values, which float64 survives."""
+        arrays = self._asdict()
+        del arrays["pictures"]
+        return {name: values.tolist() for name, values in arrays.items()}
+
+
+def from_lists(values: dict[str, list[float]]) -> Evaluation:
+    """Returns the evaluation, without pictures, of which these are the lists."""
+    arrays = {name: np.array(numbers) for name, numbers in values.items()}
+    return Evaluation(**arrays, pictures=[])
+
 
 def evaluate(
     config: config_lib.Config,

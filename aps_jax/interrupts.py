@@ -6,7 +6,8 @@ import signal
 import sys
 import threading
 import time
-from typing import Self
+from collections.abc import Callable
+from typing import NoReturn, Self
 
 # What a scheduler reads as "try again": EX_TEMPFAIL of sysexits.h.
 EXIT_CODE = 75
@@ -28,14 +29,21 @@ class StopRequests:
     step, raises. A second Ctrl-C stops the process at once.
     """
 
-    def __init__(self, *, patience_seconds: float = _PATIENCE_SECONDS):
+    def __init__(
+        self,
+        *,
+        is_told: Callable[[], bool] = lambda: False,
+        patience_seconds: float = _PATIENCE_SECONDS,
+    ):
         """Listens to nothing yet.
 
         Args:
+          is_told: Whether somebody else was asked to stop, and this process with them.
           patience_seconds: How long a request may wait for `check` before the process
             is ended. What is lost is what came after the last checkpoint, which stays
             whole.
         """
+        self._is_told = is_told
         self._patience = patience_seconds
         self._requested = threading.Event()
         self._noticed = threading.Event()
@@ -66,9 +74,21 @@ class StopRequests:
         Raises:
           Interrupted: The stage should save and end.
         """
-        if self._requested.is_set():
-            self._noticed.set()
-            raise Interrupted("stopped as asked; the same command continues")
+        if self.is_requested() or self._is_told():
+            self.obey()
+
+    def is_requested(self) -> bool:
+        """Returns whether this process was asked to stop."""
+        return self._requested.is_set()
+
+    def obey(self) -> NoReturn:
+        """Stops.
+
+        Raises:
+          Interrupted: Always.
+        """
+        self._noticed.set()
+        raise Interrupted("stopped as asked; the same command continues")
 
     def _handle(self, number: int, frame: object) -> None:
         del number, frame

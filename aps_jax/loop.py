@@ -118,6 +118,7 @@ def make_pool(
     num_envs: int,
     stream: Stream,
     constructor: MakePool = envs.AtariPool,
+    mesh: devices.Mesh = None,
     *,
     run_seeds: Sequence[int] = (),
 ) -> Pool:
@@ -125,9 +126,11 @@ def make_pool(
 
     Args:
       config: The run's values.
-      num_envs: `E`, environments.
+      num_envs: `E`, environments of all processes together.
       stream: The stage's acting stream: no stage replays the games of another.
       constructor: Makes the pool, with the arguments of `envs.AtariPool`.
+      mesh: The stage's devices. Of several processes each starts its share, with the
+        seeds that these environments would have in one process.
       run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
         environments of each; by default the config's alone.
 
@@ -135,19 +138,14 @@ def make_pool(
       ValueError: The game is unknown or an option is out of bounds.
     """
     environment = config.environment
-    run_seeds = run_seeds or (config.seed,)
-    # Neither stages nor the processes of several hosts share a stream of games.
-    number = int(stream) + len(Stream) * jax.process_index()
+    seeds: list[int] = []
+    for seed in run_seeds or (config.seed,):
+        of_run = envs.environment_seeds(seed, num_envs, stream=int(stream))
+        seeds += of_run[devices.share(num_envs, mesh)]
     return constructor(
         config.game,
-        num_envs * len(run_seeds),
-        seeds=[
-            environment_seed
-            for seed in run_seeds
-            for environment_seed in envs.environment_seeds(
-                seed, num_envs, process_index=number
-            )
-        ],
+        len(seeds),
+        seeds=seeds,
         num_threads=environment.env_threads,
         frame_skip=config_lib.FRAME_SKIP,
         noop_max=environment.noop_max,
@@ -228,8 +226,10 @@ def init_memory(
 
 def pin_task(memory: Memory, task: jax.Array, mesh: devices.Mesh = None) -> Memory:
     """Gives every environment one task `[D]` and keeps it."""
-    actor = agent_lib.pin_task(memory.actor, task)
-    return memory._replace(actor=devices.put(actor, mesh, _MEMORY_SPECS.actor))
+    pin = jax.jit(
+        agent_lib.pin_task, out_shardings=devices.shardings(mesh, _MEMORY_SPECS.actor)
+    )
+    return memory._replace(actor=pin(memory.actor, np.asarray(task)))
 
 
 def make_act(
@@ -539,14 +539,24 @@ class Session:
     _flag: jax.Array | None = None  # of an update some iterations ago
 
     @property
+    def num_envs(self) -> int:
+        """Environments of all processes together."""
+        return self.pool.num_envs * devices.num_processes(self.mesh)
+
+    @property
     def agent_steps(self) -> int:
         """Agent steps of all environments together (a reset frame counts as one)."""
-        return self.iteration * self.pool.num_envs
+        return self.iteration * self.num_envs
 
     @property
     def num_finished(self) -> int:
-        """Games that ended at the last step."""
-        return int(np.sum(self.timestep.terminated | self.timestep.truncated))
+        """Games that ended at the last step, in all processes."""
+        is_last = self.timestep.terminated | self.timestep.truncated
+        if devices.num_processes(self.mesh) > 1:
+            is_last = devices.get(
+                devices.put(is_last, self.mesh, devices.SHARDED), self.mesh
+            )
+        return int(np.sum(is_last))
 
     def step(
         self, act: Act, learn: Learn | None = None, schedule: Schedule | None = None
@@ -568,7 +578,7 @@ class Session:
                 self.timestep = self.pool.reset()
         timestep = devices.put(self.timestep, self.mesh, devices.SHARDED)
         self.memory, action = act(self.state.params, self.memory, timestep)
-        action = jax.device_get(action)
+        action = devices.own(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
         try:
@@ -594,11 +604,13 @@ class Session:
         """Raises a `NonFinite` that names the environment, unless rewards are finite."""
         if not np.isfinite(timestep.reward).all():
             (places,) = np.nonzero(~np.isfinite(timestep.reward))
-            raise NonFinite(
+            message = (
                 f"The game's reward of environment {places[0]} is "
-                f"{timestep.reward[places[0]]} at agent step {self.agent_steps}.",
-                {"action": action, **timestep._asdict()},
+                f"{timestep.reward[places[0]]} at agent step {self.agent_steps}."
             )
+            if devices.num_processes(self.mesh) > 1:  # The others know nothing of it.
+                raise EnvironmentFailure(message)
+            raise NonFinite(message, {"action": action, **timestep._asdict()})
 
     def forget_replay(self) -> None:
         """Frees the replay's place for one that is restored."""
@@ -606,7 +618,9 @@ class Session:
 
     def _look(self) -> None:
         """Looks whether an update was not finite, without waiting for the device."""
-        if self._flag is not None and self._flag.is_ready():
+        # Several processes must look at the same step, so that they wait if need be.
+        is_waited_for = devices.num_processes(self.mesh) > 1
+        if self._flag is not None and (is_waited_for or self._flag.is_ready()):
             if np.any(jax.device_get(self._flag) >= 0):
                 self.check_finite()
             self._flag = None
@@ -647,7 +661,7 @@ class Session:
                 is_full=devices.put(bad.replay_is_full, self.mesh),
             )
             number = devices.put(np.int32(update), self.mesh)
-            drawn = jax.device_get(jax.jit(self.sample.drawn)(then, number))
+            drawn = devices.get(jax.jit(self.sample.drawn)(then, number), self.mesh)
             for part, window in drawn.items():
                 for name, value in window._asdict().items():
                     batch[f"{part}.{name}"] = value
@@ -660,7 +674,7 @@ class Session:
           NonFinite: As `check_finite`.
         """
         self.check_finite()
-        episodes = jax.device_get(self.memory.episodes)
+        episodes = devices.get(self.memory.episodes, self.mesh)
         values = metrics.means(self.sums)
         self.sums = devices.put(metrics.init_sums(values), self.mesh)
         self._flag = None

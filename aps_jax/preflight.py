@@ -15,7 +15,17 @@ import rich.table
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, envs, loop, metrics, replay, resources, seeds, stages
+from aps_jax import (
+    devices,
+    envs,
+    hosts,
+    loop,
+    metrics,
+    replay,
+    resources,
+    seeds,
+    stages,
+)
 from aps_jax.config import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
@@ -64,6 +74,8 @@ def run_checks(
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
     checks += [_disk(config, place, name, num_seeds) for name in stage_names]
+    if hosts.is_connected():
+        checks = _of_all(checks)
     if any(check.verdict == "failed" for check in checks):
         return checks
     for name in stage_names:
@@ -78,6 +90,15 @@ def print_table(checks: Sequence[Check]) -> None:
         style = _STYLES[check.verdict]
         table.add_row(check.name, check.found, f"[{style}]{check.verdict}[/]")
     rich.console.Console().print(table)
+
+
+def _of_all(checks: list[Check]) -> list[Check]:
+    """Puts together what the processes of several hosts have found."""
+    found = [Check("processes", hosts.text())]
+    for index, own in enumerate(hosts.gather(checks)):
+        for name, *rest in own:
+            found.append(Check(f"process {index}: {name}", *rest))
+    return found
 
 
 def _devices(config: config_lib.Config) -> Check:
@@ -219,7 +240,7 @@ def measure_rate(
         samples_per_step = values.finetune_samples_per_step
         act_stream, stream = loop.Stream.FINETUNE_ACT, loop.Stream.FINETUNE_LEARN
     mesh = devices.make_mesh(config.num_devices)
-    pool = loop.make_pool(config, num_envs, act_stream, constructor)
+    pool = loop.make_pool(config, num_envs, act_stream, constructor, mesh)
     try:
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
         ring = replay.make_replay(
@@ -303,14 +324,15 @@ def _play(
     seconds: float,
 ) -> float:
     """Returns the frames per second of a new session, without what compiling takes."""
-    while session.agent_steps <= schedule.start + session.pool.num_envs:
+    while session.agent_steps <= schedule.start + session.num_envs:
         session.step(act)
     if schedule.samples_per_step > 0:
         state, sums = learn(session.state, session.sums, session.memory.replay)
         session.state, session.sums = state, sums
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
-    while time.monotonic() - started < seconds:
+    is_over = devices.Vote(session.mesh)  # Several processes end at the same step.
+    while not is_over.ask(time.monotonic() - started >= seconds):
         session.step(act, learn, schedule)
     jax.block_until_ready(session.state)
     played = session.agent_steps - before

@@ -13,7 +13,7 @@ from collections.abc import Callable
 import jax
 
 from aps_jax import config as config_lib
-from aps_jax import replay
+from aps_jax import hosts, replay
 
 # Networks, optimiser, activations and the libraries themselves: a floor, measured with
 # the smallest encoder, that no run goes under.
@@ -140,8 +140,9 @@ def needed_bytes(
 ) -> int:
     """Returns the memory that a stage needs, about: of each device, or of the host.
 
-    Several devices of a CPU are all in the host's memory. Of many seeds at once the
-    replay of one is there twice while it is taken out for its checkpoint.
+    Several devices of a CPU are all in the host's memory; of several processes each has
+    its share. Of many seeds at once the replay of one is there twice while it is taken
+    out for its checkpoint.
     """
     ring = replay_bytes(config, is_pretraining=is_pretraining)
     there = num_seeds * ring + (ring if num_seeds > 1 else 0)
@@ -149,7 +150,7 @@ def needed_bytes(
         return there // config.num_devices + _BASE_BYTES
     # One copy more while a checkpoint is written.
     copied = num_seeds * ring if config.report.checkpoint_replay else 0
-    return there + copied + _BASE_BYTES
+    return (there + copied) // hosts.num_processes() + _BASE_BYTES
 
 
 def cache_folder() -> pathlib.Path:
@@ -197,7 +198,7 @@ def check_memory(
     if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
         return
     ring = replay_bytes(config, is_pretraining=is_pretraining)
-    needed = num_seeds * ring + _BASE_BYTES
+    needed = num_seeds * ring // hosts.num_processes() + _BASE_BYTES
     there = host_bytes()
     if needed > _USABLE * there:
         raise ValueError(

@@ -18,7 +18,7 @@ import numpy as np
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, loop, metrics, replay, types
+from aps_jax import devices, hosts, loop, metrics, replay, types
 
 
 def check_configs(configs: Sequence[config_lib.Config]) -> None:
@@ -39,6 +39,10 @@ def check_configs(configs: Sequence[config_lib.Config]) -> None:
         raise ValueError(
             "Many seeds at once share one device, got num_devices="
             f"{first.num_devices}: leave it out, or give --seeds in place of --num_seeds."
+        )
+    if hosts.is_connected():
+        raise ValueError(
+            "Many seeds at once are for one process: give --seeds in place of --num_seeds."
         )
     if first.report.wandb:
         raise ValueError(

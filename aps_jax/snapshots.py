@@ -63,7 +63,7 @@ def make_visit(
         phi = agent.features(params, windows.observation[:, 0]).phi
         return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
-    return jax.jit(visit)
+    return jax.jit(visit, out_shardings=devices.sharding(mesh))
 
 
 def write_snapshot(

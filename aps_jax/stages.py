@@ -21,6 +21,7 @@ from aps_jax import (
     envs,
     evaluation,
     game_tasks,
+    hosts,
     interrupts,
     loop,
     metrics,
@@ -89,14 +90,16 @@ def pretrain(
     values = config.pretrain
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
-        pool = loop.make_pool(config, num_envs, loop.Stream.PRETRAIN_ACT, constructor)
+        pool = loop.make_pool(
+            config, num_envs, loop.Stream.PRETRAIN_ACT, constructor, mesh
+        )
         held.callback(pool.close)
-        is_known = rundir.open_run(
+        result = _open(
             workdir, stage=PRETRAIN, config=config, num_actions=pool.num_actions
         )
-        if is_known and (result := rundir.find_result(workdir)) is not None:
+        if result is not None:
             return result
-        lock = held.enter_context(rundir.RunLock(workdir))
+        lock = held.enter_context(rundir.RunLock(workdir)) if hosts.is_first() else None
         parts = loop.make_pretraining(config, pool, mesh)
         agent, ring, session = parts.agent, parts.ring, parts.session
         with _Recorder(
@@ -171,11 +174,12 @@ def pretrain_seeds(
             return pool
 
         pool = make_pool([one.seed for one in configs.values()])
-        for workdir, one in configs.items():
-            rundir.open_run(
+        results = {
+            workdir: _open(
                 workdir, stage=PRETRAIN, config=one, num_actions=pool.num_actions
             )
-        results = {workdir: rundir.find_result(workdir) for workdir in configs}
+            for workdir, one in configs.items()
+        }
         left = {w: one for w, one in configs.items() if results[w] is None}
         run_seeds = [one.seed for one in left.values()]
         if left and len(left) < len(configs):
@@ -238,7 +242,7 @@ def _explore(
     session, schedule, num_envs = (
         parts.session,
         parts.schedule,
-        parts.session.pool.num_envs,
+        parts.session.num_envs,
     )
     total = -(-config.pretrain.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
@@ -320,7 +324,9 @@ def finetune(
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
     with contextlib.ExitStack() as held:
-        pool = loop.make_pool(config, num_envs, loop.Stream.FINETUNE_ACT, constructor)
+        pool = loop.make_pool(
+            config, num_envs, loop.Stream.FINETUNE_ACT, constructor, mesh
+        )
         held.callback(pool.close)
         agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
         pretrain_frames = 0
@@ -331,16 +337,16 @@ def finetune(
             check_fits(trained, init, config, pool.num_actions)
             state = trained.state
             pretrain_frames = trained.facts["agent_steps"] * FRAME_SKIP
-        is_known = rundir.open_run(
+        result = _open(
             workdir,
             stage=FINETUNE,
             config=config,
             num_actions=pool.num_actions,
             init=None if init is None else str(init),
         )
-        if is_known and (result := rundir.find_result(workdir)) is not None:
+        if result is not None:
             return result
-        lock = held.enter_context(rundir.RunLock(workdir))
+        lock = held.enter_context(rundir.RunLock(workdir)) if hosts.is_first() else None
         ring = replay.make_replay(
             num_envs=num_envs,
             # Rounded up, so that nothing is overwritten.
@@ -399,6 +405,22 @@ def finetune(
     return result
 
 
+def _open(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None:
+    """Makes a folder this run's own, or finds it so; returns its result if there is one.
+
+    Raises:
+      ValueError: As `rundir.open_run`; or not all processes see the folder.
+    """
+    result = hosts.by_first(
+        lambda: (
+            rundir.find_result(workdir) if rundir.open_run(workdir, **facts) else None
+        )
+    )
+    if result is None:
+        hosts.check_shared(workdir)
+    return result
+
+
 @dataclasses.dataclass(frozen=True)
 class Inferred:
     """An inferred task as plain values; float32 survives JSON bit for bit."""
@@ -448,11 +470,11 @@ def _infer(
         regress_clip=values.reward_clip,
         mesh=session.mesh,
     )
-    total = -(-values.infer_agent_steps // session.pool.num_envs)
+    total = -(-values.infer_agent_steps // session.num_envs)
     if progress is not None:
         progress.start(
             "infer",
-            total=total * session.pool.num_envs * FRAME_SKIP,
+            total=total * session.num_envs * FRAME_SKIP,
             done=session.agent_steps * FRAME_SKIP,
         )
     num_games = recorder.facts.get("infer_games", 0)
@@ -473,7 +495,7 @@ def infer_from(
     fallback_key = loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK)
     found = jax.device_get(
         tasks.infer_task(
-            moments,
+            jax.device_get(moments),  # Each process infers the same by itself.
             fallback_task=jax.random.normal(
                 fallback_key, (config.learner.feature_dim,)
             ),
@@ -511,8 +533,8 @@ def _learn_task(
       The last evaluation, and a summary of each.
     """
     values = config.finetune
-    num_envs = session.pool.num_envs
-    task = jnp.asarray(inferred.task, jnp.float32)
+    num_envs = session.num_envs
+    task = np.asarray(inferred.task, np.float32)
     # An untrained psi is in no unit, so the scratch arm learns in the reward's own.
     scale = inferred.scale if is_pretrained else config.learner.value_unit
     act = loop.make_act(
@@ -534,7 +556,7 @@ def _learn_task(
         agent,
         session.sample,
         task=task,
-        reward_scale=jnp.float32(scale),
+        reward_scale=np.float32(scale),
         mesh=session.mesh,
     )
     schedule = loop.Schedule(
@@ -556,17 +578,22 @@ def _learn_task(
         is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
         if session.iteration not in points or is_done:
             return
-        played = evaluation.evaluate(
-            config,
-            agent,
-            devices.put(session.state.params),  # Full games are played on one device.
-            task,
-            # psi of other tasks is as good as that of w before learning, not after.
-            use_gpi=session.iteration == first,
-            constructor=constructor,
-            progress=progress,
-            stop=stop,
-        )
+        params = devices.local(session.state.params)
+
+        def play() -> dict[str, list[float]]:
+            return evaluation.evaluate(  # On one device, of the first process.
+                config,
+                agent,
+                params,
+                jnp.asarray(task),
+                # psi of other tasks is as good as that of w before learning, not after.
+                use_gpi=session.iteration == first,
+                constructor=constructor,
+                progress=progress,
+                stop=stop,
+            ).to_lists()
+
+        played = evaluation.from_lists(hosts.by_first(play))
         summary = evaluation.summary(config, played)
         evaluations.append(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
@@ -624,7 +651,7 @@ class _Recorder:
         columns: tuple[str, ...],
         session: loop.Session,
         config: config_lib.Config,
-        lock: rundir.RunLock,
+        lock: rundir.RunLock | None,
         warn: Callable[[str], None],
         stop: interrupts.StopRequests | None,
     ):
@@ -652,10 +679,10 @@ class _Recorder:
             ),
             warn=warn,
         )
-        self._checkpointer.clean()
         self._saved: int | None = None  # number of the newest checkpoint
         self._is_behind = False  # whether one that was due is not on disk
-        self._writer: metrics.MetricsWriter | None = None
+        self._vote = devices.Vote(session.mesh)
+        self._writer: metrics.MetricsWriter | None = None  # of the first process
         self.facts: dict[str, Any] = {}
         self.last_row: dict[str, float] = {}
 
@@ -665,6 +692,11 @@ class _Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace
     ) -> None:
+        if not (error is None or isinstance(error, _AGREED)) and hosts.is_connected():
+            # The others are elsewhere: what needs them all would never come to an end.
+            if isinstance(error, loop.EnvironmentFailure):
+                error.args = (f"{error}. {self._last_words()}",)
+            return
         try:
             if error is None:
                 self.settle()
@@ -719,7 +751,8 @@ class _Recorder:
           ValueError: The folder cannot be written, has not room for a checkpoint, or
             holds one of another agent.
         """
-        self.check_disk()
+        hosts.set_last_words(self._last_words)
+        hosts.by_first(self.check_disk)
         return self.go_on(ring)
 
     def go_on(self, ring: replay.Replay) -> dict[str, Any]:
@@ -730,7 +763,7 @@ class _Recorder:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             {**parts, "replay": session.memory.replay},
         )
-        if self._checkpointer.numbers():
+        if hosts.by_first(self.numbers):
             # Not both at once: the one on disk needs the place.
             session.forget_replay()
         del parts
@@ -739,20 +772,22 @@ class _Recorder:
         )
         if found is not None:
             self._take_up(*found, ring)
-        self._writer = metrics.MetricsWriter(
-            self._workdir,
-            self._columns,
-            kept_rows=self.facts.get("num_rows", 0),
-            wandb_run=(
-                tracking.start_wandb(self._config, self._workdir)
-                if self._config.report.wandb
-                else None
-            ),
-        )
+        if hosts.is_first():
+            self._writer = metrics.MetricsWriter(
+                self._workdir,
+                self._columns,
+                kept_rows=self.facts.get("num_rows", 0),
+                wandb_run=(
+                    tracking.start_wandb(self._config, self._workdir)
+                    if self._config.report.wandb
+                    else None
+                ),
+            )
         return self.facts
 
     def numbers(self) -> list[int]:
-        """Returns the agent steps of the whole checkpoints, oldest first."""
+        """Tidies up, and returns the agent steps of the checkpoints, oldest first."""
+        self._checkpointer.clean()
         return self._checkpointer.numbers()
 
     def go_back(self, number: int) -> None:
@@ -769,7 +804,7 @@ class _Recorder:
         """Returns whether a row of metrics belongs to the last step."""
         session = self._session
         return loop.is_due(
-            values.report_agent_steps, session.agent_steps, session.pool.num_envs
+            values.report_agent_steps, session.agent_steps, session.num_envs
         )
 
     def _parts(self) -> dict[str, Any]:
@@ -787,7 +822,7 @@ class _Recorder:
         self.facts = facts
         session.state = parts["agent"]
         actor, episodes, regression, session.sums = parts["loop"]
-        session.iteration = facts["agent_steps"] // session.pool.num_envs
+        session.iteration = facts["agent_steps"] // session.num_envs
         self._saved = session.agent_steps
         self.last_row = facts["last_row"]
         if "replay" not in parts:
@@ -816,7 +851,7 @@ class _Recorder:
         since = self.facts.get("replay_since", 0)
         if not since:
             return
-        left = total * session.pool.num_envs - since
+        left = total * session.num_envs - since
         session.learn_from = since + min(schedule.start, left // 4)
         waiting = session.learn_from - session.agent_steps
         if waiting > 0:
@@ -842,14 +877,15 @@ class _Recorder:
             frames = self._session.agent_steps * FRAME_SKIP
             progress.tick(frames, self.last_row.get("episode_return"))
         if self._stop is not None and not is_last:
-            self._stop.check()
+            self._check_stop(self._stop)
 
     def write_due(self, values: config_lib.ReportConfig, *, is_last: bool) -> None:
         """Writes a row and a checkpoint where they are due."""
-        steps, num_envs = self._session.agent_steps, self._session.pool.num_envs
+        steps, num_envs = self._session.agent_steps, self._session.num_envs
         is_row = self.is_row_due(values) or is_last
         if is_row:
             self.write(self._session.row())
+            self._is_behind = hosts.by_first(lambda: self._is_behind)
         failure = self._checkpointer.failure()
         if failure is not None:
             self._complain(failure)
@@ -859,11 +895,19 @@ class _Recorder:
 
     def write_snapshot(self, visited: np.ndarray) -> None:
         """Writes where the features are, or warns: pictures are no reason to end."""
+        if not hosts.is_first():
+            return
         steps = self._session.agent_steps
         try:
             snapshots.write_snapshot(self._workdir, steps, visited)
         except OSError as error:
             self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
+
+    def _check_stop(self, stop: interrupts.StopRequests) -> None:
+        if not self._vote.is_needed:
+            stop.check()
+        elif self._vote.ask(stop.is_requested()):
+            stop.obey()
 
     def _complain(self, error: Exception) -> None:
         """Warns that something could not be written."""
@@ -886,11 +930,12 @@ class _Recorder:
             self.facts["score"] = score
             self.facts["is_evaluated"] = is_evaluation
             self.facts["scored_agent_steps"] = self._session.agent_steps
-        try:
-            self._ensure_folder()
-            self._writer.write(row)
-        except (OSError, ValueError) as error:
-            self._complain(error)
+        if hosts.is_first():
+            try:
+                self._ensure_folder()
+                self._writer.write(row)
+            except (OSError, ValueError) as error:
+                self._complain(error)
         if is_evaluation and self._config.report.keep_best:
             self._saved = None  # One of this step may lack the score.
             self.save()
@@ -916,7 +961,8 @@ class _Recorder:
             and self.facts["scored_agent_steps"] != session.agent_steps
         ):
             self.facts["score"] = None  # Full games say nothing of a later agent.
-        self.facts["num_rows"] = self._writer.num_rows
+        if self._writer is not None:
+            self.facts["num_rows"] = self._writer.num_rows
         self.facts["last_row"] = self.last_row
         self.facts["environment"] = (
             session.pool.get_state()
@@ -928,9 +974,9 @@ class _Recorder:
         if self._has_replay:
             parts["replay"] = session.memory.replay
         self._is_behind = False
+        if not hosts.by_first(self._sync):
+            return
         try:
-            self._ensure_folder()
-            self._writer.sync()  # First the rows, which the checkpoint counts.
             self._checkpointer.save(
                 session.agent_steps, parts, {**self.facts, **self._origin}
             )
@@ -938,20 +984,36 @@ class _Recorder:
         except (OSError, ValueError) as error:
             self._complain(error)
 
+    def _sync(self) -> bool:
+        """Brings to disk the rows, which a checkpoint counts; returns whether it could."""
+        try:
+            self._ensure_folder()
+            self._writer.sync()
+        except (OSError, ValueError) as error:
+            self._complain(error)
+            return False
+        return True
+
     def _settle(self) -> None:
         """Brings the last checkpoint to disk.
 
         Raises:
           OSError: It could not.
         """
+        self._is_behind = hosts.by_first(lambda: self._is_behind)
         self.save()
+        failure = hosts.by_first(self._finish)
+        if failure is not None:
+            self._is_behind = True
+            raise OSError(failure)
+
+    def _finish(self) -> str | None:
+        """Waits for the checkpoint under way; returns why it is not on disk."""
         try:
             self._checkpointer.finish()
-        except OSError:
-            self._is_behind = True
-            raise
-        if self._is_behind:
-            raise OSError(f"{self._workdir} cannot be written")
+        except OSError as error:
+            return str(error)
+        return f"{self._workdir} cannot be written" if self._is_behind else None
 
     def _save_at_the_end(self, error: BaseException) -> None:
         """Saves what there is before an error ends the stage, and says so in it."""
@@ -977,6 +1039,8 @@ class _Recorder:
 
     def dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
+        if not hosts.is_first():
+            return
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
         with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
             self._checkpointer.finish()
@@ -988,6 +1052,16 @@ class _Recorder:
         numbers = self._checkpointer.numbers()
         last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
         error.args = (f"{error} {where} The last good checkpoint {last}.",)
+
+    def _last_words(self) -> str:
+        """Says how a run goes on whose other processes are lost."""
+        numbers = self._checkpointer.numbers()
+        last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist yet"
+        return f"The last checkpoint {last}; the same commands on all hosts continue the run"
+
+
+# Errors that all processes raise at the same step.
+_AGREED = (interrupts.Interrupted, loop.NonFinite)
 
 
 class _Recorders:
@@ -1063,7 +1137,7 @@ class _Recorders:
         """
         numbers = [{0, *recorder.numbers()} for recorder in self._recorders]
         common = max(set.intersection(*numbers))
-        report, num_envs = self._recorders[0].report, self._session.pool.num_envs
+        report, num_envs = self._recorders[0].report, self._session.num_envs
         interval = -(-report.checkpoint_agent_steps // num_envs) * num_envs
         if max(map(max, numbers)) - common > interval:
             steps = ", ".join(f"{max(each):,}" for each in numbers)
@@ -1194,8 +1268,9 @@ def _write_result(
     warn: Callable[[str], None],
     stop: interrupts.StopRequests | None,
 ) -> None:
-    _patiently(
-        lambda: rundir.write_json(workdir / rundir.RESULT_NAME, result), warn, stop
+    path = workdir / rundir.RESULT_NAME
+    hosts.by_first(
+        lambda: _patiently(lambda: rundir.write_json(path, result), warn, stop)
     )
 
 

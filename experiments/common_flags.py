@@ -4,19 +4,31 @@ Every option of `aps_jax.config.Config` is a flag of the same name. A flag that 
 given takes its value from the preset.
 """
 
+import contextlib
 import logging as python_logging
 import os
 import pathlib
 import sys
+import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import envs, interrupts, loop, preflight, resources, tracking
+from aps_jax import (
+    envs,
+    hosts,
+    interrupts,
+    loop,
+    preflight,
+    progress,
+    resources,
+    rundir,
+    tracking,
+)
 from aps_jax import seeds as seeds_lib
 
 _PRESET_HELP = (
@@ -57,6 +69,21 @@ _ARMS = flags.DEFINE_list(
     "budget), or both with a comma between.",
 )
 
+_COORDINATOR_ADDRESS = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "HOST:PORT of process 0 of a run over several hosts, the same in all of them. On "
+    "Slurm a step of several tasks needs none of these three flags.",
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes",
+    None,
+    "Processes of this run, one on each host; 1 leaves the others of a Slurm step alone.",
+    lower_bound=1,
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of the processes this is, from 0 on.", lower_bound=0
+)
 
 _PREFLIGHT = flags.DEFINE_bool(
     "preflight",
@@ -293,12 +320,72 @@ def use_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
 
 
-def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) -> None:
+# Flags that may differ between the processes of one run.
+_OWN = (
+    *("coordinator_address", "process_id", "workdir", "compilation_cache"),
+    *("showtraceback", "pdb"),
+)
+
+
+def _connect(script: str, *, is_for_several: bool) -> None:
+    """Connects this process to the others of a run over several hosts, if it has any.
+
+    Raises:
+      ValueError: They cannot be reached, were started otherwise, or a script is none
+        that runs on several.
+    """
+    place = hosts.find_place(
+        _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ
+    )
+    if place is None:
+        return
+    if not is_for_several:
+        raise ValueError(
+            f"{script} runs in one process, and this is one of {place.count}, found "
+            f"{place.found}: start one task, or give --num_processes=1."
+        )
+    given = {
+        f"--{flag.name}": str(flag.value)
+        for module_flags in flags.FLAGS.flags_by_module_dict().values()
+        for flag in module_flags
+        if flag.present and flag.name not in _OWN
+    }
+    hosts.connect(
+        place, {**given, **rundir.versions(), "git_commit": rundir.git_commit()}
+    )
+    if hosts.is_first():
+        print(f"A run of {hosts.text()}.", file=sys.stderr)
+    else:  # What there is to say, process 0 says.
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """Listens for requests to stop and shows progress, for as long as a run takes.
+
+    Returns:
+      `stop` and `progress`, as the stages take them.
+    """
+    with contextlib.ExitStack() as held:
+        stop = held.enter_context(interrupts.StopRequests(is_told=hosts.is_stop_wished))
+        held.enter_context(hosts.listening(stop))
+        stream = None if hosts.is_first() else sys.stdout
+        shown = held.enter_context(progress.Progress(stream))
+        yield {"stop": stop, "progress": shown}
+
+
+def run(
+    main: Callable[[Sequence[str]], None],
+    *,
+    short: Sequence[str] = SHORT,
+    is_for_several: bool = False,
+) -> None:
     """Runs a script's main; an error of the user's is one line and exit code 2.
 
     Args:
       main: Takes the words of the command line that are no flags, program name first.
       short: Flags of this module that `--helpshort` shows for the script.
+      is_for_several: Whether it can be one of the processes of a run on several hosts.
     """
     resources.tune_allocator()
     # Orbax reports every file it touches or cannot; a script's own lines are enough.
@@ -311,29 +398,40 @@ def run(main: Callable[[Sequence[str]], None], *, short: Sequence[str] = SHORT) 
     def guarded(argv: Sequence[str]) -> None:
         use_compilation_cache()
         try:
+            _connect(pathlib.Path(argv[0]).stem, is_for_several=is_for_several)
             main(argv)
+            hosts.finish(0)
         except interrupts.Interrupted as error:
-            print(error, file=sys.stderr)
+            if hosts.is_first():
+                print(error, file=sys.stderr)
+            hosts.finish(interrupts.EXIT_CODE)
             sys.exit(interrupts.EXIT_CODE)
-        except loop.EnvironmentFailure as error:
-            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+        except Exception as error:
+            if hosts.is_of_all(error):
+                hosts.await_verdict(error)
+            code, text = _explain(error)
+            if text is None or flags.FLAGS.pdb or flags.FLAGS.showtraceback:
+                if hosts.is_connected():
+                    traceback.print_exc()
+                hosts.fail(code, repr(error))
                 raise
-            print(f"error: {error}; the same command continues", file=sys.stderr)
-            sys.exit(1)
-        except (ValueError, FloatingPointError, OSError) as error:
-            if flags.FLAGS.pdb or flags.FLAGS.showtraceback:
-                raise
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
-        except jax.errors.JaxRuntimeError as error:
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            print(
-                f"error: out of memory: {str(error).splitlines()[0]}", file=sys.stderr
-            )
-            sys.exit(2)
+            print(f"error: {text}", file=sys.stderr)
+            hosts.fail(code, text)
+            sys.exit(code)
 
     app.run(guarded)
+
+
+def _explain(error: Exception) -> tuple[int, str | None]:
+    """Returns the exit code of an error, and what to say of it if it is the user's."""
+    if isinstance(error, loop.EnvironmentFailure):
+        return 1, f"{error}; the same command continues"
+    if isinstance(error, ValueError | FloatingPointError | OSError):
+        return 2, str(error)
+    is_of_memory = "RESOURCE_EXHAUSTED" in str(error)
+    if isinstance(error, jax.errors.JaxRuntimeError) and is_of_memory:
+        return 2, f"out of memory: {str(error).splitlines()[0]}"
+    return 1, None
 
 
 _SHOW_TRACEBACK = flags.DEFINE_bool(

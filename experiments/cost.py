@@ -392,7 +392,7 @@ def _limits_table(
             found = cost_model.limits(of_case, machine, count, num_actions=_NUM_ACTIONS)
             hours = "-"
             if found.together:
-                hours = f"{_num_updates(of_case) / found.together / 3600:,.2f}"
+                hours = f"{_num_updates(of_case) / found.together / 3600:,.3f}"
             rows.append(
                 (
                     f"{count}, {words}",

@@ -14,8 +14,6 @@ from collections.abc import Sequence
 from absl import flags
 
 from aps_jax import rundir, stages
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
 _INIT = flags.DEFINE_string(
@@ -33,10 +31,10 @@ def main(argv: Sequence[str]) -> None:
     runs = common_flags.runs_from_flags(config, workdir)
     if common_flags.is_preflight(config, workdir, stages.FINETUNE, num_seeds=len(runs)):
         return
-    with StopRequests() as stop, Progress() as progress:
+    with common_flags.watched() as watched:
         for folder, one in runs.items():
             init = _init_of(one.seed if seeds else None)
-            result = stages.finetune(one, folder, init, progress=progress, stop=stop)
+            result = stages.finetune(one, folder, init, **watched)
             if seeds:
                 print(f"Seed {one.seed}:")
             summary.print_results(one, {_arm(init): result})
@@ -57,4 +55,4 @@ def _arm(init: pathlib.Path | None) -> str:
 
 
 if __name__ == "__main__":
-    common_flags.run(main)
+    common_flags.run(main, is_for_several=True)

@@ -12,8 +12,6 @@ that was interrupted.
 from collections.abc import Sequence
 
 from aps_jax import stages
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
 from experiments import common_flags
 
 
@@ -28,13 +26,12 @@ def main(argv: Sequence[str]) -> None:
         config, workdir, stages.PRETRAIN, num_seeds=len(runs) if is_at_once else 1
     ):
         return
-    with StopRequests() as stop, Progress() as progress:
+    with common_flags.watched() as watched:
         if is_at_once:
-            results = stages.pretrain_seeds(runs, progress=progress, stop=stop)
+            results = stages.pretrain_seeds(runs, **watched)
         else:
             results = [
-                stages.pretrain(one, folder, progress=progress, stop=stop)
-                for folder, one in runs.items()
+                stages.pretrain(one, folder, **watched) for folder, one in runs.items()
             ]
     for folder, result in zip(runs, results, strict=True):
         print(
@@ -45,4 +42,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    common_flags.run(main, short=(*common_flags.SHORT, "num_seeds"))
+    short = (*common_flags.SHORT, "num_seeds")
+    common_flags.run(main, short=short, is_for_several=True)

@@ -22,6 +22,7 @@ from aps_jax import (
     envs,
     evaluation,
     game_tasks,
+    hosts,
     metrics,
     pictures,
     report,
@@ -51,17 +52,16 @@ def main(argv: Sequence[str]) -> None:
         config, workdir, *_STAGES, num_seeds=len(runs) if is_at_once else 1
     ):
         return
-    with StopRequests() as stop, Progress() as progress:
+    with common_flags.watched() as watched:
         if is_at_once and "pretrained" in arms:
             for folder, one in runs.items():
                 rundir.open_run(folder, stage="run_aps", config=one, arms=arms)
             stages.pretrain_seeds(
                 {folder / "pretrain": one for folder, one in runs.items()},
-                progress=progress,
-                stop=stop,
+                **watched,
             )
         for folder, one in runs.items():
-            results = _run(one, folder, arms, progress=progress, stop=stop)
+            results = _run(one, folder, arms, **watched)
             if folder != workdir:
                 print(f"Seed {one.seed}:")
             summary.print_results(one, results)
@@ -70,7 +70,8 @@ def main(argv: Sequence[str]) -> None:
             if (folder / "features.png").exists():
                 print(f"Visited features: {folder / 'features.png'}")
             print(f"The agent playing: {folder / 'game.gif'}")
-    if len(arms) == 2 and config.finetune.task == "score":
+    is_gain_known = len(arms) == 2 and config.finetune.task == "score"
+    if is_gain_known and hosts.is_first():
         report_tables.show_gain(report.report(list(runs)))
 
 
@@ -83,7 +84,9 @@ def _run(
     stop: StopRequests,
 ) -> dict[str, dict[str, Any]]:
     """Runs all arms of one seed; returns the result of each."""
-    rundir.open_run(workdir, stage="run_aps", config=config, arms=arms)
+    hosts.by_first(
+        lambda: rundir.open_run(workdir, stage="run_aps", config=config, arms=arms)
+    )
     watched = {"progress": progress, "stop": stop}
     results: dict[str, dict[str, Any]] = {}
     if "pretrained" in arms:
@@ -96,11 +99,15 @@ def _run(
         results["scratch"] = stages.finetune(
             config, workdir / "scratch", None, **watched
         )
-    rundir.write_json(
-        workdir / rundir.RESULT_NAME,
-        {**results[arms[0]], "stage": "run_aps", "arms": results},
-    )
-    _draw(config, workdir, list(results), **watched)
+
+    def write() -> None:
+        rundir.write_json(
+            workdir / rundir.RESULT_NAME,
+            {**results[arms[0]], "stage": "run_aps", "arms": results},
+        )
+        _draw(config, workdir, list(results), **watched)
+
+    hosts.by_first(write)
     return results
 
 
@@ -145,4 +152,4 @@ def _draw(
 
 
 if __name__ == "__main__":
-    common_flags.run(main, short=_SHORT)
+    common_flags.run(main, short=_SHORT, is_for_several=True)

@@ -341,8 +341,8 @@ def test_plain_seeds_of_envpool_share_environments():
 
 def test_adjacent_seeds_and_processes_share_no_environment():
     streams = []
-    for seed, process_index in ((0, 0), (1, 0), (0, 1)):
-        seeds = envs.environment_seeds(seed, 2, process_index=process_index)
+    for seed, stream in ((0, 0), (1, 0), (0, 1)):
+        seeds = envs.environment_seeds(seed, 2, stream=stream)
         pool = envs.AtariPool("Breakout", 2, seeds=seeds, num_threads=1)
         streams += reset_streams(pool.reset)
     assert len(set(streams)) == 3 * 2

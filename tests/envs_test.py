@@ -364,7 +364,7 @@ def test_seeds_are_fixed_for_ever():
     # SeedSequence's stream is promised not to change (NEP 19); ours must not either.
     words = np.random.SeedSequence(3, spawn_key=(1,)).generate_state(4, np.uint32)
     expected = [int(word) // 2 for word in words]
-    assert envs.environment_seeds(3, 4, process_index=1) == expected
+    assert envs.environment_seeds(3, 4, stream=1) == expected
     assert envs.environment_seeds(0, 2) == [1878776328, 1009188246]
 
 
@@ -372,8 +372,8 @@ def test_seeds_of_neighbouring_runs_and_processes_share_nothing():
     seeds = [
         seed
         for run in range(20)
-        for process_index in range(4)
-        for seed in envs.environment_seeds(run, 64, process_index=process_index)
+        for stream in range(4)
+        for seed in envs.environment_seeds(run, 64, stream=stream)
     ]
     assert len(set(seeds)) == 20 * 4 * 64
     assert min(seeds) >= 0 and max(seeds) < 2**31
@@ -385,9 +385,9 @@ def test_seeds_of_neighbouring_runs_and_processes_share_nothing():
     "arguments", [(-1, 1, 0), (0, 0, 0), (0, 1, -1)], ids=["seed", "envs", "process"]
 )
 def test_seed_arguments_out_of_range_are_refused(arguments):
-    seed, num_envs, process_index = arguments
-    with pytest.raises(ValueError, match=f"process_index={process_index}"):
-        envs.environment_seeds(seed, num_envs, process_index=process_index)
+    seed, num_envs, stream = arguments
+    with pytest.raises(ValueError, match=f"stream={stream}"):
+        envs.environment_seeds(seed, num_envs, stream=stream)
 
 
 def test_games_are_read_from_the_folder_of_roms(tmp_path, monkeypatch):

@@ -166,3 +166,18 @@ def test_signals_reach_the_processes_before_the_time_limit():
             assert "\n#SBATCH --signal=TERM@300\n" in text
             assert "\n#SBATCH --open-mode=append\n" in text
             assert re.search(r"^ *srun .*python", text, re.MULTILINE)
+
+
+@pytest.mark.parametrize("hosts", ["h0,h1,h2,h3", "a:1:h0,b:2:h1,c:3:h2,d:4:h3"])
+def test_a_tpu_slice(run, hosts):
+    code, calls, said = run(
+        "tpu_slice.sh", "run", TPU="t", ZONE="z", FOLDER=str(ROOT), HOSTS=hosts
+    )
+    assert code == 0, said
+    assert "--worker=all" in calls["gcloud"][0]
+    (words,) = calls["python"]
+    # Which process this is: told apart, because the config does not depend on it.
+    place = ["--coordinator_address=h0:8476", "--num_processes=4", "--process_id=2"]
+    assert [word for word in words if word in place] == place
+    config, _ = config_of([word for word in words if word not in place])
+    assert config.num_devices == 16
