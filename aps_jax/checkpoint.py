@@ -17,7 +17,7 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -124,6 +124,11 @@ class Checkpointer:
         self._saving = self._thread.submit(write, number, copied, text, order)
         if failure is not None:
             raise failure
+
+    def delete(self, numbers: Sequence[int]) -> None:
+        """Deletes checkpoints that a run goes back behind; none may be under way."""
+        for number in sorted(numbers, reverse=True):
+            self._delete(number)
 
     def failure(self) -> OSError | None:
         """Returns why the last save failed, once; None if it did not, or is under way."""

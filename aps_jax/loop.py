@@ -65,7 +65,11 @@ class ResumablePool(Protocol):
     """
 
     def get_state(self) -> dict[str, Any]:
-        """Returns all that the next steps depend on, as JSON values."""
+        """Returns all that the next steps depend on.
+
+        Returns:
+          JSON values: by name, a list with an entry per environment.
+        """
 
     def set_state(self, state: dict[str, Any]) -> types.TimeStep:
         """Goes on from a state, and returns the time step at which it was taken."""
@@ -83,12 +87,20 @@ class NonFinite(FloatingPointError):
 
     Attributes:
       batch: What it was computed from, as arrays by name.
+      seed: Whose it was, where a session has many seeds.
     """
 
-    def __init__(self, message: str, batch: dict[str, np.ndarray]):
+    def __init__(
+        self,
+        message: str,
+        batch: dict[str, np.ndarray],
+        *,
+        seed: int | None = None,
+    ):
         """Keeps the batch beside the message."""
         super().__init__(message)
         self.batch = batch
+        self.seed = seed
 
 
 @contextlib.contextmanager
@@ -107,6 +119,8 @@ def make_pool(
     stream: Stream,
     constructor: MakePool = envs.AtariPool,
     mesh: devices.Mesh = None,
+    *,
+    run_seeds: Sequence[int] = (),
 ) -> Pool:
     """Starts the environments of one stage, with seeds of their own.
 
@@ -117,13 +131,17 @@ def make_pool(
       constructor: Makes the pool, with the arguments of `envs.AtariPool`.
       mesh: The stage's devices. Of several processes each starts its share, with the
         seeds that these environments would have in one process.
+      run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
+        environments of each; by default the config's alone.
 
     Raises:
       ValueError: The game is unknown or an option is out of bounds.
     """
     environment = config.environment
-    seeds = envs.environment_seeds(config.seed, num_envs, stream=int(stream))
-    seeds = seeds[devices.share(num_envs, mesh)]
+    seeds: list[int] = []
+    for seed in run_seeds or (config.seed,):
+        of_run = envs.environment_seeds(seed, num_envs, stream=int(stream))
+        seeds += of_run[devices.share(num_envs, mesh)]
     return constructor(
         config.game,
         len(seeds),
@@ -580,22 +598,30 @@ class Session:
             self._look()
         with blaming_environment():
             self.timestep = self.pool.recv() if reached is None else reached
-        if not np.isfinite(self.timestep.reward).all():
-            (places,) = np.nonzero(~np.isfinite(self.timestep.reward))
+        self._check_rewards(action, self.timestep)
+
+    def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
+        """Raises a `NonFinite` that names the environment, unless rewards are finite."""
+        if not np.isfinite(timestep.reward).all():
+            (places,) = np.nonzero(~np.isfinite(timestep.reward))
             message = (
                 f"The game's reward of environment {places[0]} is "
-                f"{self.timestep.reward[places[0]]} at agent step {self.agent_steps}."
+                f"{timestep.reward[places[0]]} at agent step {self.agent_steps}."
             )
             if devices.num_processes(self.mesh) > 1:  # The others know nothing of it.
                 raise EnvironmentFailure(message)
-            raise NonFinite(message, {"action": action, **self.timestep._asdict()})
+            raise NonFinite(message, {"action": action, **timestep._asdict()})
+
+    def forget_replay(self) -> None:
+        """Frees the replay's place for one that is restored."""
+        self.memory = self.memory._replace(replay=None)
 
     def _look(self) -> None:
         """Looks whether an update was not finite, without waiting for the device."""
         # Several processes must look at the same step, so that they wait if need be.
         is_waited_for = devices.num_processes(self.mesh) > 1
         if self._flag is not None and (is_waited_for or self._flag.is_ready()):
-            if int(jax.device_get(self._flag)) >= 0:
+            if np.any(jax.device_get(self._flag) >= 0):
                 self.check_finite()
             self._flag = None
         if self._flag is None:
@@ -688,17 +714,17 @@ _CALIBRATION_STATES = 1024
 
 
 def make_calibrate(
-    config: config_lib.Config,
     agent: agent_lib.Agent,
     ring: replay.Replay,
+    key: types.PRNGKey,
     mesh: devices.Mesh = None,
 ) -> Callable[[types.Params, replay.ReplayState], types.Params]:
     """Makes the jitted measurement of the features' moments over the replay.
 
     Args:
-      config: The run's values.
       agent: The agent's functions.
       ring: The replay's; it must hold a window by the time of the measurement.
+      key: Key of the stream of measurements; every one draws the same places.
       mesh: The devices that hold it.
 
     Returns:
@@ -720,10 +746,20 @@ def make_calibrate(
     def calibrate(
         params: types.Params, replay_state: replay.ReplayState
     ) -> types.Params:
-        windows = draw(replay_state, stream_key(config.seed, Stream.CALIBRATE))
+        windows = draw(replay_state, key)
         return measure(params, windows.observation[:, 0])
 
     return jax.jit(calibrate, out_shardings=devices.sharding(mesh))
+
+
+def pretrain_schedule(config: config_lib.Config) -> Schedule:
+    """Returns when the updates of pretraining are due."""
+    values, learner = config.pretrain, config.learner
+    return Schedule(
+        start=max(values.warmup_agent_steps, learner.window_length * values.num_envs),
+        samples_per_step=values.samples_per_step,
+        batch_size=learner.batch_size,
+    )
 
 
 class Pretraining(NamedTuple):
@@ -784,10 +820,5 @@ def make_pretraining(
         explore=True,
         mesh=mesh,
     )
-    schedule = Schedule(
-        start=max(values.warmup_agent_steps, learner.window_length * num_envs),
-        samples_per_step=values.samples_per_step,
-        batch_size=learner.batch_size,
-    )
     learn = make_pretrain_learn(agent, sample, mesh)
-    return Pretraining(agent, ring, session, act, learn, schedule)
+    return Pretraining(agent, ring, session, act, learn, pretrain_schedule(config))

@@ -15,7 +15,17 @@ import rich.table
 
 from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, envs, hosts, loop, metrics, replay, resources, stages
+from aps_jax import (
+    devices,
+    envs,
+    hosts,
+    loop,
+    metrics,
+    replay,
+    resources,
+    seeds,
+    stages,
+)
 from aps_jax.config import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
@@ -37,6 +47,7 @@ def run_checks(
     *,
     seconds: float,
     constructor: loop.MakePool = envs.AtariPool,
+    num_seeds: int = 1,
 ) -> list[Check]:
     """Checks the machine and measures the rate of each stage.
 
@@ -46,6 +57,7 @@ def run_checks(
       stage_names: `pretrain`, `finetune` or both.
       seconds: How long the rate of each stage is measured, after it has compiled.
       constructor: Makes the environments.
+      num_seeds: Seeds that pretrain at once, and fine-tune one after another.
 
     Returns:
       A `Check` for each line of the table; one that failed would end the run.
@@ -53,20 +65,21 @@ def run_checks(
     checks = [_devices(config), _cores(config)]
     if config.num_devices > 1:
         checks += [_share(config, name) for name in stage_names]
-    checks += [_memory(config, name) for name in stage_names]
+    at_once = {stages.PRETRAIN: num_seeds}
+    checks += [_memory(config, name, at_once.get(name, 1)) for name in stage_names]
     place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
     try:
         resources.check_writable(place)
         checks.append(Check("work directory", f"{place} can be written"))
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
-    checks += [_disk(config, place, name) for name in stage_names]
+    checks += [_disk(config, place, name, num_seeds) for name in stage_names]
     if hosts.is_connected():
         checks = _of_all(checks)
     if any(check.verdict == "failed" for check in checks):
         return checks
     for name in stage_names:
-        checks.append(_rate(config, name, seconds, constructor))
+        checks.append(_rate(config, name, seconds, constructor, num_seeds))
     return checks
 
 
@@ -128,23 +141,27 @@ def _cores(config: config_lib.Config) -> Check:
     return Check("cores", "; ".join([text, *warnings]), "warning" if warnings else "ok")
 
 
-def _memory(config: config_lib.Config, name: str) -> Check:
-    is_pretraining = name == stages.PRETRAIN
-    needed = resources.needed_bytes(config, is_pretraining=is_pretraining)
-    ring = resources.replay_bytes(config, is_pretraining=is_pretraining)
+def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
+    of_stage = {"is_pretraining": name == stages.PRETRAIN, "num_seeds": num_seeds}
+    needed = resources.needed_bytes(config, **of_stage)
+    ring = num_seeds * resources.replay_bytes(
+        config, is_pretraining=name == stages.PRETRAIN
+    )
     text = (
         f"needs about {resources.size_text(needed)}, "
         f"{resources.size_text(ring)} of it the replay; "
         f"{resources.size_text(resources.available_bytes())} free"
     )
     try:
-        resources.check_memory(config, is_pretraining=is_pretraining)
+        resources.check_memory(config, **of_stage)
     except ValueError as error:
         return Check(f"memory, {name}", str(error), "failed")
     return Check(f"memory, {name}", text)
 
 
-def _disk(config: config_lib.Config, place: pathlib.Path, name: str) -> Check:
+def _disk(
+    config: config_lib.Config, place: pathlib.Path, name: str, num_seeds: int
+) -> Check:
     warnings: list[str] = []
     replay_bytes = resources.replay_bytes(
         config, is_pretraining=name == stages.PRETRAIN
@@ -158,8 +175,8 @@ def _disk(config: config_lib.Config, place: pathlib.Path, name: str) -> Check:
     try:
         resources.check_disk(
             place,
-            fixed_bytes=fixed,
-            replay_bytes=size,
+            fixed_bytes=num_seeds * fixed,
+            replay_bytes=num_seeds * size,
             kept=config.report.keep_checkpoints,
             warn=warnings.append,
         )
@@ -172,12 +189,20 @@ def _disk(config: config_lib.Config, place: pathlib.Path, name: str) -> Check:
 
 
 def _rate(
-    config: config_lib.Config, name: str, seconds: float, constructor: loop.MakePool
+    config: config_lib.Config,
+    name: str,
+    seconds: float,
+    constructor: loop.MakePool,
+    num_seeds: int,
 ) -> Check:
-    frames_per_second = measure_rate(config, name, seconds, constructor)
-    frames = (
+    is_pretraining = name == stages.PRETRAIN
+    if is_pretraining and num_seeds > 1:
+        frames_per_second = measure_seeds_rate(config, num_seeds, seconds, constructor)
+    else:
+        frames_per_second = measure_rate(config, name, seconds, constructor)
+    frames = num_seeds * (
         config.pretrain.pretrain_frames
-        if name == stages.PRETRAIN
+        if is_pretraining
         else config.finetune.finetune_agent_steps * FRAME_SKIP
     )
     hours = frames / frames_per_second / 3600
@@ -261,19 +286,54 @@ def measure_rate(
             samples_per_step=samples_per_step,
             batch_size=learner.batch_size,
         )
-        # Both functions compile before the clock starts.
-        while session.agent_steps <= schedule.start + num_envs:
-            session.step(act)
-        if samples_per_step > 0:
-            state, sums = learn(session.state, session.sums, session.memory.replay)
-            session.state, session.sums = state, sums
-        jax.block_until_ready(session.state)
-        before, started = session.agent_steps, time.monotonic()
-        is_over = devices.Vote(mesh)  # Several processes end at the same step.
-        while not is_over.ask(time.monotonic() - started >= seconds):
-            session.step(act, learn, schedule)
-        jax.block_until_ready(session.state)
-        played = session.agent_steps - before
-        return played * FRAME_SKIP / (time.monotonic() - started)
+        return _play(session, act, learn, schedule, seconds)
     finally:
         pool.close()
+
+
+def measure_seeds_rate(
+    config: config_lib.Config,
+    num_seeds: int,
+    seconds: float,
+    constructor: loop.MakePool = envs.AtariPool,
+) -> float:
+    """Does what `measure_rate` does for the pretraining of many seeds at once.
+
+    Returns:
+      Emulator frames per second of all seeds together.
+    """
+    num_envs = config.pretrain.num_envs
+    run_seeds = range(config.seed, config.seed + num_seeds)
+    stream = loop.Stream.PRETRAIN_ACT
+    pool = loop.make_pool(config, num_envs, stream, constructor, run_seeds=run_seeds)
+    try:
+        parts = seeds.make_pretraining(config, run_seeds, pool)
+        start = config.learner.window_length * num_envs
+        schedule = parts.schedule._replace(start=start)
+        session = parts.session
+        return num_seeds * _play(session, parts.act, parts.learn, schedule, seconds)
+    finally:
+        pool.close()
+
+
+def _play(
+    session: loop.Session,
+    act: loop.Act,
+    learn: loop.Learn,
+    schedule: loop.Schedule,
+    seconds: float,
+) -> float:
+    """Returns the frames per second of a new session, without what compiling takes."""
+    while session.agent_steps <= schedule.start + session.num_envs:
+        session.step(act)
+    if schedule.samples_per_step > 0:
+        state, sums = learn(session.state, session.sums, session.memory.replay)
+        session.state, session.sums = state, sums
+    jax.block_until_ready(session.state)
+    before, started = session.agent_steps, time.monotonic()
+    is_over = devices.Vote(session.mesh)  # Several processes end at the same step.
+    while not is_over.ask(time.monotonic() - started >= seconds):
+        session.step(act, learn, schedule)
+    jax.block_until_ready(session.state)
+    played = session.agent_steps - before
+    return played * FRAME_SKIP / (time.monotonic() - started)

@@ -135,18 +135,22 @@ def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
     ).num_bytes
 
 
-def needed_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
+def needed_bytes(
+    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+) -> int:
     """Returns the memory that a stage needs, about: of each device, or of the host.
 
     Several devices of a CPU are all in the host's memory; of several processes each has
-    its share.
+    its share. Of many seeds at once the replay of one is there twice while it is taken
+    out for its checkpoint.
     """
     ring = replay_bytes(config, is_pretraining=is_pretraining)
+    there = num_seeds * ring + (ring if num_seeds > 1 else 0)
     if jax.default_backend() != "cpu":
-        return ring // config.num_devices + _BASE_BYTES
+        return there // config.num_devices + _BASE_BYTES
     # One copy more while a checkpoint is written.
-    copies = 2 if config.report.checkpoint_replay else 1
-    return copies * ring // hosts.num_processes() + _BASE_BYTES
+    copied = num_seeds * ring if config.report.checkpoint_replay else 0
+    return (there + copied) // hosts.num_processes() + _BASE_BYTES
 
 
 def cache_folder() -> pathlib.Path:
@@ -171,25 +175,30 @@ def _cpu_flags() -> str:
     return ""
 
 
-def check_memory(config: config_lib.Config, *, is_pretraining: bool) -> None:
-    """Checks that a stage's replay can fit.
+def check_memory(
+    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+) -> None:
+    """Checks that a stage's replay can fit, or those of many seeds at once.
 
     Raises:
       ValueError: It cannot, with the estimate and what there is.
     """
-    needed = needed_bytes(config, is_pretraining=is_pretraining)
+    needed = needed_bytes(config, is_pretraining=is_pretraining, num_seeds=num_seeds)
     there = available_bytes()
     name = "replay_size" if is_pretraining else "finetune_agent_steps"
+    whose = "The replay needs"
+    if num_seeds > 1:
+        whose, name = f"The replays of {num_seeds} seeds need", f"num_seeds or --{name}"
     if needed > _USABLE * there:
         raise ValueError(
-            f"The replay needs about {size_text(needed)} with what goes with it, and "
+            f"{whose} about {size_text(needed)} with what goes with it, and "
             f"{size_text(there)} of memory are free: give a smaller --{name}, or "
             "--nocheckpoint_replay, which saves its copy."
         )
     if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
         return
     ring = replay_bytes(config, is_pretraining=is_pretraining)
-    needed = ring // hosts.num_processes() + _BASE_BYTES
+    needed = num_seeds * ring // hosts.num_processes() + _BASE_BYTES
     there = host_bytes()
     if needed > _USABLE * there:
         raise ValueError(

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import agent as agent_lib
-from aps_jax import devices, hosts, loop, replay, types
+from aps_jax import devices, loop, replay, types
 
 FOLDER_NAME = "features"
 _NUM_STATES = 256
@@ -28,64 +28,60 @@ class Snapshot(NamedTuple):
     task: np.ndarray  # [N, D] float32, unit, of the behaviour in that state.
 
 
-class SnapshotWriter:
-    """Writes `features/STEPS.npy`, `[2, N, D]` float16: phi and tasks."""
+Visit = Callable[[types.Params, replay.ReplayState, jax.Array], jax.Array]
 
-    def __init__(
-        self,
-        workdir: pathlib.Path,
-        agent: agent_lib.Agent,
-        ring: replay.Replay,
-        key: types.PRNGKey,
-        warn: Callable[[str], None],
-        mesh: devices.Mesh = None,
-    ):
-        """Writes nothing yet.
 
-        Args:
-          workdir: Folder of the pretraining, which exists.
-          agent: Whose features they are.
-          ring: The replay to draw from.
-          key: Key of a stream that nothing else uses.
-          warn: Is told of a snapshot that could not be written: pictures are no reason
-            to end a run.
-          mesh: The devices that hold the replay.
-        """
-        self._folder = workdir / FOLDER_NAME
-        self._warn = warn
-        draw = loop.make_draw(
-            ring,
-            num_windows=devices.round_up(_NUM_STATES, mesh),
-            num_states=1,
-            mesh=mesh,
-        )
+def make_visit(
+    agent: agent_lib.Agent,
+    ring: replay.Replay,
+    key: types.PRNGKey,
+    mesh: devices.Mesh = None,
+) -> Visit:
+    """Makes the jitted function that draws a snapshot from the replay.
 
-        def sample(
-            params: types.Params, replay_state: replay.ReplayState, agent_steps: int
-        ) -> jax.Array:
-            windows = draw(replay_state, jax.random.fold_in(key, agent_steps))
-            phi = agent.features(params, windows.observation[:, 0]).phi
-            return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
+    Args:
+      agent: Whose features they are.
+      ring: The replay to draw from.
+      key: Key of a stream that nothing else uses.
+      mesh: The devices that hold the replay.
 
-        self._sample = jax.jit(sample, out_shardings=devices.sharding(mesh))
+    Returns:
+      `visit(params, replay_state, agent_steps)` returns `[2, N, D]` float16, phi and
+      tasks; the parameters are calibrated, and the steps number the draw.
+    """
+    draw = loop.make_draw(
+        ring,
+        num_windows=devices.round_up(_NUM_STATES, mesh),
+        num_states=1,
+        mesh=mesh,
+    )
 
-    def write(self, session: loop.Session, params: types.Params) -> None:
-        """Writes the snapshot of a session that has played a few steps.
+    def visit(
+        params: types.Params, replay_state: replay.ReplayState, agent_steps: jax.Array
+    ) -> jax.Array:
+        windows = draw(replay_state, jax.random.fold_in(key, agent_steps))
+        phi = agent.features(params, windows.observation[:, 0]).phi
+        return jnp.stack([phi, windows.task[:, 0]]).astype(jnp.float16)
 
-        Args:
-          session: Whose replay holds the states.
-          params: Its parameters, calibrated.
-        """
-        steps = session.agent_steps
-        number = devices.put(np.int32(steps), session.mesh)
-        sampled = self._sample(params, session.memory.replay, number)
-        if not hosts.is_first():
-            return
-        try:
-            self._folder.mkdir(exist_ok=True)
-            np.save(self._folder / f"{steps:012d}.npy", jax.device_get(sampled))
-        except OSError as error:
-            self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
+    return jax.jit(visit, out_shardings=devices.sharding(mesh))
+
+
+def write_snapshot(
+    workdir: pathlib.Path, agent_steps: int, visited: np.ndarray
+) -> None:
+    """Writes `features/STEPS.npy`.
+
+    Args:
+      workdir: Folder of the pretraining, which exists.
+      agent_steps: When it was drawn.
+      visited: `[2, N, D]` float16, from `make_visit`.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    folder = workdir / FOLDER_NAME
+    folder.mkdir(exist_ok=True)
+    np.save(folder / f"{agent_steps:012d}.npy", visited)
 
 
 def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:

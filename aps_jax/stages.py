@@ -2,10 +2,11 @@
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Self
 
 import jax
@@ -30,9 +31,11 @@ from aps_jax import (
     snapshots,
     tasks,
     tracking,
+    types,
 )
 from aps_jax import config as config_lib
 from aps_jax import progress as progress_lib
+from aps_jax import seeds as seeds_lib
 from aps_jax.config import FRAME_SKIP
 
 PRETRAIN = "pretrain"
@@ -97,50 +100,184 @@ def pretrain(
         if result is not None:
             return result
         lock = held.enter_context(rundir.RunLock(workdir)) if hosts.is_first() else None
-        agent, ring, session, act, learn, schedule = loop.make_pretraining(
-            config, pool, mesh
-        )
+        parts = loop.make_pretraining(config, pool, mesh)
+        agent, ring, session = parts.agent, parts.ring, parts.session
         with _Recorder(
             workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
         ) as recorder:
             recorder.resume(ring)
-            snapshot = snapshots.SnapshotWriter(
-                workdir,
-                agent,
-                ring,
-                loop.stream_key(config.seed, loop.Stream.SNAPSHOT),
-                warn,
-                mesh,
+            stream = functools.partial(loop.stream_key, config.seed)
+            _explore(
+                config,
+                parts,
+                recorder,
+                calibrate=loop.make_calibrate(
+                    agent, ring, stream(loop.Stream.CALIBRATE), mesh
+                ),
+                visit=snapshots.make_visit(
+                    agent, ring, stream(loop.Stream.SNAPSHOT), mesh
+                ),
+                progress=progress,
             )
-            calibrate = loop.make_calibrate(config, agent, ring, mesh)
-            total = -(-values.pretrain_agent_steps // num_envs)
-            recorder.wait_for_refill(schedule, total)
-            if progress is not None:
-                progress.start(
-                    PRETRAIN,
-                    total=total * num_envs * FRAME_SKIP,
-                    done=session.agent_steps * FRAME_SKIP,
-                )
-            while session.iteration < total:
-                session.step(act, learn, schedule)
-                is_last = session.iteration == total
-                if session.agent_steps >= schedule.start and (
-                    is_last or recorder.is_row_due(config.report)
-                ):
-                    params = calibrate(session.state.params, session.memory.replay)
-                    snapshot.write(session, params)
-                    if is_last:  # Learning has ended: for good.
-                        session.state = session.state._replace(params=params)
-                recorder.record(config.report, is_last=is_last, progress=progress)
-            result = {
-                **_describe(config, PRETRAIN),
-                "pretrain_frames": session.agent_steps * FRAME_SKIP,
-                "updates": int(jax.device_get(session.state.num_updates)),
-                "last_metrics": recorder.last_row,
-                **_rate(session.agent_steps, started),
-            }
+            result = _pretrain_result(config, session, recorder, started)
         _write_result(workdir, result, warn, stop)
     return result
+
+
+def pretrain_seeds(
+    configs: Mapping[pathlib.Path, config_lib.Config],
+    *,
+    constructor: loop.MakePool = envs.AtariPool,
+    progress: progress_lib.Progress | None = None,
+    stop: interrupts.StopRequests | None = None,
+) -> list[dict[str, Any]]:
+    """Pretrains several seeds at once, on one device and with one pool (`seeds`).
+
+    Every folder is written as `pretrain` would write it, and can be continued or used by
+    itself. Seeds that are finished are left as they are; the others go on from the
+    newest checkpoint that all of them have.
+
+    Args:
+      configs: The runs' values by folder; they differ in the seed alone.
+      constructor: Makes the environments, as `envs.AtariPool`.
+      progress: Where to show progress, of all seeds together; nowhere by default.
+      stop: Requests to stop, which are looked at in every step.
+
+    Returns:
+      What each folder's `result.json` holds.
+
+    Raises:
+      ValueError: The configs differ in more than the seed or name several devices, a
+        folder holds another run, or the seeds stand too far apart.
+      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed nothing is
+        saved but the batch; a checkpoint of every other was saved.
+      loop.EnvironmentFailure: The environments raised; checkpoints were saved.
+      interrupts.Interrupted: A stop was requested; checkpoints were saved.
+    """
+    started = time.monotonic()
+    config = next(iter(configs.values()))
+    seeds_lib.check_configs(list(configs.values()))
+    resources.check_memory(config, is_pretraining=True, num_seeds=len(configs))
+    warn = _warning(progress)
+    resources.check_cores(config, warn)
+    with contextlib.ExitStack() as held:
+
+        def make_pool(run_seeds: Sequence[int]) -> loop.Pool:
+            pool = loop.make_pool(
+                config,
+                config.pretrain.num_envs,
+                loop.Stream.PRETRAIN_ACT,
+                constructor,
+                run_seeds=run_seeds,
+            )
+            held.callback(pool.close)
+            return pool
+
+        pool = make_pool([one.seed for one in configs.values()])
+        results = {
+            workdir: _open(
+                workdir, stage=PRETRAIN, config=one, num_actions=pool.num_actions
+            )
+            for workdir, one in configs.items()
+        }
+        left = {w: one for w, one in configs.items() if results[w] is None}
+        run_seeds = [one.seed for one in left.values()]
+        if left and len(left) < len(configs):
+            held.close()  # These environments are too many.
+            pool = make_pool(run_seeds)
+        if left:
+            locks = [held.enter_context(rundir.RunLock(workdir)) for workdir in left]
+            parts = seeds_lib.make_pretraining(config, run_seeds, pool)
+            recorders = [
+                _Recorder(
+                    workdir,
+                    metrics.PRETRAIN_COLUMNS,
+                    session,
+                    one,
+                    lock,
+                    functools.partial(_warn_of_seed, warn, one.seed),
+                    stop,
+                )
+                for (workdir, one), session, lock in zip(
+                    left.items(), parts.session.of_seeds(), locks, strict=True
+                )
+            ]
+            with _Recorders(recorders, parts.session, stop) as recorder:
+                recorder.resume(parts.ring)
+                keys = functools.partial(seeds_lib.stream_keys, run_seeds)
+                _explore(
+                    config,
+                    parts,
+                    recorder,
+                    calibrate=seeds_lib.over_seeds(
+                        lambda key: loop.make_calibrate(parts.agent, parts.ring, key),
+                        keys(loop.Stream.CALIBRATE),
+                    ),
+                    visit=seeds_lib.over_seeds(
+                        lambda key: snapshots.make_visit(parts.agent, parts.ring, key),
+                        keys(loop.Stream.SNAPSHOT),
+                        in_axes=(0, 0, None),
+                    ),
+                    progress=progress,
+                )
+                for (workdir, one), session, written in zip(
+                    left.items(), parts.session.of_seeds(), recorders, strict=True
+                ):
+                    results[workdir] = _pretrain_result(one, session, written, started)
+            for workdir in left:
+                _write_result(workdir, results[workdir], warn, stop)
+    return list(results.values())
+
+
+def _explore(
+    config: config_lib.Config,
+    parts: loop.Pretraining,
+    recorder: "_Recorder | _Recorders",
+    *,
+    calibrate: Callable[[types.Params, replay.ReplayState], types.Params],
+    visit: snapshots.Visit,
+    progress: progress_lib.Progress | None,
+) -> None:
+    """Pretrains from where the session stands to the end, of one seed or of many."""
+    session, schedule, num_envs = (
+        parts.session,
+        parts.schedule,
+        parts.session.num_envs,
+    )
+    total = -(-config.pretrain.pretrain_agent_steps // num_envs)
+    recorder.wait_for_refill(schedule, total)
+    if progress is not None:
+        frames = num_envs * FRAME_SKIP * recorder.num_seeds
+        progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
+    while session.iteration < total:
+        session.step(parts.act, parts.learn, schedule)
+        is_last = session.iteration == total
+        if session.agent_steps >= schedule.start and (
+            is_last or recorder.is_row_due(config.report)
+        ):
+            params = calibrate(session.state.params, session.memory.replay)
+            steps = devices.put(np.int32(session.agent_steps), session.mesh)
+            recorder.write_snapshot(
+                jax.device_get(visit(params, session.memory.replay, steps))
+            )
+            if is_last:  # Learning has ended: for good.
+                session.state = session.state._replace(params=params)
+        recorder.record(config.report, is_last=is_last, progress=progress)
+
+
+def _pretrain_result(
+    config: config_lib.Config,
+    session: loop.Session,
+    recorder: "_Recorder",
+    started: float,
+) -> dict[str, Any]:
+    return {
+        **_describe(config, PRETRAIN),
+        "pretrain_frames": session.agent_steps * FRAME_SKIP,
+        "updates": int(jax.device_get(session.state.num_updates)),
+        "last_metrics": recorder.last_row,
+        **_rate(session.agent_steps, started),
+    }
 
 
 def finetune(
@@ -527,6 +664,7 @@ class _Recorder:
         self._columns = columns
         self._session = session
         self._has_replay = report.checkpoint_replay
+        self.report = report
         self._origin = {
             "config": config_lib.to_dict(config),
             "versions": rundir.versions(),
@@ -561,15 +699,44 @@ class _Recorder:
             return
         try:
             if error is None:
-                _patiently(self._settle, self._warn, self._stop)
+                self.settle()
             elif isinstance(error, interrupts.Interrupted | loop.EnvironmentFailure):
                 self._save_at_the_end(error)
             elif isinstance(error, loop.NonFinite):
-                self._dump(error)
+                self.dump(error)
         finally:
-            if self._writer is not None:
-                self._writer.close()
-            self._checkpointer.close()
+            self.close()
+
+    def settle(self) -> None:
+        """Brings the last checkpoint to disk, however long it is full."""
+        _patiently(self._settle, self._warn, self._stop)
+
+    def close(self) -> None:
+        """Ends what writes."""
+        if self._writer is not None:
+            self._writer.close()
+        self._checkpointer.close()
+
+    @property
+    def num_seeds(self) -> int:
+        """How many runs are recorded."""
+        return 1
+
+    def check_disk(self, num_seeds: int = 1) -> None:
+        """Checks that there is room for the checkpoints of so many runs like this.
+
+        Raises:
+          ValueError: The folder cannot be written, or has not room for a checkpoint.
+        """
+        parts, ring = self._parts(), self._session.memory.replay
+        resources.check_disk(
+            self._workdir,
+            fixed_bytes=num_seeds
+            * (_num_bytes(parts["agent"]) + _num_bytes(parts["loop"])),
+            replay_bytes=num_seeds * _num_bytes(ring) if self._has_replay else 0,
+            kept=self._origin["config"]["report"]["keep_checkpoints"],
+            warn=self._warn,
+        )
 
     def resume(self, ring: replay.Replay) -> dict[str, Any]:
         """Takes the session to the newest checkpoint, if there is one.
@@ -584,31 +751,21 @@ class _Recorder:
           ValueError: The folder cannot be written, has not room for a checkpoint, or
             holds one of another agent.
         """
+        hosts.set_last_words(self._last_words)
+        hosts.by_first(self.check_disk)
+        return self.go_on(ring)
+
+    def go_on(self, ring: replay.Replay) -> dict[str, Any]:
+        """Does what `resume` does, in a folder with room enough."""
         session = self._session
         parts = self._parts()
-        fixed_bytes = _num_bytes(parts["agent"]) + _num_bytes(parts["loop"])
-        replay_bytes = _num_bytes(session.memory.replay) if self._has_replay else 0
-        hosts.set_last_words(self._last_words)
-
-        def prepare() -> bool:
-            """Returns whether there is a checkpoint."""
-            resources.check_disk(
-                self._workdir,
-                fixed_bytes=fixed_bytes,
-                replay_bytes=replay_bytes,
-                kept=self._origin["config"]["report"]["keep_checkpoints"],
-                warn=self._warn,
-            )
-            self._checkpointer.clean()
-            return bool(self._checkpointer.numbers())
-
         templates = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             {**parts, "replay": session.memory.replay},
         )
-        if hosts.by_first(prepare):
+        if hosts.by_first(self.numbers):
             # Not both at once: the one on disk needs the place.
-            session.memory = session.memory._replace(replay=None)
+            session.forget_replay()
         del parts
         found = self._checkpointer.restore_newest(
             templates, optional=("replay",), set_damaged_aside=True
@@ -627,6 +784,21 @@ class _Recorder:
                 ),
             )
         return self.facts
+
+    def numbers(self) -> list[int]:
+        """Tidies up, and returns the agent steps of the checkpoints, oldest first."""
+        self._checkpointer.clean()
+        return self._checkpointer.numbers()
+
+    def go_back(self, number: int) -> None:
+        """Deletes what is newer than a checkpoint that the run goes back to."""
+        newer = [there for there in self.numbers() if there > number]
+        if newer:
+            self._warn(
+                f"goes back to agent step {number:,}, where all seeds have a checkpoint; "
+                f"that of {newer[-1]:,} is deleted."
+            )
+            self._checkpointer.delete(newer)
 
     def is_row_due(self, values: config_lib.ReportConfig) -> bool:
         """Returns whether a row of metrics belongs to the last step."""
@@ -700,6 +872,15 @@ class _Recorder:
         Raises:
           interrupts.Interrupted: A stop was requested.
         """
+        self.write_due(values, is_last=is_last)
+        if progress is not None:
+            frames = self._session.agent_steps * FRAME_SKIP
+            progress.tick(frames, self.last_row.get("episode_return"))
+        if self._stop is not None and not is_last:
+            self._check_stop(self._stop)
+
+    def write_due(self, values: config_lib.ReportConfig, *, is_last: bool) -> None:
+        """Writes a row and a checkpoint where they are due."""
         steps, num_envs = self._session.agent_steps, self._session.num_envs
         is_row = self.is_row_due(values) or is_last
         if is_row:
@@ -711,10 +892,16 @@ class _Recorder:
         is_save = loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last
         if is_save or (is_row and self._is_behind):
             self.save()
-        if progress is not None:
-            progress.tick(steps * FRAME_SKIP, self.last_row.get("episode_return"))
-        if self._stop is not None and not is_last:
-            self._check_stop(self._stop)
+
+    def write_snapshot(self, visited: np.ndarray) -> None:
+        """Writes where the features are, or warns: pictures are no reason to end."""
+        if not hosts.is_first():
+            return
+        steps = self._session.agent_steps
+        try:
+            snapshots.write_snapshot(self._workdir, steps, visited)
+        except OSError as error:
+            self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
 
     def _check_stop(self, stop: interrupts.StopRequests) -> None:
         if not self._vote.is_needed:
@@ -830,20 +1017,27 @@ class _Recorder:
 
     def _save_at_the_end(self, error: BaseException) -> None:
         """Saves what there is before an error ends the stage, and says so in it."""
-        session = self._session
         if isinstance(error, loop.EnvironmentFailure):
-            session.timestep = None  # Its pool is in no state to go on from.
+            # Its pool is in no state to go on from.
+            self._session.timestep = None
+        error.args = (f"{error}; {self.save_the_last()}",)
+
+    def save_the_last(self) -> str:
+        """Saves what there is; returns what came of it.
+
+        Raises:
+          loop.NonFinite: Something is not finite; its batch was written instead.
+        """
         try:
             self._settle()
-            done = f"a checkpoint of agent step {session.agent_steps:,} was saved"
         except loop.NonFinite as bad:
-            self._dump(bad)
+            self.dump(bad)
             raise
         except OSError as failure:
-            done = f"no checkpoint could be saved ({failure})"
-        error.args = (f"{error}; {done}",)
+            return f"no checkpoint could be saved ({failure})"
+        return f"a checkpoint of agent step {self._session.agent_steps:,} was saved"
 
-    def _dump(self, error: loop.NonFinite) -> None:
+    def dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
         where = hosts.by_first(lambda: self._write_batch(error.batch))
         error.args = (f"{error} {where}",)
@@ -871,6 +1065,171 @@ class _Recorder:
 
 # Errors that all processes raise at the same step.
 _AGREED = (interrupts.Interrupted, loop.NonFinite)
+
+
+class _Recorders:
+    """Records the many seeds of one session, each in its own folder."""
+
+    def __init__(
+        self,
+        recorders: Sequence[_Recorder],
+        session: seeds_lib.SeedsSession,
+        stop: interrupts.StopRequests | None,
+    ):
+        self._recorders = recorders
+        self._session = session
+        self._stop = stop
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace
+    ) -> None:
+        try:
+            if error is None:
+                for recorder in self._recorders:
+                    recorder.settle()
+            elif isinstance(
+                error,
+                interrupts.Interrupted | loop.EnvironmentFailure | loop.NonFinite,
+            ):
+                self._save_at_the_end(error)
+        finally:
+            for recorder in self._recorders:
+                recorder.close()
+
+    @property
+    def num_seeds(self) -> int:
+        """How many runs are recorded."""
+        return len(self._recorders)
+
+    def resume(self, ring: replay.Replay) -> None:
+        """Takes all seeds to the newest checkpoint that each of them has.
+
+        Args:
+          ring: Makes a seed's replay, where checkpoints have none.
+
+        Raises:
+          ValueError: As `_Recorder.resume`; or the seeds stand further apart than a
+            process that dies can leave them; or checkpoints are damaged, or differ in
+            whether they hold the replay.
+        """
+        self._recorders[0].check_disk(self.num_seeds)
+        self._meet()
+        for recorder in self._recorders:
+            recorder.go_on(ring)
+        # What each checkpoint is of, and since when its replay has been filled.
+        found = [
+            (r.facts.get("agent_steps", 0), r.facts.get("replay_since", 0))
+            for r in self._recorders
+        ]
+        if len(set(found)) > 1:
+            steps = ", ".join(f"{at:,}" for at, _ in found)
+            raise ValueError(
+                f"The seeds {self._names()} have no common checkpoint that is whole and "
+                f"of one kind (they are of agent steps {steps}): the same command tries "
+                "again with older ones, and --seeds continues them one after another."
+            )
+
+    def _meet(self) -> None:
+        """Goes back to the newest checkpoint that all seeds have, where some have more.
+
+        Seeds write one after the other, so that a process that dies leaves some a
+        checkpoint ahead; the start of a run counts as one.
+        """
+        numbers = [{0, *recorder.numbers()} for recorder in self._recorders]
+        common = max(set.intersection(*numbers))
+        report, num_envs = self._recorders[0].report, self._session.num_envs
+        interval = -(-report.checkpoint_agent_steps // num_envs) * num_envs
+        if max(map(max, numbers)) - common > interval:
+            steps = ", ".join(f"{max(each):,}" for each in numbers)
+            raise ValueError(
+                f"The seeds {self._names()} stand at agent steps {steps}, too far apart "
+                "to go on together: continue them one after another with --seeds."
+            )
+        for recorder in self._recorders:
+            recorder.go_back(common)
+
+    def _names(self) -> str:
+        return ", ".join(map(str, self._session.seeds))
+
+    def wait_for_refill(self, schedule: loop.Schedule, total: int) -> None:
+        """Puts learning off as `_Recorder.wait_for_refill`, for all seeds alike."""
+        self._recorders[0].wait_for_refill(schedule, total)
+
+    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
+        """Returns whether a row of metrics belongs to the last step."""
+        return self._recorders[0].is_row_due(values)
+
+    def write_snapshot(self, visited: np.ndarray) -> None:
+        """Writes where the features of each seed are."""
+        for recorder, of_seed in zip(self._recorders, visited, strict=True):
+            recorder.write_snapshot(of_seed)
+
+    def record(
+        self,
+        values: config_lib.ReportConfig,
+        *,
+        is_last: bool,
+        progress: progress_lib.Progress | None,
+    ) -> None:
+        """Writes rows and checkpoints where they are due, and shows progress.
+
+        Raises:
+          interrupts.Interrupted: A stop was requested.
+          loop.NonFinite: A seed is not finite; the others have their rows.
+        """
+        bad: loop.NonFinite | None = None
+        for recorder in self._recorders:
+            try:
+                recorder.write_due(values, is_last=is_last)
+            except loop.NonFinite as error:
+                bad = bad or error
+        if bad is not None:
+            raise bad
+        if progress is not None:
+            known = [
+                value
+                for recorder in self._recorders
+                if (value := recorder.last_row.get("episode_return")) is not None
+            ]
+            progress.tick(
+                self._session.agent_steps * FRAME_SKIP * self.num_seeds,
+                float(np.mean(known)) if known else None,
+            )
+        if self._stop is not None and not is_last:
+            self._stop.check()
+
+    def _save_at_the_end(self, error: BaseException) -> None:
+        """Saves what is finite of every seed before an error ends the stage.
+
+        Raises:
+          loop.NonFinite: A seed is not finite, where that was not the error.
+        """
+        if isinstance(error, loop.EnvironmentFailure):
+            self._session.timestep = None
+        done: dict[str, list[str]] = {}
+        others: list[loop.NonFinite] = []
+        for seed, recorder in zip(self._session.seeds, self._recorders, strict=True):
+            if isinstance(error, loop.NonFinite) and error.seed == seed:
+                recorder.dump(error)
+                continue
+            try:
+                text = recorder.save_the_last()
+            except loop.NonFinite as bad:
+                text = str(bad)
+                others.append(bad)
+            done.setdefault(text, []).append(str(seed))
+        said = [f"seed {', '.join(whose)}: {text}" for text, whose in done.items()]
+        error.args = ("; ".join([str(error), *said]),)
+        if others and not isinstance(error, loop.NonFinite):
+            others[0].args = error.args
+            raise others[0]
+
+
+def _warn_of_seed(warn: Callable[[str], None], seed: int, text: str) -> None:
+    warn(f"seed {seed}: {text}")
 
 
 def _num_bytes(tree: Any) -> int:

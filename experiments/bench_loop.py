@@ -55,6 +55,7 @@ class Size:
     product_side: int
     copy_floats: int
     starts: int  # Processes started with and without a cache.
+    seed_counts: tuple[int, ...]  # Seeds at once.
     device_counts: tuple[int, ...]  # First is one.
     particle_counts: tuple[int, ...]
     options: tuple[tuple[str, Any], ...]  # Of the configs, over their presets.
@@ -78,6 +79,7 @@ FULL = Size(
     product_side=1024,
     copy_floats=2**24,
     starts=5,
+    seed_counts=(2, 4),
     device_counts=(1, 2, 4, 8),
     particle_counts=(512, 4096, 65_536),
     options=(),
@@ -101,6 +103,7 @@ SMOKE = Size(
     product_side=32,
     copy_floats=64,
     starts=1,
+    seed_counts=(2,),
     device_counts=(1, 2),
     particle_counts=(16,),
     options=(

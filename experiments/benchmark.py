@@ -18,6 +18,7 @@ from experiments import (
     bench_loop,
     bench_parts,
     bench_scaling,
+    bench_seeds,
     bench_startup,
     bench_table,
     common_flags,
@@ -37,6 +38,7 @@ ROWS: Mapping[str, Callable[[bench_loop.Size], list[bench_table.Row]]] = {
     "encoder": bench_parts.encoder_rows,
     "startup": bench_startup.startup_rows,
     "scaling": bench_loop.scaling_rows,
+    "seeds": bench_seeds.seeds_rows,
     "devices": bench_scaling.devices_rows,
     "particles": bench_scaling.particles_rows,
 }

@@ -29,6 +29,7 @@ from aps_jax import (
     rundir,
     tracking,
 )
+from aps_jax import seeds as seeds_lib
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -53,6 +54,12 @@ _SEEDS = flags.DEFINE_list(
     "seeds",
     None,
     "Several seeds: how many, from 0 on, or the seeds themselves, such as 0,1,2.",
+)
+_NUM_SEEDS = flags.DEFINE_integer(
+    "num_seeds",
+    None,
+    "Pretrain this many seeds at once, from --seed on, on one device and with one pool "
+    "of environments for all.",
 )
 _KNOWN_ARMS = ("pretrained", "scratch")
 _ARMS = flags.DEFINE_list(
@@ -185,6 +192,57 @@ def seeds_from_flags() -> list[int] | None:
     return list(range(numbers[0]))
 
 
+def seeds_of_runs() -> list[int] | None:
+    """Returns the seeds of `--seeds` or `--num_seeds`; None if neither was given.
+
+    Raises:
+      ValueError: Both were given, or they name no seed.
+    """
+    if not is_at_once():
+        return seeds_from_flags()
+    if _SEEDS.value is not None:
+        raise ValueError(
+            "--num_seeds pretrains the seeds from --seed on at once, and --seeds names "
+            "those of runs one after another: give one of the two."
+        )
+    if _NUM_SEEDS.value < 1:
+        raise ValueError(f"--num_seeds must be at least 1, got {_NUM_SEEDS.value}.")
+    first = given_options().get("seed", 0)
+    return list(range(first, first + _NUM_SEEDS.value))
+
+
+def seed_folder(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """Returns where in a folder of several seeds one of them is."""
+    return folder / f"seed_{seed}"
+
+
+def runs_from_flags(
+    config: config_lib.Config, workdir: pathlib.Path
+) -> dict[pathlib.Path, config_lib.Config]:
+    """Returns the runs that the flags of seeds ask for, by folder.
+
+    Without such a flag it is `config` in `workdir`; else each seed has a folder in it.
+
+    Raises:
+      ValueError: As `seeds_of_runs`, or they cannot be trained at once.
+    """
+    seeds = seeds_of_runs()
+    if seeds is None:
+        return {workdir: config}
+    runs = {
+        seed_folder(workdir, seed): config_lib.replace_options(config, seed=seed)
+        for seed in seeds
+    }
+    if is_at_once():
+        seeds_lib.check_configs(list(runs.values()))
+    return runs
+
+
+def is_at_once() -> bool:
+    """Returns whether the seeds pretrain at once."""
+    return _NUM_SEEDS.value is not None
+
+
 def arms_from_flags(default: Sequence[str]) -> list[str]:
     """Returns the arms of `--arms`, without duplicates.
 
@@ -200,7 +258,10 @@ def arms_from_flags(default: Sequence[str]) -> list[str]:
 
 
 def is_preflight(
-    config: config_lib.Config, workdir: pathlib.Path, *stage_names: str
+    config: config_lib.Config,
+    workdir: pathlib.Path,
+    *stage_names: str,
+    num_seeds: int = 1,
 ) -> bool:
     """Does what `--preflight` asks for; returns whether it was asked for.
 
@@ -208,6 +269,7 @@ def is_preflight(
       config: The run's values.
       workdir: Its folder.
       *stage_names: Its stages, `pretrain` or `finetune`.
+      num_seeds: Seeds that pretrain at once, and fine-tune one after another.
 
     Raises:
       ValueError: The machine cannot do the run; the table says why.
@@ -215,7 +277,11 @@ def is_preflight(
     if not _PREFLIGHT.value:
         return False
     checks = preflight.run_checks(
-        config, workdir, stage_names, seconds=_PREFLIGHT_SECONDS.value
+        config,
+        workdir,
+        stage_names,
+        seconds=_PREFLIGHT_SECONDS.value,
+        num_seeds=num_seeds,
     )
     preflight.print_table(checks)
     failed = [check.name for check in checks if check.verdict == "failed"]

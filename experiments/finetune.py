@@ -5,6 +5,7 @@ r"""Fine-tunes on a game's reward: the second stage alone, pretrained or from sc
 
 With --init the game, the network and every value come from that folder; flags that are
 given change them. Without it an untrained agent has the same budget: the baseline.
+With --num_seeds or --seeds, seed K starts from INIT/seed_K, one after another.
 """
 
 import pathlib
@@ -24,16 +25,29 @@ def main(argv: Sequence[str]) -> None:
     """Runs the stage that the flags describe."""
     common_flags.reject_words(argv)
     workdir = common_flags.workdir_from_flags()
-    init, base = None, None
-    if _INIT.value:
-        init = rundir.find_stage(pathlib.Path(_INIT.value), stages.PRETRAIN)
-        _, base = rundir.read_run(init)
-    config = common_flags.config_from_flags(base)
-    if common_flags.is_preflight(config, workdir, stages.FINETUNE):
+    seeds = common_flags.seeds_of_runs()
+    first = _init_of(seeds[0] if seeds else None)
+    config = common_flags.config_from_flags(first and rundir.read_run(first)[1])
+    runs = common_flags.runs_from_flags(config, workdir)
+    if common_flags.is_preflight(config, workdir, stages.FINETUNE, num_seeds=len(runs)):
         return
     with common_flags.watched() as watched:
-        result = stages.finetune(config, workdir, init, **watched)
-    summary.print_results(config, {_arm(init): result})
+        for folder, one in runs.items():
+            init = _init_of(one.seed if seeds else None)
+            result = stages.finetune(one, folder, init, **watched)
+            if seeds:
+                print(f"Seed {one.seed}:")
+            summary.print_results(one, {_arm(init): result})
+
+
+def _init_of(seed: int | None) -> pathlib.Path | None:
+    """Returns the pretraining that `--init` names, or that of one of its seeds."""
+    if not _INIT.value:
+        return None
+    folder = pathlib.Path(_INIT.value)
+    if seed is not None:
+        folder = common_flags.seed_folder(folder, seed)
+    return rundir.find_stage(folder, stages.PRETRAIN)
 
 
 def _arm(init: pathlib.Path | None) -> str:

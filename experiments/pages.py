@@ -51,11 +51,11 @@ def ablation_tables() -> str:
     return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
 
 
-def measured_rows(name: str) -> Callable[[], str]:
+def measured_rows(name: str, file_name: str) -> Callable[[], str]:
     """Returns what makes the table of one row of the benchmark, as it was measured."""
 
     def make() -> str:
-        path = ROOT / "results/benchmark_cpu/devices_and_particles.json"
+        path = ROOT / "results/benchmark_cpu" / file_name
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows = [bench_table.Row(**row) for row in measured["rows"]]
         return bench_table.to_markdown(
@@ -79,8 +79,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
     "docs/scaling.md": {
-        "particles": measured_rows("particles"),
-        "devices": measured_rows("devices"),
+        "particles": measured_rows("particles", "devices_and_particles.json"),
+        "devices": measured_rows("devices", "devices_and_particles.json"),
+        "seeds": measured_rows("seeds", "seeds.json"),
         "cost": cost_tables,
     },
     "README.md": {"results": results_table},

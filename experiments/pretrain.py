@@ -1,10 +1,12 @@
 r"""Pretrains APS on one game without its reward: the first stage alone.
 
   python -m experiments.pretrain --game=Pong --preset=cpu --workdir=runs/pretrain
+  python -m experiments.pretrain --game=Pong --preset=gpu --workdir=runs/five --num_seeds=5
 
 Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. The newest checkpoint in
-WORKDIR/checkpoints is what `experiments.finetune --init=WORKDIR` starts from. The same
-command continues a run that was interrupted.
+WORKDIR/checkpoints is what `experiments.finetune --init=WORKDIR` starts from; with
+--num_seeds each seed has such a folder, WORKDIR/seed_K. The same command continues a run
+that was interrupted.
 """
 
 from collections.abc import Sequence
@@ -18,16 +20,27 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
-    if common_flags.is_preflight(config, workdir, stages.PRETRAIN):
+    runs = common_flags.runs_from_flags(config, workdir)
+    is_at_once = common_flags.is_at_once()
+    if common_flags.is_preflight(
+        config, workdir, stages.PRETRAIN, num_seeds=len(runs) if is_at_once else 1
+    ):
         return
     with common_flags.watched() as watched:
-        result = stages.pretrain(config, workdir, **watched)
-    print(
-        f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
-        f"without reward.\nNext: python -m experiments.finetune --init={workdir} "
-        "--workdir=DIR"
-    )
+        if is_at_once:
+            results = stages.pretrain_seeds(runs, **watched)
+        else:
+            results = [
+                stages.pretrain(one, folder, **watched) for folder, one in runs.items()
+            ]
+    for folder, result in zip(runs, results, strict=True):
+        print(
+            f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
+            f"without reward.\nNext: python -m experiments.finetune --init={folder} "
+            "--workdir=DIR"
+        )
 
 
 if __name__ == "__main__":
-    common_flags.run(main, is_for_several=True)
+    short = (*common_flags.SHORT, "num_seeds")
+    common_flags.run(main, short=short, is_for_several=True)

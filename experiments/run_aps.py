@@ -3,6 +3,7 @@ r"""Pretrains APS on one game without its reward, then fine-tunes on that reward
   python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b --seed=1
   python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b3 \
     --arms=pretrained,scratch --seeds=0,1,2
+  python -m experiments.run_aps --game=Breakout --preset=gpu --workdir=runs/b5 --num_seeds=5
 
 Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. Ends with the score beside random
 and human scores, WORKDIR/result.json, a picture of the learning curves and a gif of the
@@ -34,7 +35,7 @@ from aps_jax.interrupts import StopRequests
 from aps_jax.progress import Progress
 from experiments import common_flags, summary
 
-_SHORT = (*common_flags.SHORT, "arms", "seeds")
+_SHORT = (*common_flags.SHORT, "arms", "seeds", "num_seeds")
 _STAGES = (stages.PRETRAIN, stages.FINETUNE)
 
 
@@ -42,22 +43,26 @@ def main(argv: Sequence[str]) -> None:
     """Runs the stages that the flags describe."""
     common_flags.reject_words(argv)
     arms = common_flags.arms_from_flags(["pretrained"])
-    seeds = common_flags.seeds_from_flags()
     config = common_flags.config_from_flags()
     game_tasks.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
-    runs = {workdir: config}
-    if seeds is not None:
-        runs = {
-            workdir / f"seed_{seed}": config_lib.replace_options(config, seed=seed)
-            for seed in seeds
-        }
-    if common_flags.is_preflight(config, workdir, *_STAGES):
+    runs = common_flags.runs_from_flags(config, workdir)
+    is_at_once = common_flags.is_at_once()
+    if common_flags.is_preflight(
+        config, workdir, *_STAGES, num_seeds=len(runs) if is_at_once else 1
+    ):
         return
     with common_flags.watched() as watched:
+        if is_at_once and "pretrained" in arms:
+            for folder, one in runs.items():
+                rundir.open_run(folder, stage="run_aps", config=one, arms=arms)
+            stages.pretrain_seeds(
+                {folder / "pretrain": one for folder, one in runs.items()},
+                **watched,
+            )
         for folder, one in runs.items():
             results = _run(one, folder, arms, **watched)
-            if len(runs) > 1:
+            if folder != workdir:
                 print(f"Seed {one.seed}:")
             summary.print_results(one, results)
             print(f"Result: {folder / rundir.RESULT_NAME}")

@@ -227,6 +227,11 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
         )
     for name in _NOT_PASSED & set(common_flags.given_options()):
         raise ValueError(f"--{name} cannot be given to a sweep: give --{name}s.")
+    if common_flags.is_at_once():
+        raise ValueError(
+            "--num_seeds cannot be given to a sweep, whose runs are processes of their "
+            "own: give --seeds."
+        )
     base = common_flags.config_from_flags()
     seeds = common_flags.seeds_from_flags() or [0]
     jobs = []

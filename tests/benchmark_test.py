@@ -1,7 +1,9 @@
 """Tests of experiments.benchmark: its arithmetic, and every row in its smallest size."""
 
 import contextlib
+import functools
 import io
+import itertools
 import json
 import math
 import types
@@ -18,6 +20,7 @@ from experiments import (
     bench_loop,
     bench_parts,
     bench_scaling,
+    bench_seeds,
     bench_startup,
     bench_table,
     benchmark,
@@ -102,7 +105,41 @@ def test_the_table_says_what_was_measured_and_what_was_not():
     assert len(bench_table.to_text(rows).splitlines()) == 3
 
 
+class FakePlayer:
+    """Stands for a process of the row of seeds."""
+
+    def __init__(self, started, options):
+        started.append(options)
+        seconds = "4.0" if "--bench_seeds=2" in options else "3.0"
+        self._answers = itertools.chain(["ready"], itertools.repeat(seconds))
+        self._is_asked = True
+
+    def begin(self):
+        self._is_asked = True
+
+    def answer(self):
+        assert self._is_asked
+        self._is_asked = False
+        return next(self._answers)
+
+    def close(self):
+        pass
+
+
+def test_a_process_of_the_row_of_seeds_plays_a_turn_for_each_line(monkeypatch, capsys):
+    monkeypatch.setattr(bench_seeds.sys, "stdin", ["\n", "\n"])
+    options = {"preset": "cpu", "bench_seeds": 2, "bench_iterations": 1}
+    with flagsaver.flagsaver(**options, **dict(bench_loop.SMOKE.options)):
+        bench_seeds.main(["bench_seeds"])
+    ready, *seconds = capsys.readouterr().out.split()
+    assert ready == "ready" and len(seconds) == 2
+    assert all(float(value) > 0 for value in seconds)
+
+
 def test_every_row_runs(tmp_path, monkeypatch):
+    started = []
+    player = functools.partial(FakePlayer, started)
+    monkeypatch.setattr(bench_seeds, "_Player", player)
     starts = iter([9.0, 3.0])
     monkeypatch.setattr(bench_startup, "measure", lambda *_: next(starts))
     asked = []
@@ -122,6 +159,13 @@ def test_every_row_runs(tmp_path, monkeypatch):
     # What does not depend on the clock holds in the smallest size too.
     assert by_case["bytes per step / bytes of its frame"]["is_met"]
     assert by_case["cold / with the compilation cache"]["ratio"] == 3.0
+    # Turns of 4 s at once, of 3 s in each of two processes.
+    beside = by_case["2 seeds at once / 2 processes side by side"]
+    after = by_case["2 seeds at once / 2 processes one after another"]
+    assert (beside["ratio"], after["ratio"]) == (0.75, 1.5)
+    assert beside["measured"] == 2 * 3 * 4 / 4.0  # seeds, iterations, environments
+    assert [("--bench_seeds=2" in words) for words in started] == [1, 0, 0]
+    assert "--seed=1" in started[2]
     for row in result["rows"]:
         if row["row"] in ("recompilation", "knn_accuracy", "knn_memory"):
             assert row["is_met"] is not False, row

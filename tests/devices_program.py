@@ -126,7 +126,7 @@ def learned(num_devices, *, is_pretraining):
         },
     }
     if is_pretraining and num_devices in (1, 8):
-        left["calibrated"] = loop.make_calibrate(CONFIG, AGENT, RING, mesh)(
+        left["calibrated"] = loop.make_calibrate(AGENT, RING, KEY, mesh)(
             state.params, ring
         )
     return jax.device_get(left), collectives(learn)

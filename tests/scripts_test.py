@@ -16,7 +16,7 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
-from aps_jax import loop, resources, stages
+from aps_jax import loop, resources, snapshots, stages
 from experiments import (
     common_flags,
     evaluate,
@@ -191,6 +191,62 @@ def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
     assert f"--init={tmp_path / 'p'}" in capsys.readouterr().out
 
 
+def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
+    tmp_path, capsys, monkeypatch
+):
+    """On the real Pong: pretrain at once, then the stages that start from a seed."""
+    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
+    monkeypatch.setattr(snapshots, "_NUM_STATES", 16)
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, **TINY)
+        pretrain.main(["pretrain"])
+    said = capsys.readouterr().out
+    for seed in (3, 4):
+        folder = tmp_path / "p" / f"seed_{seed}"
+        assert f"--init={folder}" in said
+        trained = stages.load_pretrained(folder)
+        assert trained.config.seed == seed
+        assert trained.facts["agent_steps"] == 160
+
+    tuned = []
+
+    def fake_finetune(config, workdir, init, *, progress, stop):
+        del progress, stop
+        tuned.append((config.seed, workdir, init))
+        return {**fake_runs.result(), "human_normalized_score": None}
+
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "f"), init=str(tmp_path / "p"))
+        set_flags(seed=3, num_seeds=2)
+        finetune.main(["finetune"])
+    assert tuned == [
+        (seed, tmp_path / "f" / f"seed_{seed}", tmp_path / "p" / f"seed_{seed}")
+        for seed in (3, 4)
+    ]
+
+
+def test_the_main_job_pretrains_its_seeds_at_once(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        stages,
+        "pretrain_seeds",
+        lambda configs, **_: order.append(
+            {str(w.relative_to(tmp_path)): one.seed for w, one in configs.items()}
+        ),
+    )
+    monkeypatch.setattr(run_aps.summary, "print_results", lambda *_: None)
+    monkeypatch.setattr(
+        run_aps, "_run", lambda config, workdir, arms, **_: order.append(config.seed)
+    )
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path), num_seeds=2, seed=5, **TINY)
+        run_aps.main(["run_aps"])
+    assert order == [{"seed_5/pretrain": 5, "seed_6/pretrain": 6}, 5, 6]
+    # As `_run` will find it.
+    assert (tmp_path / "seed_6" / "config.json").exists()
+
+
 def fake_pretrain(config, workdir, *, progress, stop):
     del workdir, progress, stop
     return {"game": config.game, "pretrain_frames": config.pretrain.pretrain_frames}
@@ -353,6 +409,18 @@ WRONG = {
     "seeds that are no numbers": (
         ["run_aps", "--seeds=a,b", "--workdir={new}"],
         r"--seeds must be a number, or numbers, got \['a', 'b'\]",
+    ),
+    "no seeds at once": (
+        ["run_aps", "--num_seeds=0", "--workdir={new}"],
+        r"--num_seeds must be at least 1, got 0",
+    ),
+    "seeds by two flags": (
+        ["pretrain", "--num_seeds=2", "--seeds=3", "--workdir={new}"],
+        r"--num_seeds pretrains .* give one of the two",
+    ),
+    "seeds at once on several devices": (
+        ["run_aps", "--num_seeds=2", "--num_devices=2", "--workdir={new}"],
+        r"share one device, got num_devices=2",
     ),
     "a task that cannot be imported": (
         ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
