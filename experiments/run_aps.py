@@ -19,6 +19,7 @@ import jax.numpy as jnp
 
 from aps_jax import config as config_lib
 from aps_jax import (
+    devices,
     envs,
     evaluation,
     game_tasks,
@@ -52,6 +53,7 @@ def main(argv: Sequence[str]) -> None:
         config, workdir, *_STAGES, num_seeds=len(runs) if is_at_once else 1
     ):
         return
+    devices.make_mesh(config.num_devices)  # What is refused leaves no folder behind.
     with common_flags.watched() as watched:
         if is_at_once and "pretrained" in arms:
             for folder, one in runs.items():
