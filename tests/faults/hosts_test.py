@@ -210,7 +210,7 @@ def test_the_main_job_on_pong(tmp_path, count):
     for name in ("result.json", "curves.png", "features.png", "game.gif"):
         assert (workdir / name).exists()
     for script, *words in (
-        ("report", str(workdir)),
+        ("report", str(workdir), f"--out={tmp_path}/report"),
         ("evaluate", f"--checkpoint={workdir}", f"--workdir={tmp_path}/evaluation"),
     ):
         done = subprocess.run(
