@@ -404,7 +404,7 @@ def _wait(team: _Team, key: str) -> str:
             return team.client.blocking_key_value_get(key, 1000)
         except jax.errors.JaxRuntimeError as error:
             if "DEADLINE_EXCEEDED" not in str(error):
-                await_verdict(error)
+                await_verdict()
                 raise
         code = team.ended(0)
         if code == interrupts.EXIT_CODE:
@@ -559,12 +559,11 @@ def is_of_all(error: BaseException) -> bool:
     )
 
 
-def await_verdict(error: BaseException) -> None:
+def await_verdict() -> None:
     """Waits after a failed operation of all until it is known who is gone.
 
     Returns only if nobody is: then the error is this process's own.
     """
-    del error
     if _team is not None:
         _team.is_broken = True
         time.sleep(_SHORT_PATIENCE_SECONDS + 4.0)

@@ -121,7 +121,6 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
     def draw(
         state: ReplayState,
         key: types.PRNGKey,
-        *,
         num_windows: int,
         num_states: int,
         axis_name: str | None,
@@ -154,13 +153,7 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
         num_states: int,
         axis_name: str | None = None,
     ) -> Window:
-        places = draw(
-            state,
-            key,
-            num_windows=num_windows,
-            num_states=num_states,
-            axis_name=axis_name,
-        )
+        places = draw(state, key, num_windows, num_states, axis_name)
         return read(state, places, num_states)
 
     def map_sample(
@@ -172,13 +165,7 @@ def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
         num_states: int,
         axis_name: str | None = None,
     ) -> Any:
-        places = draw(
-            state,
-            key,
-            num_windows=num_windows,
-            num_states=num_states,
-            axis_name=axis_name,
-        )
+        places = draw(state, key, num_windows, num_states, axis_name)
         return _map_in_chunks(
             lambda some: function(read(state, some, num_states)), places
         )

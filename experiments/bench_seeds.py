@@ -61,10 +61,8 @@ def start(config: config_lib.Config, num_seeds: int) -> loop.Pretraining:
 
 def play(parts: loop.Pretraining, iterations: int) -> float:
     """Plays, learns and waits for all of it; returns the seconds."""
-    session, started = parts.session, time.perf_counter()
-    for _ in range(iterations):
-        session.step(parts.act, parts.learn, parts.schedule)
-    jax.block_until_ready((session.state, session.memory))
+    started = time.perf_counter()
+    bench_loop.play(parts, iterations, learns=True)
     return time.perf_counter() - started
 
 

@@ -408,7 +408,7 @@ def run(
             sys.exit(interrupts.EXIT_CODE)
         except Exception as error:
             if hosts.is_of_all(error):
-                hosts.await_verdict(error)
+                hosts.await_verdict()
             code, text = _explain(error)
             if text is None or flags.FLAGS.pdb or flags.FLAGS.showtraceback:
                 if hosts.is_connected():

@@ -1,18 +1,13 @@
-"""Starts real processes of a run over several hosts; reads what they leave.
+"""Starts real processes of a run over several hosts; reads what they leave."""
 
-They are forked from a server that has imported everything, which saves the seconds that
-importing takes.
-"""
-
-import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import signal
 import socket
 import time
 
+import forks
 import jax
 import numpy as np
 
@@ -28,19 +23,7 @@ from aps_jax import (
     tasks,
 )
 
-_TESTS = pathlib.Path(__file__).resolve().parent
-
 SECONDS = 300.0  # after which a process is taken for hanging
-
-
-@functools.cache
-def _server():
-    # Threads of a library that is merely imported would not survive a fork.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["hosts_program"])
-    return context
 
 
 def _run(*arguments):
@@ -94,7 +77,7 @@ class Processes:
                 *flags,
                 *(each[index] if each else []),
             ]
-            process = _server().Process(
+            process = forks.server("hosts_program").Process(
                 target=_run, args=(argv, str(self.logs[index]), environment)
             )
             process.start()

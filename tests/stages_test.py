@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aps_jax import agent as agent_lib
-from aps_jax import checkpoint, evaluation, loop, metrics, stages
+from aps_jax import checkpoint, evaluation, loop, metrics, recorders, stages
 from aps_jax import config as config_lib
 
 pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
@@ -338,7 +338,7 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
         to_disk(path)
 
     monkeypatch.setattr(checkpoint, "_to_disk", full)
-    monkeypatch.setattr(stages, "_RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(recorders, "_RETRY_SECONDS", 0.0)
     wait_for_saves(monkeypatch)
     result = pretrain(make_config(), tmp_path / "p")
     assert tries[0] == "writing_120" and tries.count("writing_240") == 3
@@ -570,7 +570,7 @@ def test_an_evaluation_without_a_score_is_saved_without_one(
         lambda *given: summary(*given) | {"eval_return_mean": math.nan},
     )
     monkeypatch.setattr(stages, "_score", lambda *_: {})
-    monkeypatch.setattr(stages, "_patiently", lambda write, *_: write())
+    monkeypatch.setattr(recorders, "_patiently", lambda write, *_: write())
     config = make_config(keep_best=True)
     finetune(config, tmp_path / "f", folder / "pretrain")
     facts = checkpoint.read_facts(tmp_path / "f" / "checkpoints" / "120")

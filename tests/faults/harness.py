@@ -1,40 +1,22 @@
-"""Starts real processes of a run, kills them, and compares what they leave.
-
-The processes are forked from a server that has imported everything and started nothing,
-which saves the seconds that importing takes.
-"""
+"""Starts real processes of a run, kills them, and compares what they leave."""
 
 import csv
-import functools
 import json
-import multiprocessing
 import os
 import pathlib
 import signal
 import time
 
+import forks
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX.proto.event_pb2
 
 from aps_jax import checkpoint, interrupts
 
-_TESTS = pathlib.Path(__file__).resolve().parent.parent
-
 EXIT_CODE = interrupts.EXIT_CODE
 STAGES = ("pretrain", "finetune")
 _SECONDS = 600.0  # after which a process is taken for hanging
-
-
-@functools.cache
-def _server():
-    """Returns the server of processes, which starts with the first of them."""
-    # Threads of a library that is merely imported would not survive a fork.
-    os.environ["OPENBLAS_NUM_THREADS"] = "1"
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(_TESTS.parent), str(_TESTS)])
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["faults.driver"])
-    return context
 
 
 def _run(*arguments):
@@ -56,8 +38,8 @@ class Process:
     ):
         """Starts it; the arguments are those of `driver.run`."""
         self.workdir = workdir
-        self._sends = _server().Value("i", 0)
-        self._process = _server().Process(
+        self._sends = forks.server("faults.driver").Value("i", 0)
+        self._process = forks.server("faults.driver").Process(
             target=_run,
             args=(str(workdir), self._sends, step_seconds, full_between, options),
         )
