@@ -12,7 +12,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from aps_jax import config as config_lib
-from aps_jax import metrics, stages
+from aps_jax import metrics, stages, tracking
 from experiments import common_flags
 
 
@@ -75,7 +75,7 @@ def test_rows_go_to_wandb_under_the_same_names(fake, tmp_path):
 def test_a_folder_keeps_its_id(fake, tmp_path):
     ids = []
     for folder in ("a", "b", "a"):
-        stages.tracking.start_wandb(make_config(), tmp_path / folder)
+        tracking.start_wandb(make_config(), tmp_path / folder)
         ids.append(fake.started[-1]["id"])
     assert ids[0] == ids[2] != ids[1]
 
