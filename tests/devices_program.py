@@ -1,6 +1,6 @@
-"""Runs the jitted steps on 1 and 8 virtual devices, and writes what they leave.
+"""Runs steps on 1 and 8 virtual devices, or stages on 2, and writes what they leave.
 
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices_program.py FOLDER
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices_program.py FOLDER steps
 
 A program of its own, because the number of devices is fixed when JAX starts.
 """
@@ -229,7 +229,15 @@ def flat(tree):
     }
 
 
-def main(folder):
+def leave_stages(folder):
+    """Leaves the agents of runs that were stopped once or not at all."""
+    for name, is_stopped in (("straight", False), ("stopped", True)):
+        left = stages_on_two(folder / name, is_stopped=is_stopped)
+        np.savez(folder / f"{name}.npz", **flat(jax.device_get(left)))
+
+
+def leave_steps(folder):
+    """Leaves what updates and acting do on 1 and on 8 devices."""
     facts = {}
     for count in (1, 8):
         left, facts[f"pretrain_{count}"] = learned(count, is_pretraining=True)
@@ -240,9 +248,6 @@ def main(folder):
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    for name, is_stopped in (("straight", False), ("stopped", True)):
-        left = stages_on_two(folder / name, is_stopped=is_stopped)
-        np.savez(folder / f"{name}.npz", **flat(jax.device_get(left)))
     state = AGENT.init(jax.random.key(0))
     facts["num_params"] = sum(
         x.size
@@ -253,4 +258,6 @@ def main(folder):
 
 
 if __name__ == "__main__":
-    main(pathlib.Path(sys.argv[1]))
+    {"steps": leave_steps, "stages": leave_stages}[sys.argv[2]](
+        pathlib.Path(sys.argv[1])
+    )
