@@ -21,7 +21,7 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from aps_jax import convolutions, networks
+from aps_jax import convolutions, networks, resources
 
 try:
     import torch
@@ -273,6 +273,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
+    resources.tune_allocator()
     try:
         batches = [int(batch) for batch in _BATCHES.value]
         rows = measure(
