@@ -16,10 +16,12 @@ An emulator's state can be neither saved nor restored: a run that resumes from a
 checkpoint continues its learning exactly, but in new episodes.
 """
 
+import concurrent.futures
 import difflib
 import importlib.util
 import os
 import pathlib
+import types as python_types
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -117,6 +119,17 @@ def _num_usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def _import_envpool() -> python_types.ModuleType:
+    """Imports EnvPool, which takes a second that pure users of this module save.
+
+    In a thread of its own: where a library of one of its games is missing, EnvPool keeps
+    the exception for good, and with it every frame that led to the import. Those of a
+    stage hold its replay.
+    """
+    with concurrent.futures.ThreadPoolExecutor(max_workers=1) as executor:
+        return executor.submit(importlib.import_module, "envpool").result()
+
+
 class AtariPool:
     """Steps `E` copies of one game together, in EnvPool's synchronous mode.
 
@@ -183,9 +196,7 @@ class AtariPool:
             raise ValueError(f"sticky must be in [0, 1], got {sticky}.")
         if make is None:
             check_game(game)
-            import envpool  # Takes seconds, and pure users of this module need none.
-
-            make = envpool.make
+            make = _import_envpool().make
 
         self.game = game
         self.num_envs = num_envs

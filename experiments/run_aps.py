@@ -11,6 +11,7 @@ agent playing; with both arms, also with what pretraining gained and its interva
 seeds. The same command continues a run that was interrupted.
 """
 
+import gc
 import pathlib
 from collections.abc import Sequence
 from typing import Any
@@ -94,6 +95,9 @@ def _run(
     if "pretrained" in arms:
         init = workdir / "pretrain"
         stages.pretrain(config, init, **watched)
+        # Libraries that a stage is the first to import keep frames in cycles, and those
+        # hold its replay.
+        gc.collect()
         results["pretrained"] = stages.finetune(
             config, workdir / "pretrained", init, **watched
         )

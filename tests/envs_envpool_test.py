@@ -591,6 +591,29 @@ def test_close_ends_the_threads():
     assert num_threads() == before
 
 
+def test_what_a_stage_held_when_envpool_was_imported_is_freed():
+    code = (
+        "import gc, weakref\n"
+        "import numpy as np\n"
+        "from aps_jax import envs\n"
+        "def stage():\n"
+        "    held = np.zeros(10)\n"
+        "    envs.AtariPool('Pong', 1, seeds=[0]).close()\n"
+        "    return weakref.ref(held)\n"
+        "held = stage()\n"
+        "gc.collect()\n"
+        "print(held() is None)\n"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
+    )
+    assert shown.stdout == "True\n"
+
+
 def test_unknown_game_is_refused_before_envpool_is_imported():
     code = (
         "import sys\n"

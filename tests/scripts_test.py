@@ -5,9 +5,11 @@ import pathlib
 import re
 import subprocess
 import sys
+import weakref
 
 import fake_runs
 import hypothesis
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -116,9 +118,16 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
     tmp_path, capsys, monkeypatch
 ):
     """Pretrained scores 3, 4, 5 against 1, 1, 1: a gain of 3, whatever the resample."""
+    held = []
+
+    def fake_pretrain(*_, **__):
+        replay, cycle = np.zeros(10), []
+        cycle += [cycle, replay]
+        held.append(weakref.ref(replay))
 
     def fake_finetune(config, workdir, init, *, progress, stop):
         del progress, stop
+        assert not any(replay() is not None for replay in held)
         values = fake_runs.result(
             [1.0 if init is None else 3.0 + config.seed] * 4,
             seed=config.seed,
@@ -127,7 +136,7 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
         fake_runs.write(workdir, values)
         return {**values, "human_normalized_score": None}
 
-    monkeypatch.setattr(stages, "pretrain", lambda *_, **__: None)
+    monkeypatch.setattr(stages, "pretrain", fake_pretrain)
     monkeypatch.setattr(stages, "finetune", fake_finetune)
     monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
     monkeypatch.setattr(
