@@ -1,6 +1,6 @@
 r"""Rows of the benchmark for devices and particles, and the process that they start.
 
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+  XLA_FLAGS=--xla_force_host_platform_device_count=2 \
     python -m experiments.bench_scaling --preset=cpu --num_devices=2
 
 is that process: it reads lines `THING CASE COUNT` and answers each when it has done so
@@ -80,9 +80,10 @@ def process(num_devices: int, size: bench_loop.Size):
     ]
     environment = dict(os.environ)
     if jax.default_backend() == "cpu":
+        # No more than are used: XLA starts a thread for each of them.
         environment["XLA_FLAGS"] = (
             os.environ.get("XLA_FLAGS", "")
-            + f" --xla_force_host_platform_device_count={max(size.device_counts)}"
+            + f" --xla_force_host_platform_device_count={num_devices}"
         )
     with subprocess.Popen(
         command,

@@ -21,6 +21,12 @@ from experiments import bench_table, cost
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
 
+# The other rows are on the page on scaling.
+_ON_PERFORMANCE = (
+    *("full", "others", "acting", "raw", "replay", "recompilation", "page_faults"),
+    *("knn", "knn_accuracy", "knn_memory", "encoder", "startup", "scaling"),
+)
+
 _CHECK = flags.DEFINE_bool(
     "check", False, "Whether to compare only, and write nothing."
 )
@@ -51,15 +57,15 @@ def ablation_tables() -> str:
     return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
 
 
-def measured_rows(name: str, file_name: str) -> Callable[[], str]:
-    """Returns what makes the table of one row of the benchmark, as it was measured."""
+def measured_rows(file_name: str, *names: str) -> Callable[[], str]:
+    """Returns what makes the table of some rows of the benchmark, as it was measured."""
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu" / file_name
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows = [bench_table.Row(**row) for row in measured["rows"]]
         return bench_table.to_markdown(
-            [row for row in rows if row.row == name], measured["machine"]
+            [row for row in rows if row.row in names], measured["machine"]
         )
 
     return make
@@ -78,10 +84,14 @@ def cost_tables() -> str:
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
+    "docs/performance.md": {
+        "benchmark": measured_rows("benchmark.json", *_ON_PERFORMANCE),
+        "encoder": measured_rows("encoder.json", "encoder"),
+    },
     "docs/scaling.md": {
-        "particles": measured_rows("particles", "devices_and_particles.json"),
-        "devices": measured_rows("devices", "devices_and_particles.json"),
-        "seeds": measured_rows("seeds", "seeds.json"),
+        "particles": measured_rows("benchmark.json", "particles"),
+        "devices": measured_rows("devices.json", "devices"),
+        "seeds": measured_rows("benchmark.json", "seeds"),
         "cost": cost_tables,
     },
     "README.md": {"results": results_table},
