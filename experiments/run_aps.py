@@ -13,7 +13,7 @@ seeds. The same command continues a run that was interrupted.
 
 import gc
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -92,19 +92,19 @@ def _run(
     )
     watched = {"progress": progress, "stop": stop}
     results: dict[str, dict[str, Any]] = {}
+
+    def run(stage: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+        # Libraries that a stage is the first to import keep frames in cycles, and those
+        # hold its replay: it must not be there beside the next one's.
+        gc.collect()
+        return stage(config, *given, **watched)
+
     if "pretrained" in arms:
         init = workdir / "pretrain"
-        stages.pretrain(config, init, **watched)
-        # Libraries that a stage is the first to import keep frames in cycles, and those
-        # hold its replay.
-        gc.collect()
-        results["pretrained"] = stages.finetune(
-            config, workdir / "pretrained", init, **watched
-        )
+        run(stages.pretrain, init)
+        results["pretrained"] = run(stages.finetune, workdir / "pretrained", init)
     if "scratch" in arms:
-        results["scratch"] = stages.finetune(
-            config, workdir / "scratch", None, **watched
-        )
+        results["scratch"] = run(stages.finetune, workdir / "scratch", None)
 
     def write() -> None:
         rundir.write_json(

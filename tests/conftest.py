@@ -4,14 +4,12 @@ Warnings are errors by pyproject.toml. The settings are environment variables, s
 the processes that tests start are as strict.
 """
 
-import gc
 import importlib.metadata
 import os
 import pathlib
 import tempfile
 
-# Most of what tests make while JAX traces stays: collecting it in vain takes long.
-gc.set_threshold(200_000)
+import experiments  # noqa: F401  Garbage is collected as seldom as in the scripts.
 
 _CACHE = pathlib.Path(tempfile.gettempdir(), f"aps_jax_test_cache_{os.getuid()}")
 

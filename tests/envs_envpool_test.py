@@ -7,8 +7,6 @@ fact, so that a release of EnvPool that behaves otherwise turns it red.
 import functools
 import os
 import pickle
-import subprocess
-import sys
 from typing import NamedTuple
 
 import envpool
@@ -16,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from scripts import run_python
 
 from aps_jax import envs, frames, types
 
@@ -604,14 +603,8 @@ def test_what_a_stage_held_when_envpool_was_imported_is_freed():
         "gc.collect()\n"
         "print(held() is None)\n"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert shown.stdout == "True\n"
+    shown = run_python("-c", code)
+    assert shown == "True\n"
 
 
 def test_unknown_game_is_refused_before_envpool_is_imported():
@@ -623,12 +616,6 @@ def test_unknown_game_is_refused_before_envpool_is_imported():
         "except ValueError as error:\n"
         "    print(error, 'envpool' in sys.modules)\n"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert shown.stdout.startswith("Unknown game 'Pnog'")
-    assert "Pong" in shown.stdout and shown.stdout.strip().endswith("False")
+    shown = run_python("-c", code)
+    assert shown.startswith("Unknown game 'Pnog'")
+    assert "Pong" in shown and shown.strip().endswith("False")

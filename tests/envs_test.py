@@ -5,13 +5,12 @@ What EnvPool itself does is the subject of `envs_envpool_test`.
 
 import inspect
 import os
-import subprocess
-import sys
 
 import fakes
 import jax
 import numpy as np
 import pytest
+from scripts import run_python
 
 from aps_jax import envs, types
 
@@ -458,14 +457,8 @@ def test_importing_envs_and_listing_games_does_not_import_envpool():
         "assert 'Pong' in envs.games(); envs.environment_seeds(0, 2);"
         "print([m for m in sys.modules if m.split('.')[0] == 'envpool'])"
     )
-    shown = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=True,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
-    )
-    assert shown.stdout.strip() == "[]"
+    shown = run_python("-c", code)
+    assert shown.strip() == "[]"
 
 
 def summarise_episodes(reward, is_last, is_first):

@@ -4,11 +4,11 @@ import functools
 import json
 import os
 import pathlib
-import subprocess
 import sys
 
 import fakes
 import numpy as np
+from scripts import run_python
 
 from aps_jax import config as config_lib
 from aps_jax import stages
@@ -71,19 +71,8 @@ def run(folder):
 def test_pretraining_helps_before_the_reward_was_learned(tmp_path):
     # In a process of its own, where programs are optimised: this test alone runs for
     # longer than it compiles.
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"].replace("level=0", "level=1"),
-        "PYTHONPATH": os.pathsep.join(sys.path),
-    }
-    done = subprocess.run(
-        [sys.executable, __file__, tmp_path],
-        check=False,
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+    flags = os.environ["XLA_FLAGS"].replace("level=0", "level=1")
+    run_python(__file__, tmp_path, XLA_FLAGS=flags)
     curves = json.loads((tmp_path / "curves.json").read_text())
     pool = MAKE_CORNERS("Corners", 1, seeds=[0])
     pretrained, scratch = np.array(curves["pretrained"]), np.array(curves["scratch"])

@@ -1,4 +1,4 @@
-"""Runs the experiments' scripts as a user does, and the program of several devices."""
+"""Runs the experiments' scripts as a user does, and programs of the tests."""
 
 import os
 import pathlib
@@ -20,20 +20,21 @@ def run_script(script, *arguments, timeout=120):
     )
 
 
-def run_devices_program(folder, part):
-    """Runs a part of `devices_program.py` in a process that has 8 devices."""
-    program = pathlib.Path(__file__).parent / "devices_program.py"
-    environment = {
-        **os.environ,
-        "XLA_FLAGS": os.environ["XLA_FLAGS"]
-        + " --xla_force_host_platform_device_count=8",
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(program.parent)]),
-    }
+def run_python(*words, **environment):
+    """Runs Python, with the modules of the tests at hand; returns what it printed."""
     done = subprocess.run(
-        [sys.executable, program, folder, part],
+        [sys.executable, *words],
         check=False,
-        env=environment,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), **environment},
         capture_output=True,
         text=True,
     )
     assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def run_devices_program(folder, part):
+    """Runs a part of `devices_program.py` in a process that has 8 devices."""
+    program = pathlib.Path(__file__).parent / "devices_program.py"
+    flags = os.environ["XLA_FLAGS"] + " --xla_force_host_platform_device_count=8"
+    run_python(program, folder, part, XLA_FLAGS=flags)

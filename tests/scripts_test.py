@@ -120,14 +120,15 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
     """Pretrained scores 3, 4, 5 against 1, 1, 1: a gain of 3, whatever the resample."""
     held = []
 
-    def fake_pretrain(*_, **__):
+    def fill_replay(*_, **__):
+        assert not any(replay() is not None for replay in held)
         replay, cycle = np.zeros(10), []
         cycle += [cycle, replay]
         held.append(weakref.ref(replay))
 
     def fake_finetune(config, workdir, init, *, progress, stop):
         del progress, stop
-        assert not any(replay() is not None for replay in held)
+        fill_replay()
         values = fake_runs.result(
             [1.0 if init is None else 3.0 + config.seed] * 4,
             seed=config.seed,
@@ -136,7 +137,7 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
         fake_runs.write(workdir, values)
         return {**values, "human_normalized_score": None}
 
-    monkeypatch.setattr(stages, "pretrain", fake_pretrain)
+    monkeypatch.setattr(stages, "pretrain", fill_replay)
     monkeypatch.setattr(stages, "finetune", fake_finetune)
     monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
     monkeypatch.setattr(
