@@ -7,6 +7,7 @@ import math
 import os
 import pathlib
 import platform
+import resource
 import shutil
 from collections.abc import Callable
 
@@ -26,9 +27,13 @@ _MOST_COMPRESSED = 1000
 _ROOT = pathlib.Path("/")
 # Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-# Free memory that stays with the process: temporaries of the largest update, and no
-# replay. (APS's own encoder with 512 particles takes 0.6 GB.)
-_KEPT_BYTES = 2**30
+# What the heap is grown to: temporaries of the largest update, and no replay. (APS's own
+# encoder with 512 particles takes 0.6 GB.)
+_GROWN_BYTES = 2**30
+# Free memory that stays with the process: the heap's end must not be given back at once.
+# The largest that mallopt takes.
+_KEPT_BYTES = 2**31 - 1
+_MADV_HUGEPAGE = 14  # From mman-common.h, the same on all of Linux.
 
 
 def available_bytes() -> int:
@@ -287,26 +292,38 @@ def size_text(num_bytes: int) -> str:
 
 
 def tune_allocator() -> None:
-    """Makes glibc's allocator keep what an update frees, and have an arena per core.
+    """Makes glibc's allocator keep what an update frees, on huge pages, in one arena.
 
     XLA's CPU client allocates an update's temporaries anew each time. Blocks that large
     glibc asks of the kernel and gives back, and each of their pages is zeroed when it is
     first touched: a quarter of an update's processor time (docs/performance.md). Blocks
-    of the heap stay there.
+    of the heap stay there, but only the first arena has a heap that holds more than
+    64 MiB; which arena a thread gets is chance. It grows by a GiB here, which takes no
+    memory before it is touched, and then huge pages where the kernel has any.
 
     Checkpoints are written by threads that come and go. Each keeps free pieces in the
-    arena it happened to get: memory grew by 1 MB per checkpoint, and by half of that
-    with an arena per core (docs/reliability.md).
+    arena it happened to get: with many arenas memory grew by 1 MB per checkpoint
+    (docs/reliability.md).
 
     To be called before there are threads; other allocators have no such settings, nor
     need them. The library leaves the choice to its user, the scripts all call it.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
         return
-    mallopt(_M_ARENA_MAX, max(2, math.ceil(usable_cores())))
-    mallopt(_M_MMAP_MAX, 0)
-    mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    libc.mallopt(_M_ARENA_MAX, 1)
+    libc.mallopt(_M_MMAP_MAX, 0)
+    libc.mallopt(_M_TRIM_THRESHOLD, _KEPT_BYTES)
+    libc.malloc.restype = ctypes.c_void_p
+    block = libc.malloc(ctypes.c_size_t(_GROWN_BYTES))
+    if block is None:  # The process may not have as much; its heap grows as it did.
+        return
+    libc.free(ctypes.c_void_p(block))
+    page = resource.getpagesize()
+    start = -(-block // page) * page
+    length = ctypes.c_size_t(_GROWN_BYTES - page)
+    # Where the kernel has no huge pages it says so, and nothing is lost.
+    libc.madvise(ctypes.c_void_p(start), length, _MADV_HUGEPAGE)
 
 
 def check_accelerator() -> None:
