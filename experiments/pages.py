@@ -86,6 +86,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/metrics.md": {"metrics": metrics.to_markdown},
     "docs/performance.md": {
         "benchmark": measured_rows("benchmark.json", *_ON_PERFORMANCE),
+        "replay": measured_rows("replay.json", "replay"),
         "encoder": measured_rows("encoder.json", "encoder"),
     },
     "docs/scaling.md": {
