@@ -17,7 +17,6 @@ checkpoint continues its learning exactly, but in new episodes.
 """
 
 import difflib
-import importlib
 import importlib.util
 import os
 import pathlib

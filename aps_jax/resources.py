@@ -4,10 +4,10 @@ import contextlib
 import ctypes
 import hashlib
 import math
+import mmap
 import os
 import pathlib
 import platform
-import resource
 import shutil
 from collections.abc import Callable
 
@@ -33,7 +33,6 @@ _GROWN_BYTES = 2**30
 # Free memory that stays with the process: the heap's end must not be given back at once.
 # The largest that mallopt takes.
 _KEPT_BYTES = 2**31 - 1
-_MADV_HUGEPAGE = 14  # From mman-common.h, the same on all of Linux.
 
 
 def available_bytes() -> int:
@@ -319,11 +318,10 @@ def tune_allocator() -> None:
     if block is None:  # The process may not have as much; its heap grows as it did.
         return
     libc.free(ctypes.c_void_p(block))
-    page = resource.getpagesize()
-    start = -(-block // page) * page
-    length = ctypes.c_size_t(_GROWN_BYTES - page)
+    start = -(-block // mmap.PAGESIZE) * mmap.PAGESIZE
+    length = ctypes.c_size_t(_GROWN_BYTES - mmap.PAGESIZE)
     # Where the kernel has no huge pages it says so, and nothing is lost.
-    libc.madvise(ctypes.c_void_p(start), length, _MADV_HUGEPAGE)
+    libc.madvise(ctypes.c_void_p(start), length, mmap.MADV_HUGEPAGE)
 
 
 def check_accelerator() -> None:

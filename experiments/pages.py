@@ -21,11 +21,8 @@ from experiments import bench_table, cost
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
 
-# The other rows are on the page on scaling.
-_ON_PERFORMANCE = (
-    *("full", "others", "acting", "raw", "replay", "recompilation", "page_faults"),
-    *("knn", "knn_accuracy", "knn_memory", "encoder", "startup", "scaling"),
-)
+# Rows of the benchmark that the page on scaling shows; all others are on performance's.
+_ON_SCALING = ("devices", "particles", "seeds")
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Whether to compare only, and write nothing."
@@ -57,15 +54,17 @@ def ablation_tables() -> str:
     return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
 
 
-def measured_rows(file_name: str, *names: str) -> Callable[[], str]:
-    """Returns what makes the table of some rows of the benchmark, as it was measured."""
+def measured_rows(
+    file_name: str, is_shown: Callable[[str], bool] = lambda name: True
+) -> Callable[[], str]:
+    """Returns what makes the table of a benchmark's rows, or some, as it was measured."""
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu" / file_name
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows = [bench_table.Row(**row) for row in measured["rows"]]
         return bench_table.to_markdown(
-            [row for row in rows if row.row in names], measured["machine"]
+            [row for row in rows if is_shown(row.row)], measured["machine"]
         )
 
     return make
@@ -85,14 +84,14 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
     "docs/performance.md": {
-        "benchmark": measured_rows("benchmark.json", *_ON_PERFORMANCE),
-        "replay": measured_rows("replay.json", "replay"),
-        "encoder": measured_rows("encoder.json", "encoder"),
+        "benchmark": measured_rows(
+            "benchmark.json", lambda name: name not in _ON_SCALING
+        ),
+        "replay": measured_rows("replay.json"),
+        "encoder": measured_rows("encoder.json"),
     },
     "docs/scaling.md": {
-        "particles": measured_rows("benchmark.json", "particles"),
-        "devices": measured_rows("devices.json", "devices"),
-        "seeds": measured_rows("benchmark.json", "seeds"),
+        **{name: measured_rows("benchmark.json", name.__eq__) for name in _ON_SCALING},
         "cost": cost_tables,
     },
     "README.md": {"results": results_table},
