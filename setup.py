@@ -20,8 +20,8 @@ setuptools.setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=["aps_jax", "experiments"],
-    package_data={"aps_jax": ["data/*"]},
+    packages=setuptools.find_packages(include=["aps_jax*", "experiments*"]),
+    package_data={"aps_jax.scores": ["data/*"]},
     install_requires=_requirements(),
     extras_require={
         # What the tests compare with, and the linter.

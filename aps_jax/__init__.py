@@ -1,11 +1,25 @@
 """APS in JAX: pure losses, rewards and tasks that other agents can import.
 
 These names need neither EnvPool nor flags nor a GPU, and do no work at import. The
-stages, the environments and the agent are imported by their modules' names.
+modules `aps_jax.losses`, `.rewards`, `.tasks` and `.knn` are those of `aps_jax.ops`.
+Stages, environments and agents are imported by their modules' names.
 """
 
-from aps_jax.knn import knn_distances
-from aps_jax.losses import (
+import sys
+
+from aps_jax.networks.modules import (
+    FeatureNetwork,
+    Features,
+    MlpEncoder,
+    NatureEncoder,
+    PaperEncoder,
+    SmallEncoder,
+    Successor,
+    SuccessorNetwork,
+)
+from aps_jax.ops import knn, losses, rewards, tasks
+from aps_jax.ops.knn import knn_distances
+from aps_jax.ops.losses import (
     SplitTDError,
     feature_loss,
     mask_after_cut,
@@ -17,17 +31,7 @@ from aps_jax.losses import (
     split_td_error,
     vector_td_error,
 )
-from aps_jax.networks import (
-    FeatureNetwork,
-    Features,
-    MlpEncoder,
-    NatureEncoder,
-    PaperEncoder,
-    SmallEncoder,
-    Successor,
-    SuccessorNetwork,
-)
-from aps_jax.rewards import (
+from aps_jax.ops.rewards import (
     DistanceScale,
     init_distance_scale,
     intrinsic_reward,
@@ -35,8 +39,8 @@ from aps_jax.rewards import (
     skill_reward,
     update_distance_scale,
 )
-from aps_jax.sphere import normalize, sample_uniform, sample_von_mises_fisher
-from aps_jax.tasks import (
+from aps_jax.ops.sphere import normalize, sample_uniform, sample_von_mises_fisher
+from aps_jax.ops.tasks import (
     InferredTask,
     RegressionMoments,
     candidate_tasks,
@@ -45,12 +49,11 @@ from aps_jax.tasks import (
     init_regression_moments,
     update_regression_moments,
 )
-from aps_jax.whitening import (
-    Whitening,
-    init_whitening,
-    update_whitening,
-    whiten,
-)
+from aps_jax.ops.whitening import Whitening, init_whitening, update_whitening, whiten
+
+# The first public names of these modules, from before they had a room.
+for _module in (knn, losses, rewards, tasks):
+    sys.modules[f"{__name__}.{_module.__name__.rpartition('.')[2]}"] = _module
 
 __all__ = (
     "DistanceScale",

@@ -21,7 +21,8 @@ import jax
 import numpy as np
 from absl import app, flags
 
-from aps_jax import convolutions, networks, resources
+from aps_jax.networks import convolutions, modules
+from aps_jax.runs import machine
 
 try:
     import torch
@@ -29,9 +30,9 @@ except ImportError:
     torch = None
 
 ENCODERS: Mapping[str, Callable[..., Any]] = {
-    "small": networks.SmallEncoder,
-    "nature": networks.NatureEncoder,
-    "paper": networks.PaperEncoder,
+    "small": modules.SmallEncoder,
+    "nature": modules.NatureEncoder,
+    "paper": modules.PaperEncoder,
 }
 IMAGE_SHAPE = (84, 84, 4)
 NO_TORCH = "PyTorch is not installed: its rows and the ratios to it are left out."
@@ -273,7 +274,7 @@ def format_rows(rows: Sequence[Row]) -> str:
 def main(argv: Sequence[str]) -> None:
     if len(argv) > 1:
         raise app.UsageError(f"Unexpected arguments: {argv[1:]}")
-    resources.tune_allocator()
+    machine.tune_allocator()
     try:
         batches = [int(batch) for batch in _BATCHES.value]
         rows = measure(

@@ -11,10 +11,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, loop, replay
+from aps_jax.agents import aps as agent_lib
 from aps_jax.config import FRAME_SKIP
+from aps_jax.parallel import devices
+from aps_jax.replay import buffer
+from aps_jax.train import loop
 from experiments import cost_model
 from experiments.bench_table import (
     NOT_MEASURED,
@@ -436,7 +438,7 @@ class _HostLoop:
         )
         self._state = loop.init_state(self._agent, 0)
         self._actor = devices.put(self._agent.init_actor(1))
-        self._steps: replay.Step | None = None
+        self._steps: buffer.Step | None = None
         self._num_steps = 0
         self._rng = np.random.default_rng(0)
         self._key = jax.random.key(0)
@@ -447,7 +449,7 @@ class _HostLoop:
         )
 
         def update(state, windows, particles):
-            stack = jax.vmap(replay.stack_window)
+            stack = jax.vmap(buffer.stack_window)
             encoded = self._agent.particles(state.params, stack(particles))
             return self._agent.update(state, stack(windows), encoded)
 
@@ -475,7 +477,7 @@ class _HostLoop:
         self._pool.send(np.asarray([step.action], np.int32))
         self._timestep = self._pool.recv()
 
-    def _sample(self, num: int, length: int) -> replay.Step:
+    def _sample(self, num: int, length: int) -> buffer.Step:
         size = min(self._num_steps, len(self._steps.action))
         starts = self._rng.integers(0, size - length + 1, num)
         places = starts[:, None] + np.arange(length)
@@ -662,7 +664,7 @@ def scaling_rows(size: Size) -> list[Row]:
     few, many = size.memory_steps
     taken = []
     for steps in (few, many):
-        ring = replay.make_replay(num_envs=4, size=steps, feature_dim=5)
+        ring = buffer.make_replay(num_envs=4, size=steps, feature_dim=5)
         analysis = jax.jit(ring.init).lower().compile().memory_analysis()
         taken.append(analysis.output_size_in_bytes + analysis.temp_size_in_bytes)
     rows.append(

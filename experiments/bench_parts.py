@@ -8,7 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax import knn, loop, replay, rewards
+from aps_jax.ops import knn, rewards
+from aps_jax.replay import buffer
+from aps_jax.train import loop
 from experiments import bench_encoders, bench_loop
 from experiments.bench_table import Row, at_least, at_most, take_turns
 
@@ -66,7 +68,7 @@ def replay_rows(size: bench_loop.Size) -> list[Row]:
         )
     ]
     pretrain = config_lib.preset_config("paper").pretrain
-    ring = replay.make_replay(
+    ring = buffer.make_replay(
         num_envs=pretrain.num_envs, size=pretrain.replay_size, feature_dim=5
     )
     num_steps = pretrain.replay_size // pretrain.num_envs * pretrain.num_envs

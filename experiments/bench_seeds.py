@@ -18,7 +18,7 @@ import jax
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import loop, seeds
+from aps_jax.train import loop, seeds
 from experiments import bench_loop, common_flags
 from experiments.bench_table import Row
 

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import jax
 
-from aps_jax import loop
+from aps_jax.train import loop
 from experiments import bench_loop, common_flags
 from experiments.bench_table import Row, at_least
 

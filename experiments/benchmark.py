@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
-from aps_jax import rundir
+from aps_jax.runs import folders
 from experiments import (
     bench_loop,
     bench_parts,
@@ -61,7 +61,7 @@ def main(argv: Sequence[str]) -> None:
     size = _SIZES[_SIZE.value]
     machine = {
         **bench_table.describe_machine(),
-        "commit": rundir.git_commit(),
+        "commit": folders.git_commit(),
         "size": size.name,
     }
     rows: list[bench_table.Row] = []

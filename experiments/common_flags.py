@@ -18,18 +18,11 @@ import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax import (
-    envs,
-    hosts,
-    interrupts,
-    loop,
-    preflight,
-    progress,
-    resources,
-    rundir,
-    tracking,
-)
-from aps_jax import seeds as seeds_lib
+from aps_jax.envs import atari
+from aps_jax.parallel import hosts, interrupts
+from aps_jax.runs import folders, machine, progress, tracking
+from aps_jax.train import loop, preflight
+from aps_jax.train import seeds as seeds_lib
 
 _PRESET_HELP = (
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
@@ -154,11 +147,11 @@ def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Confi
     if base is None:
         base = config_lib.preset_config(_PRESET.value)
     config = config_lib.apply_options(base, **given_options())
-    envs.check_game(config.game)
+    atari.check_game(config.game)
     if config.report.wandb:
         tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
-        resources.check_accelerator()
+        machine.check_accelerator()
     return config
 
 
@@ -313,7 +306,7 @@ def use_compilation_cache() -> None:
     if folder == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
-        folder = str(resources.cache_folder() / "xla")
+        folder = str(machine.cache_folder() / "xla")
     if not folder:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -351,7 +344,7 @@ def _connect(script: str, *, is_for_several: bool) -> None:
         if flag.present and flag.name not in _OWN
     }
     hosts.connect(
-        place, {**given, **rundir.versions(), "git_commit": rundir.git_commit()}
+        place, {**given, **folders.versions(), "git_commit": folders.git_commit()}
     )
     if hosts.is_first():
         print(f"A run of {hosts.text()}.", file=sys.stderr)
@@ -387,7 +380,7 @@ def run(
       short: Flags of this module that `--helpshort` shows for the script.
       is_for_several: Whether it can be one of the processes of a run on several hosts.
     """
-    resources.tune_allocator()
+    machine.tune_allocator()
     # Orbax reports every file it touches or cannot; a script's own lines are enough.
     logging.set_verbosity(logging.FATAL)
     python_logging.getLogger("jax").setLevel(python_logging.ERROR)

@@ -22,19 +22,13 @@ import jax.numpy as jnp
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import (
-    envs,
-    evaluation,
-    game_tasks,
-    loop,
-    pictures,
-    rundir,
-    sphere,
-    stages,
-    zero_shot,
-)
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
+from aps_jax.envs import atari, reward_functions
+from aps_jax.ops import sphere
+from aps_jax.parallel.interrupts import StopRequests
+from aps_jax.report import run_pictures
+from aps_jax.runs import folders
+from aps_jax.runs.progress import Progress
+from aps_jax.train import evaluation, loop, stages, zero_shot
 from experiments import common_flags, summary
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -62,23 +56,23 @@ def main(argv: Sequence[str]) -> None:
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint=DIR is needed: the folder of a finished run.")
     if _VIDEO.value or _VIDEO_TASKS.value:
-        pictures.check_video_format(_VIDEO_FORMAT.value)
+        run_pictures.check_video_format(_VIDEO_FORMAT.value)
     checkpoint = pathlib.Path(_CHECKPOINT.value)
     names = common_flags.given_options().get("task")
-    facts, base = rundir.read_run(checkpoint)
+    facts, base = folders.read_run(checkpoint)
     # A pretraining alone has no task yet: it is tried on that of its config.
     if names is None and facts["stage"] == stages.PRETRAIN:
         names = base.finetune.task
     if _VIDEO_TASKS.value or names is not None:
-        names = [name.strip() for name in (names or game_tasks.SCORE).split(",")]
+        names = [name.strip() for name in (names or reward_functions.SCORE).split(",")]
         for name in names:
-            game_tasks.load(name)
+            reward_functions.load(name)
         trained = stages.load_pretrained(checkpoint)
     else:
         trained = stages.load_finetuned(checkpoint)
     config = common_flags.config_from_flags(trained.config)
     stages.check_fits(trained, checkpoint, config, trained.num_actions)
-    rundir.open_run(
+    folders.open_run(
         workdir, stage="evaluate", config=config, checkpoint=_CHECKPOINT.value
     )
     if _VIDEO_TASKS.value:
@@ -102,8 +96,8 @@ def _evaluate(
             jnp.asarray(trained.facts["inferred"]["task"], jnp.float32),
             use_gpi=False,
             record_games=int(_VIDEO.value),
-            constructor=game_tasks.constructor_for(
-                config.finetune.task, envs.AtariPool
+            constructor=reward_functions.constructor_for(
+                config.finetune.task, atari.AtariPool
             ),
             progress=progress,
             stop=stop,
@@ -111,9 +105,9 @@ def _evaluate(
     result = stages.evaluation_result(
         config, played, checkpoint=_CHECKPOINT.value, started=started
     )
-    rundir.write_json(workdir / rundir.RESULT_NAME, result)
+    folders.write_json(workdir / folders.RESULT_NAME, result)
     summary.print_results(config, {"evaluated": result})
-    print(f"Result: {workdir / rundir.RESULT_NAME}")
+    print(f"Result: {workdir / folders.RESULT_NAME}")
     if _VIDEO.value:
         _save_video(workdir / "game", played.pictures[0])
 
@@ -131,7 +125,7 @@ def _evaluate_tasks(
             trained, config, names, progress=progress, stop=stop
         )
     content: dict[str, Any] = {
-        "schema": rundir.SCHEMA,
+        "schema": folders.SCHEMA,
         "stage": "zero_shot",
         "game": config.game,
         "agent": config.agent,
@@ -143,11 +137,11 @@ def _evaluate_tasks(
         "tasks": [zero_shot.to_dict(result) for result in results],
         "wall_seconds": round(time.monotonic() - started, 3),
         "device": jax.devices()[0].platform,
-        "git_commit": rundir.git_commit(),
+        "git_commit": folders.git_commit(),
     }
-    rundir.write_json(workdir / rundir.RESULT_NAME, content)
+    folders.write_json(workdir / folders.RESULT_NAME, content)
     summary.print_tasks(config, content["tasks"])
-    print(f"Result: {workdir / rundir.RESULT_NAME}")
+    print(f"Result: {workdir / folders.RESULT_NAME}")
     if _VIDEO.value:
         for result in results:
             name = result.name.replace(":", "_")
@@ -197,12 +191,12 @@ def _record_tasks(
             stop=stop,
         )
     labels = [", ".join(f"{value:+.1f}" for value in task[:6]) for task in drawn]
-    _save_video(workdir / "tasks", pictures.tile(played.pictures, labels))
+    _save_video(workdir / "tasks", run_pictures.tile(played.pictures, labels))
 
 
 def _save_video(path: pathlib.Path, frames: list[Any]) -> None:
     path = path.with_name(f"{path.name}.{_VIDEO_FORMAT.value}")
-    pictures.save_video(path, frames)
+    run_pictures.save_video(path, frames)
     print(f"Video: {path}")
 
 

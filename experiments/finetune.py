@@ -13,7 +13,8 @@ from collections.abc import Sequence
 
 from absl import flags
 
-from aps_jax import rundir, stages
+from aps_jax.runs import folders
+from aps_jax.train import stages
 from experiments import common_flags, summary
 
 _INIT = flags.DEFINE_string(
@@ -27,7 +28,7 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     seeds = common_flags.seeds_of_runs()
     first = _init_of(seeds[0] if seeds else None)
-    config = common_flags.config_from_flags(first and rundir.read_run(first)[1])
+    config = common_flags.config_from_flags(first and folders.read_run(first)[1])
     runs = common_flags.runs_from_flags(config, workdir)
     if common_flags.is_preflight(config, workdir, stages.FINETUNE, num_seeds=len(runs)):
         return
@@ -47,7 +48,7 @@ def _init_of(seed: int | None) -> pathlib.Path | None:
     folder = pathlib.Path(_INIT.value)
     if seed is not None:
         folder = common_flags.seed_folder(folder, seed)
-    return rundir.find_stage(folder, stages.PRETRAIN)
+    return folders.find_stage(folder, stages.PRETRAIN)
 
 
 def _arm(init: pathlib.Path | None) -> str:

@@ -15,7 +15,9 @@ from typing import Any
 
 from absl import app, flags, logging
 
-from aps_jax import interrupts, maze, rundir
+from aps_jax.envs import maze
+from aps_jax.parallel import interrupts
+from aps_jax.runs import folders
 from experiments import maze_agent, maze_evaluation, maze_grid, maze_plots
 
 # A pretraining is one long computation that nothing can be saved of.
@@ -68,8 +70,8 @@ flags.register_validator("agents", lambda v: _check_names(v, _AGENT_NAMES))
 def write(result: dict[str, Any], workdir: pathlib.Path) -> None:
     """Writes the result, its table and its pictures."""
     result["table"] = maze_grid.summarise(result)
-    rundir.write_json(workdir / _NAME, result)
-    rundir.write_text(workdir / "table.md", maze_grid.format_table(result))
+    folders.write_json(workdir / _NAME, result)
+    folders.write_text(workdir / "table.md", maze_grid.format_table(result))
     if _PICTURES.value:
         maze_plots.draw_all(result, str(workdir))
     logging.info("Wrote the results of %s", ", ".join(result["mazes"]))

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
 
-from aps_jax import maze, rundir, statistics
+from aps_jax.envs import maze
+from aps_jax.runs import folders
+from aps_jax.scores import estimates
 from experiments import maze_agent, maze_evaluation, maze_grid
 
 _NAME = "ablation.json"
@@ -112,8 +114,8 @@ def _interval(runs: Sequence[dict[str, Any]], field: str) -> str:
         np.array([run[field] for run in runs if run["maze"] == name])
         for name in maze.MAPS
     ]
-    estimate = statistics.bootstrap(
-        statistics.interquartile_mean, by_maze, seed=0, num_resamples=5_000
+    estimate = estimates.bootstrap(
+        estimates.interquartile_mean, by_maze, seed=0, num_resamples=5_000
     )
     value, low, high = (float(end) for end in estimate)
     return f"{value:.2f} [{low:.2f}, {high:.2f}]"
@@ -167,7 +169,7 @@ def main(argv: Sequence[str]) -> None:
         if change in known:
             continue
         runs += measure(change, seeds, _REWARDS.value)
-        rundir.write_json(
+        folders.write_json(
             workdir / _NAME,
             {
                 "schema": 1,
@@ -175,12 +177,12 @@ def main(argv: Sequence[str]) -> None:
                 "agent_config": maze_grid.describe(
                     [], seeds, *configs_of("", _REWARDS.value)
                 )["agent_config"],
-                "git_commit": rundir.git_commit(),
-                "versions": rundir.versions(),
+                "git_commit": folders.git_commit(),
+                "versions": folders.versions(),
                 "runs": runs,
             },
         )
-        rundir.write_text(workdir / "ablation.md", format_tables(runs))
+        folders.write_text(workdir / "ablation.md", format_tables(runs))
         logging.info("Measured %s.", change or "the default agent")
     print(format_tables(runs))
 

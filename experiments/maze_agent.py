@@ -26,7 +26,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aps_jax import knn, losses, maze, networks, rewards, sphere
+from aps_jax.envs import maze
+from aps_jax.networks import modules
+from aps_jax.ops import knn, losses, rewards, sphere
 from aps_jax.types import Params, PRNGKey
 
 _HEAD_SCALE = 0.01  # Of the first values in a table: no action is preferred by much.
@@ -34,7 +36,7 @@ _FINAL_RATE = 0.02  # Learning rates fall by a cosine to this share of the first
 
 
 class TDForm(enum.Enum):
-    """What the successor features learn from; see `aps_jax.losses`."""
+    """What the successor features learn from; see `aps_jax.ops.losses`."""
 
     SCALAR = "scalar"  # psi^T w learns the whole reward.
     VECTOR = "vector"  # psi learns phi + r_entropy * w.
@@ -163,8 +165,8 @@ def agent_config_from(settings: Sequence[str]) -> AgentConfig:
 class Networks(NamedTuple):
     """The library's two networks, with an encoder for one-hot cells."""
 
-    features: networks.FeatureNetwork
-    successor: networks.SuccessorNetwork  # Used without heads.
+    features: modules.FeatureNetwork
+    successor: modules.SuccessorNetwork  # Used without heads.
 
 
 class Pretrained(NamedTuple):
@@ -210,11 +212,11 @@ class _Episodes(NamedTuple):
 def make_networks(config: AgentConfig) -> Networks:
     """Builds the two networks; they have no parameters of their own."""
     return Networks(
-        features=networks.FeatureNetwork(
-            networks.MlpEncoder((config.feature_hidden,)), config.feature_dim
+        features=modules.FeatureNetwork(
+            modules.MlpEncoder((config.feature_hidden,)), config.feature_dim
         ),
-        successor=networks.SuccessorNetwork(
-            networks.MlpEncoder((config.hidden,)),
+        successor=modules.SuccessorNetwork(
+            modules.MlpEncoder((config.hidden,)),
             num_actions=maze.NUM_ACTIONS,
             feature_dim=config.feature_dim,
             hidden=config.hidden,
@@ -251,12 +253,12 @@ def init_params(
     if has_exploration(config):
         exploration = _HEAD_SCALE * jax.random.normal(k_exploration, shape)
     psi = _HEAD_SCALE * jax.random.normal(k_psi, (*shape, config.feature_dim))
-    return feature_params, networks.Successor(psi=psi, exploration=exploration)
+    return feature_params, modules.Successor(psi=psi, exploration=exploration)
 
 
 def successor_table(
     params: Params, world: maze.Maze, tasks: jax.Array, config: AgentConfig
-) -> networks.Successor:
+) -> modules.Successor:
     """Predicts psi `[S, K, A, D]` of every cell for tasks `[K, D]`.
 
     With heads the tasks must be the pretrained ones, in their order: the parameters are
@@ -272,7 +274,7 @@ def successor_table(
 
 def feature_table(
     params: Params, world: maze.Maze, config: AgentConfig
-) -> networks.Features:
+) -> modules.Features:
     """Computes the features h and phi `[S, D]` of every cell."""
     return make_networks(config).features.apply(params, observations(world, config))
 
@@ -342,7 +344,7 @@ class _Window(NamedTuple):
 
 def _follow(
     greedy: jax.Array,
-    predicted: networks.Successor,
+    predicted: modules.Successor,
     phi: jax.Array,
     r_entropy: jax.Array,
     world: maze.Maze,

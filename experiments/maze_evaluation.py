@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aps_jax import losses, maze, sphere, tasks
+from aps_jax.envs import maze
+from aps_jax.ops import losses, sphere, tasks
 from aps_jax.types import Params
 from experiments import maze_agent
 

@@ -17,7 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
-from aps_jax import maze, rundir, statistics
+from aps_jax.envs import maze
+from aps_jax.runs import folders
+from aps_jax.scores import estimates
 from experiments import maze_agent, maze_evaluation
 
 # Weights of the skill and of the entropy reward: the only difference between agents.
@@ -47,7 +49,7 @@ def open_workdir(
     path = workdir / name
     if not path.exists():
         return None
-    earlier = rundir.read_json(path)
+    earlier = folders.read_json(path)
     differing = [key for key in description if earlier.get(key) != description[key]]
     if differing:
         raise ValueError(
@@ -321,8 +323,8 @@ def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
     for agent in result["agents"]:
         row = {"agent": agent}
         for field in ("improved", "alone", "bound"):
-            estimate = statistics.bootstrap(
-                statistics.interquartile_mean,
+            estimate = estimates.bootstrap(
+                estimates.interquartile_mean,
                 scores_by_maze(result, agent, field),
                 seed=0,
                 num_resamples=5_000,

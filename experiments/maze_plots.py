@@ -13,7 +13,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib import ticker
 
-from aps_jax import statistics
+from aps_jax.scores import estimates
 
 _COLOURS = {"aps": "#0b6e99", "visr": "#e08e0b", "apt": "#8a5ba6", "random": "#888888"}
 _LABELS = {
@@ -60,8 +60,8 @@ def _runs(result: dict[str, Any], name: str, agent: str) -> list[dict[str, Any]]
 
 def _interval(scores: list[np.ndarray]) -> tuple[float, float, float]:
     """Returns the interquartile mean and the lengths of its error bar's halves."""
-    value, low, high = statistics.bootstrap(
-        statistics.interquartile_mean, scores, seed=0, num_resamples=2_000
+    value, low, high = estimates.bootstrap(
+        estimates.interquartile_mean, scores, seed=0, num_resamples=2_000
     )
     if np.isnan(low):
         return float(value), 0.0, 0.0

@@ -15,8 +15,9 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
-from aps_jax import metrics, report, report_tables, report_tasks
-from experiments import bench_table, cost
+from aps_jax.report import by_reward, report, tables
+from aps_jax.runs import metrics
+from experiments import bench_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
@@ -34,10 +35,10 @@ def results_table() -> str:
     # Seen from the root: notices name folders, and pages no machine's.
     with contextlib.chdir(ROOT):
         built = report.report([RESULTS], systems=("APS",))
-    text = report_tables.results_markdown(built)
-    if rows := report_tasks.collect(ROOT / RESULTS):
-        tasks = report_tasks.table(rows)
-        lines = [f"**{tasks.title}**", "", *report_tables.markdown_table(tasks), ""]
+    text = tables.results_markdown(built)
+    if rows := by_reward.collect(ROOT / RESULTS):
+        tasks = by_reward.table(rows)
+        lines = [f"**{tasks.title}**", "", *tables.markdown_table(tasks), ""]
         text += "\n" + "\n".join([*lines, *tasks.notes]) + "\n"
     made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
     hours = made["wall_seconds"] / 3600
@@ -70,15 +71,6 @@ def measured_rows(
     return make
 
 
-def cost_tables() -> str:
-    """Returns the model of cost, as its script prints it without flags."""
-    lines: list[str] = []
-    for table in cost.default_tables():
-        lines += [f"**{table.title}**", "", *report_tables.markdown_table(table), ""]
-        lines += [*table.notes, ""] if table.notes else []
-    return "\n".join(lines)
-
-
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"ablation": ablation_tables},
@@ -91,8 +83,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "encoder": measured_rows("encoder.json"),
     },
     "docs/scaling.md": {
-        **{name: measured_rows("benchmark.json", name.__eq__) for name in _ON_SCALING},
-        "cost": cost_tables,
+        name: measured_rows("benchmark.json", name.__eq__) for name in _ON_SCALING
     },
     "README.md": {"results": results_table},
 }

@@ -11,7 +11,7 @@ that was interrupted.
 
 from collections.abc import Sequence
 
-from aps_jax import stages
+from aps_jax.train import stages
 from experiments import common_flags
 
 

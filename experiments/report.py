@@ -12,7 +12,8 @@ from collections.abc import Sequence
 
 from absl import app, flags
 
-from aps_jax import report, report_numbers, report_tables, statistics
+from aps_jax.report import aggregates, report, tables
+from aps_jax.scores import estimates
 
 _OUT = flags.DEFINE_string(
     "out",
@@ -25,7 +26,7 @@ _PUBLISHED = flags.DEFINE_bool(
 )
 _SYSTEMS = flags.DEFINE_list(
     "systems",
-    list(report_numbers.DEFAULT_SYSTEMS),
+    list(aggregates.DEFAULT_SYSTEMS),
     "Published systems to show, separated by commas, or `all`.",
 )
 _RESAMPLES = flags.DEFINE_integer(
@@ -49,20 +50,20 @@ def main(argv: Sequence[str]) -> None:
     try:
         if bool(run_dirs) == _PUBLISHED.value:
             raise ValueError("Give folders of runs, or --published, and not both.")
-        rliable = statistics.import_rliable() if _RLIABLE.value else None
+        rliable = estimates.import_rliable() if _RLIABLE.value else None
         built = report.report(
             run_dirs,
             out=_OUT.value or None,
-            systems=report_numbers.named_systems(_SYSTEMS.value),
+            systems=aggregates.named_systems(_SYSTEMS.value),
             num_resamples=_RESAMPLES.value,
             pictures=_PICTURES.value,
         )
     except (ValueError, OSError, RuntimeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    report_tables.show(built)
+    tables.show(built)
     if rliable is not None:
-        for line in report_numbers.check_against_rliable(built, rliable):
+        for line in aggregates.check_against_rliable(built, rliable):
             print(line)
     if _OUT.value:
         print(f"Written to {_OUT.value}: report.md, report.csv, report.json, pictures.")

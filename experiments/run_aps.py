@@ -19,22 +19,13 @@ from typing import Any
 import jax.numpy as jnp
 
 from aps_jax import config as config_lib
-from aps_jax import (
-    devices,
-    envs,
-    evaluation,
-    game_tasks,
-    hosts,
-    metrics,
-    pictures,
-    report,
-    report_tables,
-    rundir,
-    snapshots,
-    stages,
-)
-from aps_jax.interrupts import StopRequests
-from aps_jax.progress import Progress
+from aps_jax.envs import atari, reward_functions
+from aps_jax.parallel import devices, hosts
+from aps_jax.parallel.interrupts import StopRequests
+from aps_jax.report import report, run_pictures, tables
+from aps_jax.runs import folders, metrics
+from aps_jax.runs.progress import Progress
+from aps_jax.train import evaluation, snapshots, stages
 from experiments import common_flags, summary
 
 _SHORT = (*common_flags.SHORT, "arms", "seeds", "num_seeds")
@@ -46,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     arms = common_flags.arms_from_flags(["pretrained"])
     config = common_flags.config_from_flags()
-    game_tasks.load(config.finetune.task)
+    reward_functions.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
     is_at_once = common_flags.is_at_once()
@@ -58,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     with common_flags.watched() as watched:
         if is_at_once and "pretrained" in arms:
             for folder, one in runs.items():
-                rundir.open_run(folder, stage="run_aps", config=one, arms=arms)
+                folders.open_run(folder, stage="run_aps", config=one, arms=arms)
             stages.pretrain_seeds(
                 {folder / "pretrain": one for folder, one in runs.items()},
                 **watched,
@@ -68,14 +59,14 @@ def main(argv: Sequence[str]) -> None:
             if folder != workdir:
                 print(f"Seed {one.seed}:")
             summary.print_results(one, results)
-            print(f"Result: {folder / rundir.RESULT_NAME}")
+            print(f"Result: {folder / folders.RESULT_NAME}")
             print(f"Learning curves: {folder / 'curves.png'}")
             if (folder / "features.png").exists():
                 print(f"Visited features: {folder / 'features.png'}")
             print(f"The agent playing: {folder / 'game.gif'}")
     is_gain_known = len(arms) == 2 and config.finetune.task == "score"
     if is_gain_known and hosts.is_first():
-        report_tables.show_gain(report.report(list(runs)))
+        tables.show_gain(report.report(list(runs)))
 
 
 def _run(
@@ -88,7 +79,7 @@ def _run(
 ) -> dict[str, dict[str, Any]]:
     """Runs all arms of one seed; returns the result of each."""
     hosts.by_first(
-        lambda: rundir.open_run(workdir, stage="run_aps", config=config, arms=arms)
+        lambda: folders.open_run(workdir, stage="run_aps", config=config, arms=arms)
     )
     watched = {"progress": progress, "stop": stop}
     results: dict[str, dict[str, Any]] = {}
@@ -107,8 +98,8 @@ def _run(
         results["scratch"] = run(stages.finetune, workdir / "scratch", None)
 
     def write() -> None:
-        rundir.write_json(
-            workdir / rundir.RESULT_NAME,
+        folders.write_json(
+            workdir / folders.RESULT_NAME,
             {**results[arms[0]], "stage": "run_aps", "arms": results},
         )
         _draw(config, workdir, list(results), **watched)
@@ -127,7 +118,7 @@ def _draw(
 ) -> None:
     """Writes the learning curves and a gif of the first arm's agent playing."""
     has_pretraining = "pretrained" in arms
-    pictures.save_learning_curves(
+    run_pictures.save_learning_curves(
         workdir / "curves.png",
         game=config.game,
         pretrain_csv=(
@@ -138,7 +129,7 @@ def _draw(
     if has_pretraining:
         visited = snapshots.read_snapshots(workdir / "pretrain")
         if visited:
-            pictures.save_feature_picture(workdir / "features.png", visited)
+            run_pictures.save_feature_picture(workdir / "features.png", visited)
     if (workdir / "game.gif").exists():
         return
     trained = stages.load_finetuned(workdir / arms[0])
@@ -150,11 +141,13 @@ def _draw(
         use_gpi=False,
         record_games=1,
         only_record=True,
-        constructor=game_tasks.constructor_for(config.finetune.task, envs.AtariPool),
+        constructor=reward_functions.constructor_for(
+            config.finetune.task, atari.AtariPool
+        ),
         progress=progress,
         stop=stop,
     )
-    pictures.save_gif(workdir / "game.gif", played.pictures[0])
+    run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
 if __name__ == "__main__":

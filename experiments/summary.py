@@ -7,7 +7,10 @@ import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax import evaluation, game_tasks, protocol, report_tables, scores
+from aps_jax.envs import reward_functions
+from aps_jax.report import tables
+from aps_jax.scores import protocol, scores
+from aps_jax.train import evaluation
 
 _SMALL_BUDGET = (
     "This budget is small: it shows that the machine works, not what the method "
@@ -20,7 +23,7 @@ def print_results(
 ) -> None:
     """Prints a table with a row per arm, and how the games were played."""
     task = config.finetune.task
-    is_score = task == game_tasks.SCORE
+    is_score = task == reward_functions.SCORE
     reference = scores.find_reference_scores(config.game) if is_score else None
     table = rich.table.Table(
         title=f"{config.game}: "
@@ -83,7 +86,7 @@ def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> Non
                 f"{inferred['num_samples']:,} ({inferred['num_nonzero']:,})",
             )
         )
-    table = report_tables.Table(
+    table = tables.Table(
         f"{config.game}: one pretrained agent, no gradient step",
         (
             "task",
@@ -97,7 +100,7 @@ def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> Non
         tuple(rows),
         (f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",),
     )
-    report_tables.show_tables([table], ())
+    tables.show_tables([table], ())
 
 
 def _zero_shot(result: dict[str, Any]) -> str:

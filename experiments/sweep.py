@@ -30,18 +30,11 @@ import rich.console
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import (
-    envs,
-    game_tasks,
-    interrupts,
-    metrics,
-    report,
-    report_tables,
-    report_tasks,
-    resources,
-    rundir,
-    scores,
-)
+from aps_jax.envs import atari, reward_functions
+from aps_jax.parallel import interrupts
+from aps_jax.report import by_reward, report, tables
+from aps_jax.runs import folders, machine, metrics
+from aps_jax.scores import scores
 from experiments import common_flags
 
 _GAMES = flags.DEFINE_list(
@@ -94,7 +87,7 @@ _KEEP = flags.DEFINE_string(
 )
 _SHORT = ("preset", "workdir", "seeds", "arms")
 _NOT_PASSED = frozenset({"game", "seed", "agent"})
-_KEPT_FILES = (rundir.RESULT_NAME, metrics.FILE_NAME)
+_KEPT_FILES = (folders.RESULT_NAME, metrics.FILE_NAME)
 # A run that its scheduler stopped says so by its exit code and is begun again; one
 # that does so more often than this is broken.
 _MAX_REQUEUES = 100
@@ -113,7 +106,7 @@ class Job:
     @property
     def is_done(self) -> bool:
         """Whether its result is there."""
-        return (self.folder / rundir.RESULT_NAME).exists()
+        return (self.folder / folders.RESULT_NAME).exists()
 
 
 def main(argv: Sequence[str]) -> None:
@@ -145,15 +138,15 @@ def main(argv: Sequence[str]) -> None:
         keep(workdir, pathlib.Path(_KEEP.value))
         console.print(f"Kept in {_KEEP.value}.")
     # Only scores are reported as scores; other tasks have a table of their own.
-    task = common_flags.given_options().get("task", game_tasks.SCORE)
-    is_of_score = task == game_tasks.SCORE
+    task = common_flags.given_options().get("task", reward_functions.SCORE)
+    is_of_score = task == reward_functions.SCORE
     has_score = is_of_score and _STAGE.value in ("run_aps", "finetune", "scratch")
     if has_score and any(job.is_done for job in jobs):
-        report_tables.show(report.report([workdir], out=workdir / "report"))
+        tables.show(report.report([workdir], out=workdir / "report"))
         console.print(f"Written to {workdir / 'report'}.")
     is_of_tasks = _STAGE.value == "tasks" or not is_of_score
-    if is_of_tasks and (rows := report_tasks.collect(workdir)):
-        report_tables.show_tables([report_tasks.table(rows)], ())
+    if is_of_tasks and (rows := by_reward.collect(workdir)):
+        tables.show_tables([by_reward.table(rows)], ())
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
 
@@ -161,29 +154,29 @@ def main(argv: Sequence[str]) -> None:
 def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -> None:
     """Writes `sweep.json`: how the runs of this folder were made, and where."""
     path = workdir / "sweep.json"
-    before = rundir.read_json(path) if path.exists() else {}
+    before = folders.read_json(path) if path.exists() else {}
     commands = dict.fromkeys(before.get("commands", []))
     commands |= dict.fromkeys(
         shlex.join(("python", *job.command[1:])) for job in jobs if job.is_done
     )
     commits = dict.fromkeys(before.get("git_commits", []))
     if seconds > 1.0:
-        commits[rundir.git_commit()] = None
-    rundir.write_json(
+        commits[folders.git_commit()] = None
+    folders.write_json(
         path,
         {
-            "schema": rundir.SCHEMA,
+            "schema": folders.SCHEMA,
             "kind": "aps_jax sweep",
             "commands": list(commands),
             "git_commits": list(commits),
-            "machine": machine(),
-            "versions": rundir.versions(),
+            "machine": describe_machine(),
+            "versions": folders.versions(),
             "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 1),
         },
     )
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describes this machine, without naming it."""
     info = pathlib.Path("/proc/cpuinfo")
     names = [
@@ -205,7 +198,7 @@ def keep(workdir: pathlib.Path, to: pathlib.Path) -> None:
     """Copies `sweep.json`, and result and curves of each stage that has both."""
     to.mkdir(parents=True, exist_ok=True)
     shutil.copy(workdir / "sweep.json", to / "sweep.json")
-    for result in sorted(workdir.glob(f"*/*/seed_*/*/{rundir.RESULT_NAME}")):
+    for result in sorted(workdir.glob(f"*/*/seed_*/*/{folders.RESULT_NAME}")):
         folder = to / result.parent.relative_to(workdir)
         folder.mkdir(parents=True, exist_ok=True)
         for name in _KEPT_FILES:
@@ -259,13 +252,13 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     own = {"game": config.game, "agent": config.agent, "seed": config.seed}
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
     # Each task that is learned has folders of its own.
-    suffix = report_tasks.task_suffix(config.finetune.task)
+    suffix = by_reward.task_suffix(config.finetune.task)
     script, folder, words = {
         "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", root / "pretrain", []),
         "finetune": (
             "finetune",
-            root / (rundir.STAGE_FOLDERS["finetune"] + suffix),
+            root / (folders.STAGE_FOLDERS["finetune"] + suffix),
             [f"--init={root / 'pretrain'}"],
         ),
         "scratch": ("finetune", root / f"scratch{suffix}", []),
@@ -295,7 +288,7 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
         / f"{stage}_{config.game}_{config.agent}_{config.seed}.log",
     )
     if job.is_done:
-        _, found = rundir.read_run(folder)
+        _, found = folders.read_run(folder)
         if stage in ("run_aps", "pretrain", "scratch") and found != config:
             raise ValueError(
                 f"{folder} holds a finished run of other values than these flags "
@@ -314,7 +307,7 @@ def _games(words: Sequence[str]) -> list[str]:
         else:
             games.append(word)
     for game in games:
-        envs.check_game(game)
+        atari.check_game(game)
     return list(dict.fromkeys(games))
 
 
@@ -331,10 +324,10 @@ def slots(config: config_lib.Config) -> list[dict[str, Any]]:
         count = gpus
     else:
         needed = max(
-            resources.needed_bytes(config, is_pretraining=is_pretraining)
+            machine.needed_bytes(config, is_pretraining=is_pretraining)
             for is_pretraining in (True, False)
         )
-        count = max(1, min(count, int(0.9 * resources.available_bytes()) // needed))
+        count = max(1, min(count, int(0.9 * machine.available_bytes()) // needed))
     count = _PROCESSES.value or count
     found = []
     for index in range(count):

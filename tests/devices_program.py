@@ -16,15 +16,18 @@ import fakes
 import jax
 import numpy as np
 
-from aps_jax import agent as agent_lib
 from aps_jax import config as config_lib
-from aps_jax import devices, interrupts, loop, metrics, replay, stages
+from aps_jax.agents import aps as agent_lib
+from aps_jax.parallel import devices, interrupts
+from aps_jax.replay import buffer
+from aps_jax.runs import metrics
+from aps_jax.train import loop, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
 # Of 8 particles one device encodes 3, 3 and 2; of two devices each 2 and 2; of eight each
 # its one.
-replay.CHUNK_SIZE = 3
+buffer.CHUNK_SIZE = 3
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
@@ -42,7 +45,7 @@ CONFIG = config_lib.replace_options(
     feature_learning_rate=1e-5,
 )
 AGENT = agent_lib.make_agent(CONFIG.learner, CONFIG.finetune, num_actions=3)
-RING = replay.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * LENGTH, feature_dim=DIM)
+RING = buffer.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * LENGTH, feature_dim=DIM)
 KEY = jax.random.key(3)
 
 _COLLECTIVE = re.compile(
@@ -63,7 +66,7 @@ def random_replay(mesh):
     shape = (NUM_ENVS, LENGTH)
     task = rng.normal(size=(*shape, DIM)).astype(np.float32)
     task /= np.linalg.norm(task, axis=-1, keepdims=True)
-    steps = replay.Step(
+    steps = buffer.Step(
         frame=rng.integers(0, 255, (*shape, 84, 84)).astype(np.uint8),
         action=rng.integers(0, 3, shape).astype(np.int32),
         reward=rng.normal(size=shape).astype(np.float32),
@@ -73,7 +76,7 @@ def random_replay(mesh):
         task=np.repeat(task[:, ::6], 6, axis=1),
         id=np.arange(NUM_ENVS * LENGTH, dtype=np.int32).reshape(shape),
     )
-    state = replay.ReplayState(
+    state = buffer.ReplayState(
         experience=steps, current_index=np.int32(7), is_full=np.bool_(True)
     )
     specs = jax.tree.map(

@@ -2,7 +2,7 @@
 
 import json
 
-from aps_jax import scores
+from aps_jax.scores import scores
 
 PROTOCOL = {
     "episodes": 4,

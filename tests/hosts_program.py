@@ -16,7 +16,8 @@ import tensorboardX.event_file_writer  # noqa: F401
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax import hosts, stages
+from aps_jax.parallel import hosts
+from aps_jax.train import stages
 from experiments import common_flags
 
 OPTIONS = {

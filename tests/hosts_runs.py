@@ -11,17 +11,12 @@ import forks
 import jax
 import numpy as np
 
-from aps_jax import agent as agent_lib
-from aps_jax import (
-    checkpoint,
-    envs,
-    loop,
-    metrics,
-    replay,
-    rundir,
-    stages,
-    tasks,
-)
+from aps_jax.agents import aps as agent_lib
+from aps_jax.envs import atari
+from aps_jax.ops import tasks
+from aps_jax.replay import buffer
+from aps_jax.runs import checkpoints, folders, metrics
+from aps_jax.train import loop, stages
 
 SECONDS = 300.0  # after which a process is taken for hanging
 
@@ -150,9 +145,9 @@ def learned(workdir):
 
 def remembered(workdir):
     """The replay and all else of pretraining that lies with its environments."""
-    _, config = rundir.read_run(workdir / "pretrain")
+    _, config = folders.read_run(workdir / "pretrain")
     dim, num_envs = config.learner.feature_dim, config.pretrain.num_envs
-    ring = replay.make_replay(
+    ring = buffer.make_replay(
         num_envs=num_envs, size=config.pretrain.replay_size, feature_dim=dim
     )
     agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
@@ -162,15 +157,15 @@ def remembered(workdir):
         return {
             "loop": (
                 agent.init_actor(num_envs),
-                envs.init_episode_stats(num_envs),
+                atari.init_episode_stats(num_envs),
                 tasks.init_regression_moments(dim),
                 metrics.init_sums(names),
             ),
             "replay": ring.init(),
         }
 
-    checkpoints = checkpoint.Checkpointer(workdir / "pretrain" / "checkpoints")
-    _, parts = checkpoints.restore_newest(jax.eval_shape(init))
+    saved = checkpoints.Checkpointer(workdir / "pretrain" / "checkpoints")
+    _, parts = saved.restore_newest(jax.eval_shape(init))
     return flat(parts)
 
 

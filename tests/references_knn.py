@@ -1,4 +1,4 @@
-"""Slow float64 version of `aps_jax.knn`, and features that make it hard."""
+"""Slow float64 version of `aps_jax.ops.knn`, and features that make it hard."""
 
 import numpy as np
 

@@ -1,4 +1,4 @@
-"""Slow float64 versions of `aps_jax.losses`, one loop per sum."""
+"""Slow float64 versions of `aps_jax.ops.losses`, one loop per sum."""
 
 import numpy as np
 

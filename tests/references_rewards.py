@@ -1,4 +1,4 @@
-"""Slow float64 versions of `aps_jax.rewards`."""
+"""Slow float64 versions of `aps_jax.ops.rewards`."""
 
 import math
 

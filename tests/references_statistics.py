@@ -1,4 +1,4 @@
-"""Slow, obvious float64 versions of what `aps_jax.statistics` computes."""
+"""Slow, obvious float64 versions of what `aps_jax.scores.estimates` computes."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""Slow float64 versions of `aps_jax.tasks`."""
+"""Slow float64 versions of `aps_jax.ops.tasks`."""
 
 import numpy as np
 

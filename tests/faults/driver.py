@@ -19,7 +19,8 @@ import fakes
 import tensorboardX.event_file_writer  # noqa: F401
 
 from aps_jax import config as config_lib
-from aps_jax import interrupts, stages
+from aps_jax.parallel import interrupts
+from aps_jax.train import stages
 
 OPTIONS = {
     "game": "Chain",

@@ -10,7 +10,7 @@ import time
 
 from faults import harness
 
-from aps_jax import stages
+from aps_jax.train import stages
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent
 

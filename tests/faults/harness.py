@@ -12,7 +12,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX.proto.event_pb2
 
-from aps_jax import checkpoint, interrupts
+from aps_jax.parallel import interrupts
+from aps_jax.runs import checkpoints
 
 EXIT_CODE = interrupts.EXIT_CODE
 STAGES = ("pretrain", "finetune")
@@ -111,7 +112,7 @@ def read_checkpoint(path: pathlib.Path) -> dict:
                 parts[folder.name] = reader.restore(
                     folder, args=ocp.args.StandardRestore()
                 )
-    facts = checkpoint.read_facts(path)
+    facts = checkpoints.read_facts(path)
     for name in ("git_commit", "config"):  # The policy, which may differ.
         del facts[name]
     return {**parts, "facts": facts}
@@ -137,7 +138,7 @@ def assert_equal(left, right, place="") -> None:
 
 def numbers(stage: pathlib.Path) -> list[int]:
     """Returns the numbers of the whole checkpoints of a stage."""
-    return checkpoint.Checkpointer(stage / "checkpoints").numbers()
+    return checkpoints.Checkpointer(stage / "checkpoints").numbers()
 
 
 def assert_on_the_way(workdir: pathlib.Path, whole: pathlib.Path) -> None:

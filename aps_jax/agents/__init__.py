@@ -1,0 +1,1 @@
+"""One file, one agent: its networks, policy, learner and metrics."""

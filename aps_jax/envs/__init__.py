@@ -1,0 +1,1 @@
+"""What steps: Atari games, mazes, and other rewards for them."""

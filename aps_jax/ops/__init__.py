@@ -1,0 +1,1 @@
+"""Pure functions of arrays, for one transition; callers map them over batches."""

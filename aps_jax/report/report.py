@@ -1,0 +1,106 @@
+"""Reads finished runs and writes what they show: tables, files and pictures.
+
+`report` is the whole of `python -m experiments.report` as a function.
+"""
+
+import json
+import os
+import pathlib
+from collections.abc import Sequence
+
+from aps_jax.report import aggregates, finished_runs, tables
+
+
+def report(
+    run_dirs: Sequence[str | os.PathLike] = (),
+    *,
+    out: str | os.PathLike | None = None,
+    systems: Sequence[str] = aggregates.DEFAULT_SYSTEMS,
+    num_resamples: int = 10_000,
+    seed: int = 0,
+    pictures: bool = True,
+) -> aggregates.Report:
+    """Reads finished runs, computes every table, and writes them to a folder.
+
+    Args:
+      run_dirs: Folders of single runs, of paired arms, or of many runs at any depth;
+        none reports the published systems alone.
+      out: Folder for `report.md`, `report.csv`, `report.json` and the pictures; None
+        writes nothing. An earlier report there is replaced, anything else is not.
+      systems: Published systems to show beside the runs; `("all",)` for every one.
+      num_resamples: Bootstrap resamples behind each interval.
+      seed: Root of the resampling.
+      pictures: Whether to draw pictures too.
+
+    Returns:
+      The report.
+
+    Raises:
+      ValueError: A folder or system does not exist, no run is finished, or `out` holds
+        something that is not a report.
+    """
+    systems = aggregates.named_systems(systems)
+    if out is not None:
+        _check_out(pathlib.Path(out))
+    collection = finished_runs.collect(run_dirs) if run_dirs else None
+    built = aggregates.build(
+        collection, systems=systems, num_resamples=num_resamples, seed=seed
+    )
+    if out is not None:
+        write(built, out, pictures=pictures)
+    return built
+
+
+def write(
+    built: aggregates.Report, out: str | os.PathLike, *, pictures: bool = True
+) -> tuple[pathlib.Path, ...]:
+    """Writes a report's Markdown, CSV, JSON and pictures.
+
+    Args:
+      built: The report.
+      out: Folder to write to, made if need be.
+      pictures: Whether to draw pictures too.
+
+    Returns:
+      The files written.
+
+    Raises:
+      ValueError: `out` holds something that is not a report.
+    """
+    out = pathlib.Path(out)
+    _check_out(out)
+    out.mkdir(parents=True, exist_ok=True)
+    drawn: tuple[pathlib.Path, ...] = ()
+    if pictures:
+        # Matplotlib takes a second to import and is needed for nothing else.
+        from aps_jax.report import figures
+
+        drawn = figures.draw_all(built, out)
+    texts = {
+        "report.json": json.dumps(tables.to_dict(built), indent=1, allow_nan=False)
+        + "\n",
+        "report.csv": tables.to_csv(built),
+        "report.md": tables.to_markdown(built, pictures=[path.name for path in drawn]),
+    }
+    for name, text in texts.items():
+        (out / name).write_text(text, encoding="utf-8")
+    return (*(out / name for name in texts), *drawn)
+
+
+def _check_out(out: pathlib.Path) -> None:
+    """Refuses a folder in which a report would replace something else."""
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"{out} is not a folder.")
+    names = ("report.json", "report.csv", "report.md")
+    if not any((out / name).exists() for name in names):
+        return
+    try:
+        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
+        ours = content.get("kind") == tables.KIND
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError):
+        ours = False
+    if not ours:
+        raise ValueError(
+            f"{out} holds report files that are not from this program; choose another "
+            "folder."
+        )

@@ -1,0 +1,389 @@
+"""What a stage measures: each metric declared once, written as CSV and TensorBoard.
+
+docs/metrics.md is made from these declarations, by `python -m experiments.pages`.
+"""
+
+import contextlib
+import csv
+import itertools
+import math
+import os
+import pathlib
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from aps_jax.runs import folders
+
+FILE_NAME = "metrics.csv"
+
+_FILE_NUMBERS = itertools.count()  # of the event files of this process
+
+
+class Metric(NamedTuple):
+    """A measured quantity, as the documentation explains it."""
+
+    name: str
+    unit: str
+    meaning: str
+
+
+# The first columns of every stage's file: how far it is.
+COUNTERS = (
+    Metric("agent_steps", "agent steps", "Steps of all environments in this stage."),
+    Metric("frames", "emulator frames", "Agent steps times the frame skip of 4."),
+    Metric("updates", "updates", "Gradient steps made in this stage."),
+    Metric("episodes", "games", "Games finished in this stage."),
+    Metric(
+        "episode_return",
+        "points",
+        "Mean over environments of the unclipped score of the last finished game; NaN "
+        "until one has ended. While pretraining the agent never sees it.",
+    ),
+    Metric(
+        "episode_length",
+        "agent steps",
+        "Mean over environments of the length of the last finished game.",
+    ),
+)
+
+# Means over the updates since the row before; NaN where there was none.
+LEARNING = (
+    Metric("loss_td", "-", "Half the squared TD error, summed over its components."),
+    Metric("td_error", "-", "Norm of the TD error of a replayed target."),
+    Metric("q_value", "-", "Q(s, a, w) = psi(s, a, w)^T w of replayed actions."),
+    Metric("gradient_norm", "-", "Norm of the whole gradient before clipping."),
+)
+PRETRAINING = (
+    Metric("reward_skill", "-", "phi(s_t)^T w over the states that targets sum."),
+    Metric(
+        "reward_entropy", "-", "log(c + mean scaled distance to k nearest particles)."
+    ),
+    Metric("loss_feature", "-", "-phi(s_t)^T w_tm1: the skill's likelihood."),
+    Metric(
+        "cosine_phi_task",
+        "-",
+        "Cosine between phi(s_t) and the task under which s_t was reached; near 1, "
+        "the features tell the tasks apart.",
+    ),
+    Metric(
+        "task_dependence",
+        "-",
+        "Share of states in which the greedy action of behaviour is another for "
+        "another state's task; 0 if the task does not matter.",
+    ),
+    Metric(
+        "mean_phi_norm",
+        "-",
+        "Norm of the mean of phi over a batch; 1 if all states have the same features.",
+    ),
+    Metric("knn_distance", "feature units", "Mean distance to the k nearest."),
+    Metric(
+        "distance_scale",
+        "feature units",
+        "Running mean of those distances, by which they are divided.",
+    ),
+)
+EVALUATION = (
+    Metric(
+        "eval_return_mean",
+        "points",
+        "Mean over full games of the sum of the unclipped reward of the task: the score, "
+        "unless `--task` says otherwise.",
+    ),
+    Metric("eval_return_std", "points", "Standard deviation over those games."),
+    Metric(
+        "eval_score_mean", "points", "Mean score of those games, whatever the task."
+    ),
+    Metric("eval_length_mean", "agent steps", "Mean length of those games."),
+    Metric(
+        "eval_human_normalized",
+        "-",
+        "(mean score - random) / (human - random); NaN for games without a table, or "
+        "games cut before 108,000 frames.",
+    ),
+)
+
+PRETRAIN_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + PRETRAINING)
+FINETUNE_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + EVALUATION)
+# The groups by the heading that explains them.
+GROUPS = {
+    "Progress, in every stage": COUNTERS,
+    "Learning, in every stage": LEARNING,
+    "Pretraining only": PRETRAINING,
+    "Fine-tuning only, in the rows after which full games were played": EVALUATION,
+}
+ALL = tuple(itertools.chain.from_iterable(GROUPS.values()))
+
+
+def to_markdown() -> str:
+    """Returns a table for each group of metrics, as docs/metrics.md shows them."""
+    lines = []
+    for heading, group in GROUPS.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
+
+
+class FirstBad(NamedTuple):
+    """The first update whose metrics were not all finite, if there was one."""
+
+    count: jax.Array  # [] int32, updates summed before it; -1 while all are finite.
+    names: dict[str, jax.Array]  # each [] bool, whether that metric was not.
+    replay_index: jax.Array  # [] int32, where the replay would have written next,
+    replay_is_full: jax.Array  # [] bool, and whether all of it was filled.
+
+
+class RunningSums(NamedTuple):
+    """Sums of metrics on the device, read and emptied when a row is written."""
+
+    sums: dict[str, jax.Array]  # each [] float32
+    count: jax.Array  # [] int32, updates summed.
+    bad: FirstBad
+
+
+def init_sums(names: Sequence[str]) -> RunningSums:
+    """Returns sums of nothing."""
+    return RunningSums(
+        sums={name: jnp.zeros((), jnp.float32) for name in names},
+        count=jnp.zeros((), jnp.int32),
+        bad=FirstBad(
+            count=jnp.full((), -1, jnp.int32),
+            names={name: jnp.zeros((), bool) for name in names},
+            replay_index=jnp.zeros((), jnp.int32),
+            replay_is_full=jnp.zeros((), bool),
+        ),
+    )
+
+
+def add_to_sums(
+    running: RunningSums,
+    values: Mapping[str, jax.Array],
+    *,
+    replay_index: jax.Array,
+    replay_is_full: jax.Array,
+) -> RunningSums:
+    """Adds the metrics of one update; `values` must hold exactly the same names.
+
+    Args:
+      running: The sums so far.
+      values: Each `[]` float.
+      replay_index: `[]` int32, place of the replay that the update sampled from;
+        remembered of the first update that is not finite.
+      replay_is_full: `[]` bool, the same.
+    """
+    if set(values) != set(running.sums):
+        raise ValueError(
+            f"Expected metrics {sorted(running.sums)}, got {sorted(values)}."
+        )
+    names = {name: ~jnp.isfinite(values[name]) for name in running.sums}
+    is_any = jnp.any(jnp.stack(list(names.values())))
+    here = FirstBad(running.count, names, replay_index, replay_is_full)
+    is_first = is_any & (running.bad.count < 0)
+    return RunningSums(
+        sums={name: running.sums[name] + values[name] for name in running.sums},
+        count=running.count + 1,
+        bad=jax.tree.map(lambda x, y: jnp.where(is_first, x, y), here, running.bad),
+    )
+
+
+def means(running: RunningSums) -> dict[str, float]:
+    """Returns the mean of each metric on the host; NaN where nothing was summed."""
+    running = jax.device_get(running)
+    count = int(running.count)
+    return {
+        name: float(value) / count if count else math.nan
+        for name, value in running.sums.items()
+    }
+
+
+class MetricsWriter:
+    """Writes rows to `metrics.csv` and, where wanted, to TensorBoard events.
+
+    A resumed stage keeps the rows that were there when its checkpoint was written and
+    drops later ones, so the file is the same as that of a run that was never
+    interrupted. Rows that could not be written are kept, and written with the next.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        columns: Sequence[str],
+        *,
+        kept_rows: int = 0,
+        tensorboard: bool = True,
+        wandb_run: Any = None,
+    ):
+        """Opens the files.
+
+        Args:
+          folder: The stage's folder, which exists.
+          columns: Names of the columns; the first is `agent_steps`.
+          kept_rows: Rows of the file on disk to keep: those a checkpoint knows of.
+          tensorboard: Whether event files are written as well.
+          wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
+
+        Raises:
+          ValueError: The file on disk has other columns.
+          OSError: The folder cannot be written.
+        """
+        self._columns = list(columns)
+        self._folder = folder
+        self._path = folder / FILE_NAME
+        self._has_events = tensorboard
+        self._wandb_run = wandb_run
+        self._rows = self._read(kept_rows)  # lines, as they stand in the file
+        self._size: int | None = None  # of the file, in bytes; None: to be written anew
+        self._num_written = 0  # rows in that file
+        self._events: _EventFile | None = None
+        # Rows that were dropped came after the last that is kept, or stand at its step.
+        self._purge_step = _step_of(self._rows[-1]) if self._rows else 0
+        self._pending = [r for r in self._rows if _step_of(r) == self._purge_step]
+        self.sync()
+
+    @property
+    def num_rows(self) -> int:
+        """Rows written so far, those of earlier processes included."""
+        return len(self._rows)
+
+    def _read(self, kept_rows: int) -> list[str]:
+        if kept_rows <= 0 or not self._path.exists():
+            return []
+        lines = self._path.read_text().splitlines()
+        if lines[:1] != [",".join(self._columns)]:
+            raise ValueError(
+                f"{self._path} has columns {lines[:1]}, expected {self._columns}."
+            )
+        # A row cut short by a crash has fewer cells; it is written again.
+        commas = len(self._columns) - 1
+        return [row for row in lines[1:] if row.count(",") == commas][:kept_rows]
+
+    def write(self, row: Mapping[str, Any]) -> None:
+        """Writes one row; a column that `row` lacks is NaN.
+
+        Raises:
+          ValueError: `row` has a name that is no column.
+          OSError: The row is not on disk; it is kept, and written with the next.
+        """
+        unknown = set(row) - set(self._columns)
+        if unknown:
+            raise ValueError(f"No such columns: {sorted(unknown)}.")
+        line = ",".join(str(row.get(name, math.nan)) for name in self._columns)
+        self._rows.append(line)
+        self._pending.append(line)
+        self.sync()
+        if self._wandb_run is not None:
+            known = {
+                name: value
+                for name, value in row.items()
+                if value is not None and not math.isnan(value)
+            }
+            self._wandb_run.log(known, step=_step_of(line))
+
+    def sync(self) -> None:
+        """Brings to disk what is not there yet.
+
+        Raises:
+          OSError: It could not; what is missing is kept for the next call.
+        """
+        is_whole = self._path.exists() and self._path.stat().st_size == self._size
+        # After a failure, and where somebody changed or deleted it, the file is written
+        # anew.
+        if not is_whole:
+            folders.write_text(
+                self._path, _to_text([",".join(self._columns), *self._rows])
+            )
+        elif self._num_written < len(self._rows):
+            self._size = None
+            with self._path.open("a", newline="") as file:
+                file.write(_to_text(self._rows[self._num_written :]))
+                file.flush()
+                os.fsync(file.fileno())
+        self._size, self._num_written = self._path.stat().st_size, len(self._rows)
+        if self._has_events:
+            self._write_events()
+
+    def _write_events(self) -> None:
+        """Writes the rows that are pending as events, all rows if the file is gone."""
+        try:
+            if self._events is None or not self._events.path.exists():
+                if self._events is not None:
+                    self._events.close()
+                    self._purge_step, self._pending = 0, list(self._rows)
+                self._events = _EventFile(self._folder, self._purge_step)
+            for row in self._pending:
+                cells = map(float, row.split(","))
+                values = dict(zip(self._columns, cells, strict=True))
+                self._events.write(_step_of(row), values)
+            self._events.flush()
+            self._pending = []
+        except OSError:
+            # A record may have been cut short: the next try is a new file with all.
+            if self._events is not None:
+                self._events.path.unlink(missing_ok=True)
+            raise
+
+    def close(self) -> None:
+        """Closes the event file, and the W&B run."""
+        if self._events is not None:
+            self._events.close()
+        if self._wandb_run is not None:
+            self._wandb_run.finish()
+
+
+class _EventFile:
+    """One TensorBoard file, written in the caller's thread: its errors are told."""
+
+    def __init__(self, folder: pathlib.Path, purge_step: int):
+        """Creates a file that supersedes events of `purge_step` and later."""
+        # Takes a second to import, and only runs write events.
+        from tensorboardX import event_file_writer
+        from tensorboardX.proto import event_pb2, summary_pb2
+
+        self._event, self._summary = event_pb2.Event, summary_pb2.Summary
+        # Files of one second would have one name.
+        suffix = f".{os.getpid()}.{next(_FILE_NUMBERS)}"
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"), suffix)
+        self.path = pathlib.Path(self._writer._file_name)
+        start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+        self._writer.write_event(self._event(step=purge_step, session_log=start))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        values = [
+            self._summary.Value(tag=name, simple_value=value)
+            for name, value in values.items()
+            if not math.isnan(value)
+        ]
+        summary = self._summary(value=values)
+        self._writer.write_event(
+            self._event(step=step, wall_time=time.time(), summary=summary)
+        )
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):  # It was flushed after the last row.
+            self._writer.close()
+
+
+def _step_of(line: str) -> int:
+    return int(line.partition(",")[0])
+
+
+def _to_text(lines: Sequence[str]) -> str:
+    return "".join(f"{line}\n" for line in lines)
+
+
+def read_metrics(path: pathlib.Path) -> dict[str, list[float]]:
+    """Reads a `metrics.csv` into columns of floats."""
+    with path.open(newline="") as file:
+        rows = list(csv.reader(file))
+    return {
+        name: [float(row[index]) for row in rows[1:]]
+        for index, name in enumerate(rows[0])
+    }

@@ -1,0 +1,1 @@
+"""Random, human and published scores, and how scores are taken."""

@@ -1,0 +1,177 @@
+"""Full games under a fixed policy, apart from training: the only source of scores.
+
+Letters: `D` feature dimension.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from aps_jax import config as config_lib
+from aps_jax import types
+from aps_jax.agents import aps as agent_lib
+from aps_jax.envs import atari, reward_functions
+from aps_jax.parallel import devices, interrupts
+from aps_jax.runs import progress as progress_lib
+from aps_jax.scores import protocol, scores
+from aps_jax.train import loop
+
+VIDEO_AGENT_STEPS = 900  # one minute of play
+
+
+class Evaluation(NamedTuple):
+    """Results of full games and, where recorded, the pictures of the first ones."""
+
+    returns: np.ndarray  # [episodes] float64, sums of the unclipped reward.
+    score_returns: np.ndarray  # [episodes] float64, of the game's, whatever the task.
+    lengths: np.ndarray  # [episodes] int64, agent steps.
+    pictures: list[list[np.ndarray]]  # of each recorded game, each [H, W, 3] uint8
+
+    def to_lists(self) -> dict[str, list[float]]:
+        """Returns all but the pictures as JSON values, which float64 survives."""
+        arrays = self._asdict()
+        del arrays["pictures"]
+        return {name: values.tolist() for name, values in arrays.items()}
+
+
+def from_lists(values: dict[str, list[float]]) -> Evaluation:
+    """Returns the evaluation, without pictures, of which these are the lists."""
+    arrays = {name: np.array(numbers) for name, numbers in values.items()}
+    return Evaluation(**arrays, pictures=[])
+
+
+def evaluate(
+    config: config_lib.Config,
+    agent: agent_lib.Agent,
+    params: types.Params,
+    task: jax.Array,
+    *,
+    use_gpi: bool,
+    record_games: int = 0,
+    record_agent_steps: int = VIDEO_AGENT_STEPS,
+    only_record: bool = False,
+    constructor: loop.MakePool = atari.AtariPool,
+    progress: progress_lib.Progress | None = None,
+    stop: interrupts.StopRequests | None = None,
+) -> Evaluation:
+    """Plays full games for one task, epsilon-greedily and without learning.
+
+    One game per environment and all games counted, so that short games are not
+    favoured; the seeds are those of the evaluation stream, the same for every agent of
+    the same seed.
+
+    Args:
+      config: The run's values; `config.evaluation` is the protocol.
+      agent: The agent's functions.
+      params: Its parameters.
+      task: `[D]` float, unit task vector, or `[episodes, D]`, one for each game.
+      use_gpi: Whether to maximise over further tasks (zero-shot acting).
+      record_games: How many games to keep pictures of, from the first on.
+      record_agent_steps: Pictures to keep of each, at most.
+      only_record: Whether to stop when all pictures are taken. What has not ended by
+        then is no full game, and its sums are no scores.
+      constructor: Makes the environments.
+      progress: Where to show progress; nowhere by default.
+      stop: Requests to stop, which are looked at in every step.
+
+    Returns:
+      An `Evaluation`.
+    """
+    values = config.evaluation
+    num_games = values.eval_episodes
+    key = loop.stream_key(config.seed, loop.Stream.EVALUATE)
+
+    def act(params, actor, timestep):
+        actor, step = agent.act(
+            params,
+            actor,
+            timestep,
+            key,
+            epsilon=values.eval_epsilon,
+            explore=False,
+            use_gpi=use_gpi,
+        )
+        return actor, step.action
+
+    act = jax.jit(act, donate_argnames="actor")
+    # A copy: the actor is donated, and the task is the caller's.
+    tasks = jnp.copy(jnp.broadcast_to(task, (num_games, config.learner.feature_dim)))
+    actor = agent_lib.pin_task(agent.init_actor(num_games), tasks[0])
+    actor = devices.put(actor._replace(task=tasks))
+    returns, score_returns = np.zeros(num_games), np.zeros(num_games)
+    lengths = np.zeros(num_games, np.int64)
+    is_playing = np.ones(num_games, bool)
+    pictures: list[list[np.ndarray]] = [[] for _ in range(record_games)]
+    pool = loop.make_pool(config, num_games, loop.Stream.EVALUATE, constructor)
+    try:
+        if progress is not None:
+            progress.start("evaluate", total=num_games, unit="games")
+        with loop.blaming_environment():
+            timestep = pool.reset()
+        while is_playing.any():
+            if stop is not None:
+                stop.check()
+            is_taking = False
+            for index, taken in enumerate(pictures):
+                if len(taken) < record_agent_steps and is_playing[index]:
+                    taken.append(pool.render(index))
+                    is_taking = True
+            if only_record and not is_taking:
+                break
+            actor, action = act(params, actor, devices.put(timestep))
+            action = jax.device_get(action)
+            with loop.blaming_environment():
+                pool.send(action)
+                timestep = pool.recv()
+            score = reward_functions.game_reward(pool, timestep)
+            returns += np.where(is_playing, timestep.reward, 0.0)
+            score_returns += np.where(is_playing, score, 0.0)
+            lengths += is_playing
+            is_playing &= ~(timestep.terminated | timestep.truncated)
+            if progress is not None:
+                finished = returns[~is_playing]
+                mean = float(finished.mean()) if finished.size else None
+                progress.tick(num_games - int(is_playing.sum()), mean)
+    finally:
+        pool.close()
+    return Evaluation(returns, score_returns, lengths, pictures)
+
+
+def protocol_of(config: config_lib.Config) -> dict[str, Any]:
+    """Returns how games are evaluated, as `result.json` holds it."""
+    values = {
+        "episodes": config.evaluation.eval_episodes,
+        "epsilon": config.evaluation.eval_epsilon,
+        "noop_max": config.environment.noop_max,
+        "sticky": config.environment.sticky,
+        "max_frames": config.environment.max_frames,
+    }
+    # No published protocol has it, so that it is named only where it is used.
+    return values | ({"fire_reset": True} if config.environment.fire_reset else {})
+
+
+def summary(config: config_lib.Config, played: Evaluation) -> dict[str, float]:
+    """Returns the metrics of an evaluation.
+
+    Games cut before the 30 minutes of the published protocols give no human-normalized
+    score: their sums are not scores.
+    """
+    score = float(np.mean(played.score_returns))
+    is_comparable = (
+        scores.find_reference_scores(config.game) is not None
+        and config.environment.max_frames >= protocol.STANDARD["max_frames"]
+    )
+    return {
+        "eval_return_mean": float(np.mean(played.returns)),
+        "eval_return_std": float(np.std(played.returns)),
+        "eval_score_mean": score,
+        "eval_length_mean": float(np.mean(played.lengths)),
+        "eval_human_normalized": (
+            float(scores.human_normalized_score(config.game, score))
+            if is_comparable
+            else math.nan
+        ),
+    }

@@ -1,0 +1,73 @@
+"""Tests that what the README shows is true: its code runs, its commands parse.
+
+So do those of the documentation.
+"""
+
+import importlib
+import pathlib
+import re
+import shlex
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+ROOT = pathlib.Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+
+
+PAGES = {path.name: path.read_text() for path in (ROOT / "docs").glob("*.md")}
+
+
+def blocks(language, text=README):
+    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+
+
+def test_the_reuse_example_runs():
+    (code,) = blocks("python")
+    found = {}
+    exec(compile(code, "README.md", "exec"), found)  # noqa: S102
+    assert found["error"].shape == (32, 5)
+    # The rewards were phi's first component, so the task is the first axis.
+    assert found["found"].task[0] > 0.999
+    assert found["found"].r_squared > 0.999
+
+
+# Without what stands before them, such as XLA_FLAGS=..., and with the lines that go on.
+COMMANDS = [
+    command.strip()
+    for text in (README, *PAGES.values())
+    for block in blocks("bash", text)
+    for command in re.findall(
+        r"python -m experiments[^#\n]*", block.replace("\\\n", " ")
+    )
+]
+
+
+def test_commands_are_found_in_several_pages():
+    assert len(COMMANDS) > 12
+    assert any("--num_devices=2" in command for command in COMMANDS)
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_each_command_names_a_script_and_its_flags(command):
+    _, _, module, *words = shlex.split(command)
+    importlib.import_module(module)
+    with flagsaver.flagsaver():
+        assert flags.FLAGS(["script", *words]) == ["script"]
+
+
+def test_make_targets_exist():
+    makefile = (ROOT / "Makefile").read_text()
+    used = set(
+        re.findall(r"^make (\w+)", "\n".join(blocks("bash")), flags=re.MULTILINE)
+    )
+    assert used == {"demo", "test"}
+    for target in used:
+        assert f"\n{target}:" in makefile
+
+
+def test_files_named_exist():
+    for path in re.findall(r"\]\(([^)#]+)\)", README):
+        if not path.startswith("http"):
+            assert (ROOT / path).exists(), path

@@ -1,0 +1,498 @@
+"""Tests of the experiment scripts: each to its end in seconds, and wrong input."""
+
+import json
+import pathlib
+import re
+import subprocess
+import sys
+import weakref
+
+import fake_runs
+import hypothesis
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+from hypothesis import strategies as st
+from PIL import Image
+from scripts import run_script
+
+from aps_jax import config as config_lib
+from aps_jax.runs import machine
+from aps_jax.train import loop, snapshots, stages
+from experiments import (
+    common_flags,
+    evaluate,
+    finetune,
+    pretrain,
+    run_aps,
+    summary,
+)
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+# A run of the real Pong that takes seconds, all its stages included.
+TINY = {
+    "preset": "smoke",
+    "pretrain_frames": 4 * 160,
+    "warmup_agent_steps": 80,
+    "max_frames": 200,
+    "finetune_agent_steps": 80,
+    "infer_agent_steps": 40,
+}
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    """Flags as after parsing an empty command line, restored after each test."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test"])
+        yield
+
+
+def set_flags(**values):
+    for name, value in values.items():
+        flags.FLAGS[name].value = value
+        flags.FLAGS[name].present = 1
+
+
+def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
+    """run_aps, then evaluate and finetune from its folder with no other flag."""
+    workdir = tmp_path / "run"
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(workdir), arms=["pretrained", "scratch"], **TINY)
+        run_aps.main(["run_aps"])
+    said = capsys.readouterr().out
+    result = json.loads((workdir / "result.json").read_text())
+    assert result["game"] == "Pong" and result["stage"] == "run_aps"
+    assert list(result["arms"]) == ["pretrained", "scratch"]
+    assert result["arms"]["scratch"]["init"] is None
+    # The score beside random and human ones, the protocol, and where things are.
+    for words in ("-20.7", "14.6", "2 full games", "small: it shows that the machine"):
+        assert words in said
+    assert "Did pretraining help?" in said and "single seeds, so" in said
+    for name in ("result.json", "curves.png", "game.gif", "features.png"):
+        assert str(workdir / name) in said.replace("\n", "")
+        assert (workdir / name).stat().st_size > 1000
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "eval"), checkpoint=str(workdir), video=True)
+        evaluate.main(["evaluate"])
+    again = json.loads((tmp_path / "eval" / "result.json").read_text())
+    # The same agent on the same games: the same scores.
+    assert again["returns"] == result["returns"]
+    assert (tmp_path / "eval" / "game.gif").exists()
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir))
+        set_flags(task="score, examples.tasks:pong_high", infer_agent_steps=40)
+        evaluate.main(["evaluate"])
+    zero = json.loads((tmp_path / "zero" / "result.json").read_text())
+    score, high = zero["tasks"]
+    assert high["name"] == "examples.tasks:pong_high"
+    assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
+    # What fine-tuning inferred and scored before it learned.
+    first = result["evaluations"][0]
+    assert score["zero_shot"]["return_mean"] == first["eval_return_mean"]
+    assert score["inferred"]["r_squared"] == result["task"]["r_squared"]
+    said = capsys.readouterr().out
+    assert "one pretrained agent, no gradient step" in said
+    assert "not Atari-100k: episodes 2" in said
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "grid"), checkpoint=str(workdir))
+        set_flags(video_tasks=3)
+        evaluate.main(["evaluate"])
+    with Image.open(tmp_path / "grid" / "tasks.gif") as image:
+        assert image.size == (2 * 160, 2 * (210 + 14)) and image.n_frames > 10
+
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "ft"), init=str(workdir), evaluations=1)
+        finetune.main(["finetune"])
+    tuned = json.loads((tmp_path / "ft" / "result.json").read_text())
+    assert tuned["init"] == str(workdir / "pretrain")
+    assert tuned["pretrain_frames"] == result["pretrain_frames"] == 640
+    assert len(tuned["evaluations"]) == 1
+
+
+def test_several_seeds_end_with_the_gain_and_its_interval(
+    tmp_path, capsys, monkeypatch
+):
+    """Pretrained scores 3, 4, 5 against 1, 1, 1: a gain of 3, whatever the resample."""
+    held = []
+
+    def fill_replay(*_, **__):
+        assert not any(replay() is not None for replay in held)
+        replay, cycle = np.zeros(10), []
+        cycle += [cycle, replay]
+        held.append(weakref.ref(replay))
+
+    def fake_finetune(config, workdir, init, *, progress, stop):
+        del progress, stop
+        fill_replay()
+        values = fake_runs.result(
+            [1.0 if init is None else 3.0 + config.seed] * 4,
+            seed=config.seed,
+            init=init and str(init),
+        )
+        fake_runs.write(workdir, values)
+        return {**values, "human_normalized_score": None}
+
+    monkeypatch.setattr(stages, "pretrain", fill_replay)
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
+    monkeypatch.setattr(
+        run_aps.report.report,
+        "__kwdefaults__",
+        {**run_aps.report.report.__kwdefaults__, "num_resamples": 200},
+    )
+    set_flags(workdir=str(tmp_path / "r"), arms=["pretrained", "scratch"])
+    set_flags(seeds=["3"], **TINY)
+    run_aps.main(["run_aps"])
+    said = capsys.readouterr().out
+    for seed in range(3):
+        assert (tmp_path / "r" / f"seed_{seed}" / "result.json").exists()
+    (line,) = [line for line in said.splitlines() if "aps over aps scratch" in line][1:]
+    assert " ".join(line.split()) == (
+        "Pong aps over aps scratch +3.0 [+2.0, +4.0] 1.00 [1.00, 1.00]"
+    )
+    assert "with 3 seeds, 95 % intervals are too narrow" in said
+
+
+def test_results_of_another_task_are_not_shown_as_scores(capsys):
+    config = config_lib.apply_options(config_lib.preset_config("cpu"), task="survival")
+    result = {
+        **fake_runs.result([100.0, 200.0]),
+        "score_returns": [-20.0, -21.0],
+        "human_normalized_score": 0.5,
+    }
+    summary.print_results(config, {"pretrained": result})
+    said = capsys.readouterr().out
+    assert "return of the task survival per game" in said
+    (line,) = [line for line in said.splitlines() if "pretrained" in line]
+    for words in ("150.0", "100 to 200", "-20.5"):
+        assert words in line
+    assert "human" not in said and "0.500" not in said
+
+
+def test_a_row_per_task_tells_all_of_it(capsys):
+    games = {"return_mean": 1234.5, "score_mean": 2.0, "length_mean": 600.0}
+    inferred = {"r_squared": 0.301, "num_samples": 1592, "num_nonzero": 313}
+    results = [
+        {
+            "name": "examples.tasks:freeway_middle",
+            "inferred": {**inferred, "is_fallback": True},
+            "zero_shot": games,
+            "random": {**games, "return_mean": 0.3},
+        }
+    ]
+    summary.print_tasks(config_lib.preset_config("paper"), results)
+    said = capsys.readouterr().out
+    (line,) = [line for line in said.splitlines() if "freeway_middle" in line]
+    assert " ".join(line.split()) == (
+        "examples.tasks:freeway_middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
+    )
+    assert "(Atari-100k protocol)" in said
+
+
+def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(stages, "pretrain", fake_pretrain)
+    set_flags(workdir=str(tmp_path / "p"), **TINY)
+    pretrain.main(["pretrain"])
+    assert f"--init={tmp_path / 'p'}" in capsys.readouterr().out
+
+
+def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
+    tmp_path, capsys, monkeypatch
+):
+    """On the real Pong: pretrain at once, then the stages that start from a seed."""
+    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
+    monkeypatch.setattr(snapshots, "_NUM_STATES", 16)
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, **TINY)
+        pretrain.main(["pretrain"])
+    said = capsys.readouterr().out
+    for seed in (3, 4):
+        folder = tmp_path / "p" / f"seed_{seed}"
+        assert f"--init={folder}" in said
+        trained = stages.load_pretrained(folder)
+        assert trained.config.seed == seed
+        assert trained.facts["agent_steps"] == 160
+
+    tuned = []
+
+    def fake_finetune(config, workdir, init, *, progress, stop):
+        del progress, stop
+        tuned.append((config.seed, workdir, init))
+        return {**fake_runs.result(), "human_normalized_score": None}
+
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "f"), init=str(tmp_path / "p"))
+        set_flags(seed=3, num_seeds=2)
+        finetune.main(["finetune"])
+    assert tuned == [
+        (seed, tmp_path / "f" / f"seed_{seed}", tmp_path / "p" / f"seed_{seed}")
+        for seed in (3, 4)
+    ]
+
+
+def test_the_main_job_pretrains_its_seeds_at_once(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(
+        stages,
+        "pretrain_seeds",
+        lambda configs, **_: order.append(
+            {str(w.relative_to(tmp_path)): one.seed for w, one in configs.items()}
+        ),
+    )
+    monkeypatch.setattr(run_aps.summary, "print_results", lambda *_: None)
+    monkeypatch.setattr(
+        run_aps, "_run", lambda config, workdir, arms, **_: order.append(config.seed)
+    )
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path), num_seeds=2, seed=5, **TINY)
+        run_aps.main(["run_aps"])
+    assert order == [{"seed_5/pretrain": 5, "seed_6/pretrain": 6}, 5, 6]
+    # As `_run` will find it.
+    assert (tmp_path / "seed_6" / "config.json").exists()
+
+
+def fake_pretrain(config, workdir, *, progress, stop):
+    del workdir, progress, stop
+    return {"game": config.game, "pretrain_frames": config.pretrain.pretrain_frames}
+
+
+# Flags.
+
+
+def test_every_option_is_a_flag_of_its_type():
+    for name, (_, field) in config_lib.option_fields().items():
+        flag = flags.FLAGS[name]
+        assert flag.help.endswith("."), name
+        if name != "preset":
+            assert flag.default is None, name
+            assert flag.flag_type().startswith(
+                {"str": ("string", "enum"), "int": "int", "float": "float"}.get(
+                    field.type.__name__, "bool"
+                )
+            ), name
+
+
+def test_flags_change_the_preset_and_nothing_else():
+    set_flags(preset="cpu", batch_size=64, game="Breakout", agent="apt")
+    config = common_flags.config_from_flags()
+    expected = config_lib.apply_options(
+        config_lib.preset_config("cpu"), batch_size=64, game="Breakout", agent="apt"
+    )
+    assert config == expected
+    assert config.learner.skill_weight == 0.0
+
+
+def test_flags_change_the_run_that_is_taken_over():
+    base = config_lib.replace_options(config_lib.preset_config("cpu"), game="Freeway")
+    set_flags(finetune_epsilon=0.5)
+    config = common_flags.config_from_flags(base)
+    assert config.game == "Freeway" and config.preset == "cpu"
+    assert config.finetune.finetune_epsilon == 0.5
+    set_flags(preset="gpu")
+    with pytest.raises(ValueError, match="--preset cannot be given here"):
+        common_flags.config_from_flags(base)
+
+
+WHOLE_NUMBERS = st.one_of(
+    st.sampled_from([-1, 0, 1, 2, 12, 256, 2**31 - 1, 2**31, 2**63, 10**30]),
+    st.integers(-(10**4), 10**8),
+)
+NUMBERS = st.one_of(
+    st.sampled_from(["0", "1", "-0.0", "nan", "inf", "-inf", "1e308", "1e-320", "x"]),
+    st.floats(-2.0, 2.0).map(str),
+)
+WORDS = st.sampled_from(["", "Pong", "pong", "aps", "small", "split", "true", "2", "é"])
+
+
+def given_values(name):
+    """Draws what might be typed for an option, right or wrong."""
+    _, field = config_lib.option_fields()[name]
+    values = {bool: WORDS, int: WHOLE_NUMBERS, float: NUMBERS, str: WORDS}[field.type]
+    if field.metadata["choices"] is not None:
+        values = st.one_of(values, st.sampled_from(field.metadata["choices"]))
+    return values.map(lambda value: f"--{name}={value}")
+
+
+@hypothesis.settings(derandomize=True, deadline=None, max_examples=120, database=None)
+@hypothesis.given(
+    words=st.lists(
+        st.sampled_from(sorted(config_lib.option_fields())).flatmap(given_values),
+        min_size=1,
+        max_size=3,
+    ),
+    preset=st.sampled_from(sorted(config_lib.PRESETS)),
+)
+def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
+    """What is accepted has streams, schedules and estimates; the rest is one line."""
+    with flagsaver.flagsaver():
+        try:
+            flags.FLAGS(["test", f"--preset={preset}", *words])
+            config = common_flags.config_from_flags()
+            for is_pretraining in (True, False):
+                machine.check_memory(config, is_pretraining=is_pretraining)
+        except (flags.Error, ValueError) as error:
+            assert str(error)
+            return
+    assert config_lib.from_dict(config_lib.to_dict(config)) == config
+    loop.stream_key(config.seed, loop.Stream.EVALUATE)
+    schedule = loop.Schedule(
+        start=config.pretrain.warmup_agent_steps,
+        samples_per_step=config.pretrain.samples_per_step,
+        batch_size=config.learner.batch_size,
+    )
+    assert schedule.num_due(2**31) >= schedule.num_due(10) >= 0
+
+
+def test_a_game_that_raises_ends_a_script_with_code_1(monkeypatch, capsys):
+    def broken(argv):
+        raise loop.EnvironmentFailure(
+            "the environment raised X; a checkpoint was saved"
+        )
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(SystemExit) as ended:
+        common_flags.run(broken)
+    assert ended.value.code == 1
+    assert (
+        "raised X; a checkpoint was saved; the same command" in capsys.readouterr().err
+    )
+
+
+# Wrong input, each in a process of its own as a user would type it.
+
+WRONG = {
+    "unknown game": (
+        ["run_aps", "--game=Pnog", "--workdir={new}"],
+        r"Unknown game 'Pnog'; the nearest of EnvPool's \d+ are Pong",
+    ),
+    "unknown flag": (
+        ["run_aps", "--gmae=Pong", "--workdir={new}"],
+        r"Unknown command line flag 'gmae'",
+    ),
+    "stray word": (
+        ["pretrain", "Pong", "--workdir={new}"],
+        r"Unexpected words 'Pong': every value needs a flag, such as --game=Pong",
+    ),
+    "no workdir": (["run_aps"], r"--workdir=DIR is needed"),
+    "a folder of something else": (
+        ["run_aps", "--preset=smoke", "--workdir={full}"],
+        r"is not empty and holds no config.json",
+    ),
+    "a missing pretraining": (
+        ["finetune", "--init={new}", "--workdir={new}2"],
+        r"is not a run's folder: it has no config.json; it does not exist",
+    ),
+    "a foreign folder to evaluate": (
+        ["evaluate", "--checkpoint={full}", "--workdir={new}"],
+        r"is not a run's folder.*it holds notes.txt",
+    ),
+    "k larger than the particles": (
+        ["pretrain", "--num_neighbors=300", "--workdir={new}"],
+        r"num_neighbors must be less than num_particles.*300 and 256",
+    ),
+    "a negative count": (
+        ["pretrain", "--pretrain_frames=-4", "--workdir={new}"],
+        r"pretrain_frames must be at least 4, got -4",
+    ),
+    "zero environments": (
+        ["pretrain", "--num_envs=0", "--workdir={new}"],
+        r"num_envs must be at least 1, got 0",
+    ),
+    "no number": (
+        ["pretrain", "--seed=one", "--workdir={new}"],
+        r"flag --seed=one: invalid literal for int",
+    ),
+    "more than fits memory": (
+        ["pretrain", "--replay_size=2000000000", "--workdir={new}"],
+        r"needs about \d+\.\d GiB.*GiB of memory are free",
+    ),
+    "no accelerator": (
+        ["pretrain", "--require_accelerator", "--workdir={new}"],
+        r"JAX sees no GPU or TPU",
+    ),
+    "seeds that are no numbers": (
+        ["run_aps", "--seeds=a,b", "--workdir={new}"],
+        r"--seeds must be a number, or numbers, got \['a', 'b'\]",
+    ),
+    "no seeds at once": (
+        ["run_aps", "--num_seeds=0", "--workdir={new}"],
+        r"--num_seeds must be at least 1, got 0",
+    ),
+    "seeds by two flags": (
+        ["pretrain", "--num_seeds=2", "--seeds=3", "--workdir={new}"],
+        r"--num_seeds pretrains .* give one of the two",
+    ),
+    "seeds at once on several devices": (
+        ["run_aps", "--num_seeds=2", "--num_devices=2", "--workdir={new}"],
+        r"share one device, got num_devices=2",
+    ),
+    "a task that cannot be imported": (
+        ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
+        r"module of the task 'gone:f' cannot be imported: ModuleNotFoundError",
+    ),
+    "an unknown arm": (
+        ["run_aps", "--arms=random", "--workdir={new}"],
+        r"--arms must be some of pretrained, scratch, got \['random'\]",
+    ),
+}
+
+
+@pytest.mark.parametrize("words, message", WRONG.values(), ids=WRONG.keys())
+def test_wrong_input_is_one_clear_line_and_writes_nothing(words, message, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "notes.txt").write_text("mine")
+    script, *arguments = (
+        word.format(new=tmp_path / "new", full=tmp_path / "full") for word in words
+    )
+    done = run_script(script, *arguments)
+    assert done.returncode not in (0, -9), done.stderr
+    assert re.search(message, done.stderr.replace("\n", " ")), done.stderr
+    lines = [line for line in done.stderr.splitlines() if line]
+    assert "Traceback" not in done.stderr
+    # absl adds one line of its own to errors in flags.
+    assert len(lines) <= 2, done.stderr
+    assert sorted(path.name for path in tmp_path.rglob("*")) == ["full", "notes.txt"]
+
+
+def test_short_help_fits_a_screen():
+    done = run_script("run_aps", "--helpshort")
+    lines = done.stdout.splitlines()
+    assert len(lines) < 50
+    for flag in ("--game", "--seed", "--workdir", "--preset", "--agent", "--arms"):
+        assert any(flag in line for line in lines), flag
+
+
+def test_an_error_of_the_program_keeps_its_traceback(monkeypatch):
+    def broken(argv):
+        raise RuntimeError("a bug")
+
+    monkeypatch.setattr(sys, "argv", ["test"])
+    with pytest.raises(RuntimeError, match="a bug"):
+        common_flags.run(broken)
+
+
+def test_pure_modules_need_no_environment_and_no_flags():
+    """`import aps_jax` and what it exports work without EnvPool and absl."""
+    program = (
+        "import sys\n"
+        "class Block:\n"
+        "    def find_spec(self, name, path=None, target=None):\n"
+        "        if name.split('.')[0] in ('envpool', 'matplotlib', 'tensorboardX'):\n"
+        "            raise ImportError(name)\n"
+        "sys.meta_path.insert(0, Block())\n"
+        "import aps_jax\n"
+        "from aps_jax import losses, rewards, tasks, knn, sphere, networks\n"
+        "assert 'envpool' not in sys.modules\n"
+        "import jax\n"
+        "assert not jax._src.xla_bridge._backends, 'importing started a device'\n"
+    )
+    subprocess.run(
+        [sys.executable, "-W", "ignore", "-c", program], cwd=ROOT, check=True
+    )

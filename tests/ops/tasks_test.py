@@ -1,0 +1,413 @@
+"""Tests for inferring tasks and for acting by many of them."""
+
+import functools
+
+import hypothesis
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import references_tasks
+from hypothesis import strategies
+
+from aps_jax.ops import tasks
+
+PROPERTY = hypothesis.settings(
+    derandomize=True, max_examples=25, deadline=None, database=None
+)
+update_regression_moments = jax.jit(tasks.update_regression_moments)
+infer_task = jax.jit(tasks.infer_task, static_argnames="intercept")
+
+
+def transforms():
+    return pytest.mark.parametrize(
+        "transform", [lambda f: f, jax.jit], ids=["eager", "jit"]
+    )
+
+
+def first_axis(dim):
+    return np.eye(dim, dtype=np.float32)[0]
+
+
+def correlated_features(rng, num, dim, correlation):
+    """Unit features that share a direction, the more the higher the correlation."""
+    features = rng.normal(size=(num, dim))
+    shared = np.sqrt(correlation) * rng.normal(size=(num, 1))
+    features = np.sqrt(1 - correlation) * features + shared * np.linspace(1, 2, dim)
+    features /= np.linalg.norm(features, axis=1, keepdims=True)
+    return features.astype(np.float32)
+
+
+def moments_of(phi, r, mask=None):
+    mask = np.ones(len(phi), bool) if mask is None else mask
+    moments = tasks.init_regression_moments(phi.shape[1])
+    return update_regression_moments(moments, phi, r, mask)
+
+
+def scanned_moments_of(phi, r, batch_size):
+    moments, _ = jax.lax.scan(
+        lambda moments, batch: (
+            tasks.update_regression_moments(
+                moments, *batch, jnp.ones(batch_size, bool)
+            ),
+            None,
+        ),
+        tasks.init_regression_moments(phi.shape[1]),
+        (phi.reshape(-1, batch_size, phi.shape[1]), r.reshape(-1, batch_size)),
+    )
+    return moments
+
+
+def infer(phi, r, **kwargs):
+    kwargs.setdefault("fallback_task", first_axis(phi.shape[1]))
+    return infer_task(moments_of(phi, r), **kwargs)
+
+
+@pytest.mark.parametrize("num, dim", [(5, 1), (400, 5), (2000, 32)])
+@pytest.mark.parametrize("intercept", [False, True])
+@transforms()
+def test_inference_matches_numpy(num, dim, intercept, transform):
+    rng = np.random.default_rng(dim)
+    phi = correlated_features(rng, num, dim, 0.2) * np.float32(0.5)
+    phi += rng.normal(size=(num, dim)).astype(np.float32)
+    r = (phi @ rng.normal(size=dim) + rng.normal(size=num)).astype(np.float32)
+    moments = moments_of(phi, r)
+    inferred = transform(
+        functools.partial(tasks.infer_task, ridge=0.0, intercept=intercept)
+    )(moments, fallback_task=first_axis(dim))
+    w, b = references_tasks.least_squares(phi, r, intercept)
+    np.testing.assert_allclose(inferred.task, w / np.linalg.norm(w), atol=2e-4)
+    np.testing.assert_allclose(inferred.scale, np.linalg.norm(w), rtol=2e-4)
+    np.testing.assert_allclose(inferred.intercept, b, atol=2e-4)
+    np.testing.assert_allclose(
+        inferred.r_squared,
+        references_tasks.r_squared(phi, r, w, b, intercept),
+        atol=1e-4,
+    )
+    assert not inferred.is_fallback
+    assert inferred.num_samples == num
+    assert inferred.num_nonzero == num
+
+
+def test_inference_by_hand():
+    # Rewards 3 phi_1 + 4 phi_2 of the features (1, 0), (0, 1), (1, 0): w = (3, 4), of
+    # norm 5 and direction (0.6, 0.8).
+    phi = np.float32([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    inferred = infer(phi, np.float32([3.0, 4.0, 3.0]), ridge=0.0)
+    np.testing.assert_allclose(inferred.task, [0.6, 0.8], rtol=1e-6)
+    np.testing.assert_allclose(inferred.scale, 5.0, rtol=1e-6)
+    np.testing.assert_allclose(inferred.r_squared, 1.0, rtol=1e-6)
+
+
+def test_ridge_by_hand():
+    # Gram matrix diag(2, 1), mean of the diagonal 1.5, ridge 2: lambda = 3.
+    # w = (6 / (2 + 3), 4 / (1 + 3)) = (1.2, 1).
+    phi = np.float32([[1.0, 0.0], [0.0, 1.0], [1.0, 0.0]])
+    inferred = infer(phi, np.float32([3.0, 4.0, 3.0]), ridge=2.0)
+    w = inferred.task * inferred.scale
+    np.testing.assert_allclose(w, [1.2, 1.0], rtol=1e-6)
+
+
+def test_intercept_by_hand():
+    # Rewards 1 + 2 phi. Without the constant: sum(phi r) / sum(phi^2) = 22 / 10 = 2.2,
+    # which explains (2 * 2.2 * 22 - 2.2^2 * 10) / 50.
+    phi = np.float32([[0.0], [1.0], [3.0]])
+    r = np.float32([0.0, 3.0, 7.0]) + np.float32([1.0, 0.0, 0.0])
+    inferred = infer(phi, r, ridge=0.0, intercept=True)
+    np.testing.assert_allclose(inferred.scale, 2.0, rtol=1e-5)
+    np.testing.assert_allclose(inferred.intercept, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(inferred.r_squared, 1.0, rtol=1e-5)
+    without = infer(phi, r, ridge=0.0)
+    np.testing.assert_allclose(without.scale, 2.4, rtol=1e-5)
+    np.testing.assert_array_equal(without.intercept, 0.0)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_correlated_features_do_not_turn_the_task(seed):
+    rng = np.random.default_rng(seed)
+    phi = correlated_features(rng, 2000, 5, 0.7)
+    w = rng.normal(size=5)
+    r = (phi @ w).astype(np.float32)
+    assert references_tasks.cosine(infer(phi, r).task, w) > 0.9999
+    # The direction of the regression the wrong way round, of features on rewards.
+    assert references_tasks.cosine(np.float64(phi).T @ r, w) < 0.95
+
+
+def test_sparse_noisy_rewards_still_show_the_task():
+    rng = np.random.default_rng(0)
+    phi = correlated_features(rng, 40_000, 5, 0.3)
+    w = np.float64([1.0, -1.0, 0.5, 0.0, 2.0])
+    is_rewarded = rng.uniform(size=40_000) < 0.1 * (1 + phi @ w / 4)
+    inferred = infer(phi, is_rewarded.astype(np.float32), intercept=True)
+    assert references_tasks.cosine(inferred.task, w) > 0.97
+    assert inferred.num_nonzero == np.sum(is_rewarded)
+
+
+@pytest.mark.parametrize("batch_size", [1, 32, 40_000])
+def test_float32_sums_of_forty_thousand_samples_suffice(batch_size):
+    rng = np.random.default_rng(0)
+    phi = correlated_features(rng, 40_000, 5, 0.7)
+    r = (phi @ rng.normal(size=5) + 0.1).astype(np.float32)
+    moments = scanned_moments_of(phi, r, batch_size)
+    exact = np.float64(phi)
+    np.testing.assert_allclose(moments.gram, exact.T @ exact, rtol=1e-6, atol=1e-2)
+    np.testing.assert_allclose(moments.phi_sum, np.sum(exact, axis=0), atol=1e-2)
+    np.testing.assert_allclose(moments.r_sum, np.sum(np.float64(r)), rtol=1e-6)
+    w, b = references_tasks.least_squares(phi, r, True)
+    inferred = infer_task(moments, fallback_task=first_axis(5), intercept=True)
+    np.testing.assert_allclose(inferred.task * inferred.scale, w, rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(inferred.intercept, b, atol=1e-4)
+    np.testing.assert_allclose(inferred.r_squared, 1.0, atol=1e-5)
+
+
+@pytest.mark.parametrize("batch_size", [1, 40_000])
+def test_forty_thousand_equal_rewards_fall_back_to_a_constant(batch_size):
+    phi = correlated_features(np.random.default_rng(0), 40_000, 5, 0.3)
+    r = np.full(40_000, 0.1, np.float32)
+    moments = scanned_moments_of(phi, r, batch_size)
+    np.testing.assert_allclose(moments.r_sum, np.sum(np.float64(r)), rtol=1e-6)
+    assert infer_task(moments, fallback_task=first_axis(5), intercept=True).is_fallback
+
+
+@PROPERTY
+@hypothesis.given(
+    seed=strategies.integers(0, 2**31),
+    intercept=strategies.booleans(),
+    step=strategies.floats(1e-3, 10.0),
+)
+def test_no_other_task_fits_better(seed, intercept, step):
+    rng = np.random.default_rng(seed)
+    phi = correlated_features(rng, 20, 3, rng.uniform(0, 0.8))
+    r = rng.normal(size=20).astype(np.float32)
+    inferred = infer(phi, r, ridge=0.0, intercept=intercept)
+    assert not inferred.is_fallback
+
+    def squared_error(w, b):
+        return np.sum((np.float64(r) - np.float64(phi) @ w - b) ** 2)
+
+    w = np.float64(inferred.task) * float(inferred.scale)
+    b = float(inferred.intercept)
+    other = w + step * rng.normal(size=3)
+    other_b = b + step * rng.normal() * intercept
+    assert squared_error(w, b) <= squared_error(other, other_b) * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_zero_rewards_fall_back(intercept):
+    phi = correlated_features(np.random.default_rng(0), 50, 5, 0.3)
+    fallback_task = np.float32([0.0, 3.0, 0.0, 4.0, 0.0])
+    inferred = infer(
+        phi,
+        np.zeros(50, np.float32),
+        fallback_task=fallback_task,
+        intercept=intercept,
+    )
+    assert inferred.is_fallback
+    np.testing.assert_allclose(inferred.task, fallback_task / 5, rtol=1e-6)
+    np.testing.assert_array_equal(
+        [inferred.scale, inferred.intercept, inferred.r_squared], [1.0, 0.0, 0.0]
+    )
+    assert inferred.num_samples == 50
+    assert inferred.num_nonzero == 0
+
+
+@pytest.mark.parametrize(
+    "num, intercept, is_fallback",
+    [
+        (0, False, True),
+        (4, False, True),
+        (5, False, False),
+        (5, True, True),
+        (6, True, False),
+    ],
+)
+def test_fewer_samples_than_unknowns_fall_back(num, intercept, is_fallback):
+    rng = np.random.default_rng(3)
+    phi, r = rng.normal(size=(8, 5)), rng.normal(size=8)
+    mask = np.arange(8) < num
+    moments = moments_of(np.float32(phi), np.float32(r), mask)
+    inferred = infer_task(moments, fallback_task=first_axis(5), intercept=intercept)
+    assert inferred.is_fallback == is_fallback
+    assert np.array_equal(inferred.task, first_axis(5)) == is_fallback
+    assert inferred.num_samples == num
+
+
+def test_equal_rewards_leave_nothing_to_an_intercept():
+    phi = correlated_features(np.random.default_rng(0), 50, 5, 0.3)
+    inferred = infer(phi, np.full(50, 0.1, np.float32), intercept=True)
+    assert inferred.is_fallback
+    np.testing.assert_array_equal(inferred.r_squared, 0.0)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("where", ["phi", "r"])
+def test_what_is_not_finite_falls_back(bad, where):
+    rng = np.random.default_rng(0)
+    phi, r = np.float32(rng.normal(size=(20, 5))), np.float32(rng.normal(size=20))
+    (phi[0] if where == "phi" else r)[0] = bad
+    inferred = infer(phi, r)
+    assert inferred.is_fallback
+    np.testing.assert_array_equal(inferred.task, first_axis(5))
+    np.testing.assert_array_equal([inferred.scale, inferred.r_squared], [1.0, 0.0])
+
+
+@pytest.mark.parametrize("intercept", [False, True])
+def test_features_that_never_differ_are_harmless(intercept):
+    phi = np.tile(np.float32([0.6, 0.8]), (30, 1))
+    r = np.random.default_rng(0).normal(size=30).astype(np.float32)
+    inferred = infer(phi, r, intercept=intercept)
+    assert np.all(np.isfinite(inferred.task))
+    np.testing.assert_allclose(np.linalg.norm(inferred.task), 1.0, rtol=1e-6)
+    if intercept:
+        assert inferred.is_fallback
+    else:
+        # Only their own direction can be told.
+        np.testing.assert_allclose(np.abs(inferred.task @ phi[0]), 1.0, rtol=1e-4)
+
+
+def test_zero_features_fall_back():
+    r = np.ones(30, np.float32)
+    assert infer(np.zeros((30, 3), np.float32), r).is_fallback
+
+
+def test_features_that_are_copies_share_the_weight():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(1000, 2)).astype(np.float32)
+    r = (phi @ [2.0, 1.0]).astype(np.float32)
+    inferred = infer(phi[:, [0, 0, 1]], r)
+    np.testing.assert_allclose(
+        inferred.task * inferred.scale, [1.0, 1.0, 1.0], rtol=1e-3
+    )
+
+
+def test_masked_samples_do_not_count_whatever_they_hold():
+    rng = np.random.default_rng(0)
+    phi, r = np.float32(rng.normal(size=(20, 3))), np.float32(rng.normal(size=20))
+    mask = np.arange(20) % 2 == 0
+    phi[1::4], r[1::4], r[3::4] = np.nan, np.nan, 7.0
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        moments_of(phi, r, mask),
+        moments_of(phi[mask], r[mask]),
+    )
+
+
+def test_moments_run_under_scan_and_do_not_depend_on_the_split():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(6, 4, 3)).astype(np.float32)
+    r = rng.normal(size=(6, 4)).astype(np.float32)
+    r[0] = 0.0
+    scanned = scanned_moments_of(phi.reshape(24, 3), r.reshape(24), 4)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        scanned,
+        moments_of(phi.reshape(24, 3), r.reshape(24)),
+    )
+    assert scanned.num_samples == 24
+    assert scanned.num_nonzero == 20
+
+
+def test_scale_is_in_units_of_the_reward():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(100, 3)).astype(np.float32)
+    r = rng.normal(size=100).astype(np.float32)
+    small, large = infer(phi, r), infer(phi, np.float32(100) * r)
+    np.testing.assert_allclose(large.task, small.task, atol=1e-5)
+    np.testing.assert_allclose(large.scale, 100 * small.scale, rtol=1e-5)
+    np.testing.assert_allclose(large.r_squared, small.r_squared, rtol=1e-4)
+
+
+def test_inference_vmaps():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(4, 30, 3)).astype(np.float32)
+    r = rng.normal(size=(4, 30)).astype(np.float32)
+    r[2] = 0.0
+    each = [moments_of(*pair) for pair in zip(phi, r)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    infer_one = functools.partial(tasks.infer_task, fallback_task=first_axis(3))
+    batched = jax.vmap(infer_one)(stacked)
+    np.testing.assert_array_equal(batched.is_fallback, [False, False, True, False])
+    for i, moments in enumerate(each):
+        np.testing.assert_allclose(
+            batched.task[i], infer_one(moments).task, rtol=1e-4, atol=1e-5
+        )
+
+
+@pytest.mark.parametrize(
+    "num_policies, num_actions, dim", [(1, 1, 1), (3, 4, 2), (11, 18, 5)]
+)
+@transforms()
+def test_gpi_matches_float64(num_policies, num_actions, dim, transform):
+    rng = np.random.default_rng(0)
+    psi = rng.normal(size=(num_policies, num_actions, dim)).astype(np.float32)
+    w = rng.normal(size=dim).astype(np.float32)
+    np.testing.assert_allclose(
+        transform(tasks.gpi_action_values)(psi, w),
+        references_tasks.gpi_action_values(psi, w),
+        rtol=1e-5,
+    )
+
+
+def test_gpi_scores_policies_by_the_task_that_counts():
+    # By w = (1, 0) the policies are worth ((1, 0), (0, 3)): values (1, 3). By their own
+    # tasks (1, 0) and (0, 1), the second would be worth (9, 0), and action 0 the best.
+    psi = np.float32([[[1.0, 0.0], [0.0, 0.0]], [[0.0, 9.0], [3.0, 0.0]]])
+    values = tasks.gpi_action_values(psi, np.float32([1.0, 0.0]))
+    np.testing.assert_array_equal(values, [1.0, 3.0])
+
+
+def test_more_policies_never_lower_a_value():
+    rng = np.random.default_rng(0)
+    psi = rng.normal(size=(5, 4, 3)).astype(np.float32)
+    w = rng.normal(size=3).astype(np.float32)
+    all_five = tasks.gpi_action_values(psi, w)
+    assert np.all(all_five >= tasks.gpi_action_values(psi[:1], w))
+    np.testing.assert_array_equal(all_five, tasks.gpi_action_values(psi[::-1], w))
+
+
+@pytest.mark.parametrize("kappa", [0.0, 5.0])
+def test_candidates_start_with_the_task_itself(kappa):
+    w = np.float32([0.6, 0.8])
+    candidates = tasks.candidate_tasks(jax.random.key(0), w, num=10, kappa=kappa)
+    assert candidates.shape == (11, 2)
+    np.testing.assert_array_equal(candidates[0], w)
+    np.testing.assert_allclose(np.linalg.norm(candidates, axis=1), 1.0, rtol=1e-6)
+    assert len(np.unique(candidates, axis=0)) == 11
+
+
+def test_candidates_gather_around_the_task_as_kappa_grows():
+    w = np.float32([0.6, 0.0, 0.8])
+    draw = jax.jit(functools.partial(tasks.candidate_tasks, num=4000))
+    cosines = [
+        np.mean(draw(jax.random.key(0), w, kappa=kappa)[1:] @ w)
+        for kappa in (0.0, 5.0, 1000.0)
+    ]
+    # In three dimensions the mean cosine is coth(kappa) - 1 / kappa.
+    np.testing.assert_allclose(cosines, [0.0, 1 / np.tanh(5) - 0.2, 0.999], atol=0.03)
+
+
+def test_no_further_candidates():
+    w = np.float32([0.6, 0.8])
+    candidates = tasks.candidate_tasks(jax.random.key(0), w, num=0, kappa=5.0)
+    np.testing.assert_array_equal(candidates, w[None, :])
+
+
+def test_bad_sizes_are_rejected():
+    with pytest.raises(ValueError, match="num must be at least 0, got -1"):
+        tasks.candidate_tasks(
+            jax.random.key(0), np.ones(2, np.float32), num=-1, kappa=5.0
+        )
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+        tasks.init_regression_moments(0)
+
+
+def test_shapes_and_types_are_checked():
+    moments = tasks.init_regression_moments(3)
+    phi, r, mask = np.ones((4, 3), np.float32), np.ones(4, np.float32), np.ones(4, bool)
+    for bad in [(phi[:, :2], r, mask), (phi, r[:3], mask), (phi, r, r), (r, r, mask)]:
+        with pytest.raises(AssertionError):
+            tasks.update_regression_moments(moments, *bad)
+    with pytest.raises(AssertionError):
+        tasks.infer_task(moments, fallback_task=first_axis(2))
+    with pytest.raises(AssertionError):
+        tasks.gpi_action_values(np.ones((2, 3), np.float32), np.ones(3, np.float32))

@@ -1,0 +1,206 @@
+"""Tests that a run asked to stop saves what it has, and goes on from there."""
+
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import time
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from aps_jax import config as config_lib
+from aps_jax.parallel import interrupts
+from aps_jax.runs import metrics
+from aps_jax.train import stages
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+
+def make_config(**options):
+    options = {
+        "game": "Chain",
+        "pretrain_frames": 4 * 240,
+        "replay_size": 240,
+        "warmup_agent_steps": 60,
+        "report_agent_steps": 80,
+        "checkpoint_agent_steps": 100_000,
+        "finetune_agent_steps": 120,
+        "infer_agent_steps": 60,
+        "infer_episodes": 1000,
+        **options,
+    }
+    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+
+
+def signalled(num_steps, number=signal.SIGTERM):
+    """A chain whose process gets a signal after some steps of all environments."""
+
+    class Signalled(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            Signalled.steps += 1
+            if Signalled.steps == num_steps:
+                os.kill(os.getpid(), number)
+            super().send(actions)
+
+    return Signalled
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_pretraining_saves_at_the_step_of_the_request(tmp_path, number):
+    config = make_config()
+    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+        stages.pretrain(config, tmp_path, constructor=signalled(31, number), stop=stop)
+    trained = stages.load_pretrained(tmp_path)
+    assert trained.facts["agent_steps"] == 31 * 4
+    # (124 - 60) steps, half a sample each, 8 samples an update.
+    assert int(trained.state.num_updates) == 4
+    done = stages.pretrain(config, tmp_path, constructor=fakes.ChainPool)
+    assert done["updates"] == 11
+    columns = metrics.read_metrics(tmp_path / "metrics.csv")
+    assert columns["agent_steps"] == [80.0, 160.0, 240.0]
+
+
+# Steps of 4 environments: 15 infer, then each evaluation plays games of 20 at most on 2.
+@pytest.mark.parametrize("num_steps", [9, 18, 45])
+def test_finetuning_goes_on_from_any_phase(tmp_path, num_steps):
+    """While it infers (9), evaluates zero-shot (18) and learns or evaluates (45)."""
+    config = make_config()
+    whole = stages.finetune(
+        config, tmp_path / "whole", None, constructor=fakes.ChainPool
+    )
+    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+        stages.finetune(
+            config,
+            tmp_path / "parts",
+            None,
+            constructor=signalled(num_steps),
+            stop=stop,
+        )
+    assert not (tmp_path / "parts" / "result.json").exists()
+    resumed = stages.finetune(
+        config, tmp_path / "parts", None, constructor=fakes.ChainPool
+    )
+    for name in ("updates", "finetune_agent_steps"):
+        assert resumed[name] == whole[name]
+    assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
+    if num_steps > 15:
+        assert resumed["task"] == whole["task"]
+        assert resumed["evaluations"][0] == whole["evaluations"][0]
+    rows = metrics.read_metrics(tmp_path / "parts" / "metrics.csv")["agent_steps"]
+    assert rows == [60.0, 80.0, 120.0]
+
+
+def test_what_is_saved_is_what_goes_on(tmp_path):
+    """Learning resumes exactly: the same updates from the same replay."""
+    config = make_config()
+    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+        stages.pretrain(config, tmp_path, constructor=signalled(31), stop=stop)
+    first = jax.device_get(stages.load_pretrained(tmp_path).state)
+    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+        # Asked again before its first step is over: one step more, nothing lost.
+        stages.pretrain(config, tmp_path, constructor=signalled(1), stop=stop)
+    second = stages.load_pretrained(tmp_path)
+    assert second.facts["agent_steps"] == 32 * 4
+    for x, y in zip(
+        jax.tree.leaves(first.params),
+        jax.tree.leaves(jax.device_get(second.state.params)),
+        strict=True,
+    ):
+        np.testing.assert_array_equal(x, y)
+
+
+def test_handlers_are_put_back():
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with interrupts.StopRequests() as stop:
+        assert signal.getsignal(signal.SIGTERM) != before[0]
+        stop.check()
+    assert before == (
+        signal.getsignal(signal.SIGTERM),
+        signal.getsignal(signal.SIGINT),
+    )
+
+
+DEAF = """
+import hashlib
+from aps_jax import interrupts
+with interrupts.StopRequests(patience_seconds=1.5):
+    print("ready", flush=True)
+    # One call into C that lets other threads run, as a long compilation does.
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)
+"""
+
+NOTICED = "{} noticed: stopping at the next step; a second Ctrl-C stops at once"
+
+BUSY = """
+from aps_jax import interrupts
+with interrupts.StopRequests() as stop:
+    print("ready", flush=True)
+    try:
+        while True:
+            stop.check()
+    except interrupts.Interrupted:
+        print("noticed", flush=True)
+    while True:
+        pass
+"""
+
+
+@contextlib.contextmanager
+def process_of(*arguments):
+    """A process that is ended and whose pipes are closed, whatever happens."""
+    with subprocess.Popen(
+        [sys.executable, "-W", "ignore", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=ROOT,
+    ) as process:
+        try:
+            yield process
+        finally:
+            process.kill()
+
+
+def test_a_computation_that_hears_nothing_is_ended_from_outside():
+    with process_of("-c", DEAF) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == interrupts.EXIT_CODE
+        assert "continues from the last checkpoint" in said
+
+
+def test_a_second_interrupt_stops_at_once():
+    with process_of("-c", BUSY) as process:
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        assert process.stdout.readline() == "noticed\n"
+        process.send_signal(signal.SIGINT)
+        _, said = process.communicate(timeout=60)
+        assert process.returncode == interrupts.EXIT_CODE
+        assert said.splitlines() == [NOTICED.format("SIGINT")]
+
+
+def test_a_script_says_how_to_continue_and_asks_to_be_run_again(tmp_path):
+    with process_of(
+        "-m", "experiments.pretrain", "--preset=smoke", "--report_agent_steps=40",
+        "--pretrain_frames=4000000", f"--workdir={tmp_path / 'w'}",
+    ) as process:  # fmt: skip
+        deadline = time.monotonic() + 120
+        rows = tmp_path / "w" / "metrics.csv"
+        while time.monotonic() < deadline and process.poll() is None:
+            if rows.exists() and rows.read_text().count("\n") > 8:
+                break
+            os.sched_yield()
+        process.send_signal(signal.SIGTERM)
+        _, said = process.communicate(timeout=60)
+    assert process.returncode == interrupts.EXIT_CODE, said
+    assert "the same command continues" in said
+    assert stages.load_pretrained(tmp_path / "w").facts["agent_steps"] > 120

@@ -1,0 +1,115 @@
+"""Tests that nothing learned from EnvPool crosses a reset, over thousands of steps."""
+
+import envpool
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aps_jax import config as config_lib
+from aps_jax.agents import aps as agent_lib
+from aps_jax.envs import atari
+from aps_jax.replay import buffer
+
+NUM_ENVS = 8
+NUM_STEPS = 400
+# Games are cut after 37 agent steps, so 3,200 steps hold some 80 resets.
+MAX_FRAMES = 148
+
+
+@pytest.fixture(scope="module")
+def played():
+    """A replay of random play, and what EnvPool itself stacked at each step."""
+    options = {"seeds": atari.environment_seeds(3, NUM_ENVS), "max_frames": MAX_FRAMES}
+    pool = atari.AtariPool("Breakout", NUM_ENVS, **options)
+    stacking = envpool.make(
+        "Breakout-v5",
+        env_type="gymnasium",
+        num_envs=NUM_ENVS,
+        seed=options["seeds"],
+        max_episode_steps=MAX_FRAMES // 4,
+        stack_num=4,
+        use_fire_reset=False,
+        noop_max=30,
+    )
+    ring = buffer.make_replay(
+        num_envs=NUM_ENVS, size=NUM_ENVS * NUM_STEPS, feature_dim=2
+    )
+    add = jax.jit(ring.add, donate_argnums=0)
+    state, rng = ring.init(), np.random.default_rng(0)
+    timestep, stacks = pool.reset(), [stacking.reset()[0]]
+    firsts, lives = [], timestep.lives
+    for time in range(NUM_STEPS):
+        action = rng.integers(0, pool.num_actions, NUM_ENVS).astype(np.int32)
+        step = buffer.Step(
+            frame=timestep.frame,
+            action=action,
+            reward=timestep.reward,
+            terminated=timestep.terminated,
+            is_first=timestep.is_first,
+            life_lost=(timestep.lives < lives) & ~timestep.is_first,
+            task=np.zeros((NUM_ENVS, 2), np.float32),
+            id=(time * NUM_ENVS + np.arange(NUM_ENVS)).astype(np.int32),
+        )
+        lives = timestep.lives
+        state = add(state, step)
+        firsts.append(timestep.is_first)
+        pool.send(action)
+        timestep = pool.recv()
+        stacks.append(stacking.step(action)[0])
+    pool.close()
+    return ring, state, np.stack(firsts), stacks
+
+
+def test_stacks_out_of_the_replay_equal_envpools_own(played):
+    ring, state, firsts, stacks = played
+    assert firsts.sum() > 60
+    windows = ring.sample(state, jax.random.key(0), num_windows=150, num_states=12)
+    for observation, ids in zip(
+        np.asarray(windows.observation), np.asarray(windows.id), strict=True
+    ):
+        for pixels, number in zip(observation, ids, strict=True):
+            time, env = divmod(int(number), NUM_ENVS)
+            np.testing.assert_array_equal(np.moveaxis(pixels, -1, 0), stacks[time][env])
+
+
+def test_no_target_crosses_a_reset(played):
+    ring, state, firsts, _ = played
+    config = config_lib.AgentConfig(n_steps=10, window_targets=2)
+
+    def draw(key):
+        windows = ring.sample(state, key, num_windows=3000, num_states=12)
+        windows = windows._replace(observation=jnp.zeros((3000, 1)))
+        targets = jax.vmap(
+            lambda window: agent_lib.lay_out_targets(
+                window,
+                num_targets=2,
+                n_steps=config.n_steps,
+                discount=0.99,
+                cut_at_task_change=True,
+                cut_at_life_loss=False,
+            )
+        )(windows)
+        return windows.id, targets
+
+    ids, targets = jax.device_get(jax.jit(draw)(jax.random.key(1)))
+    times, env = ids // NUM_ENVS, ids[:, :1] % NUM_ENVS
+    episode = np.cumsum(firsts, axis=0)  # [time, E]: which game a step belongs to
+    game = episode[times, env]  # [windows, states]
+    num_valid = num_invalid = num_cut = 0
+    for window in range(len(ids)):
+        for start in range(2):
+            same_game = game[window, start + 1] == game[window, start]
+            assert targets.is_valid[window, start] == same_game
+            num_invalid += not same_game
+            if not same_game:
+                continue
+            num_valid += 1
+            used = targets.rewarded[window, start][targets.weight[window, start] > 0]
+            assert np.all(game[window, used] == game[window, start])
+            assert targets.bootstrap[window, start] == used[-1]
+            # Nothing of the game that could be used is left out.
+            left = np.sum(game[window, start + 1 : start + 11] == game[window, start])
+            assert len(used) == left
+            num_cut += left < 10
+    assert num_valid > 5000 and num_invalid > 50 and num_cut > 500

@@ -1,0 +1,158 @@
+"""Tests of aps_jax.report.report.run_pictures and snapshots: grids, videos, the sphere in a plane."""
+
+import functools
+import importlib.machinery
+import sys
+import types
+
+import fakes
+import numpy as np
+import pytest
+from PIL import Image
+
+from aps_jax import config as config_lib
+from aps_jax.agents import aps as agent_lib
+from aps_jax.report import run_pictures
+from aps_jax.train import snapshots, stages
+
+
+def video(color, length, height=20, width=30):
+    return [np.full((height, width, 3), color, np.uint8) for _ in range(length)]
+
+
+def test_videos_lie_in_a_grid_under_their_labels():
+    sheets = run_pictures.tile(
+        [video(40, 2), video(80, 1), video(120, 2)], ["a", "b", ""]
+    )
+    assert len(sheets) == 2
+    rows = 2 * (20 + 14)
+    assert sheets[0].shape == sheets[1].shape == (rows, 2 * 30, 3)
+    for sheet, second in zip(sheets, (80, 40), strict=True):
+        assert (sheet[14:34, :30] == 40).all()
+        # The second game has ended after its first picture: it stays, darkened.
+        assert (sheet[14:34, 30:] == second).all()
+        assert (sheet[48:, :30] == 120).all()
+        assert (sheet[48:, 30:] == 0).all()
+        assert sheet[:14, :30].max() > 200 and sheet[34:48, :30].max() == 0
+
+
+def test_a_long_label_stays_in_its_column():
+    (sheet,) = run_pictures.tile([video(0, 1), video(0, 1)], ["m" * 50, ""])
+    assert sheet[:14, :30].any() and not sheet[:14, 30:].any()
+
+
+def test_a_gif_holds_every_picture(tmp_path):
+    # A bright bar that moves: one palette serves all three.
+    shown_pictures = np.zeros((3, 20, 30, 3), np.uint8)
+    for index, picture in enumerate(shown_pictures):
+        picture[:, 10 * index : 10 * index + 5] = (200, 100, 0)
+    run_pictures.save_video(tmp_path / "a.gif", list(shown_pictures))
+    with Image.open(tmp_path / "a.gif") as image:
+        assert image.n_frames == 3
+        image.seek(2)
+        shown = np.array(image.convert("RGB"))
+    np.testing.assert_allclose(shown, shown_pictures[2], atol=8)
+
+
+class FakeWriter(types.ModuleType):
+    """Stands for imageio_ffmpeg: keeps what it is sent."""
+
+    def __init__(self):
+        super().__init__("imageio_ffmpeg")
+        self.__spec__ = importlib.machinery.ModuleSpec("imageio_ffmpeg", None)
+        self.sent, self.size, self.is_closed = [], None, False
+
+    def write_frames(self, path, size, **options):
+        self.size = size
+        return self
+
+    def send(self, frame):
+        self.sent.append(frame)
+
+    def close(self):
+        self.is_closed = True
+
+
+def test_an_mp4_is_written_by_ffmpeg(tmp_path, monkeypatch):
+    writer = FakeWriter()
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", writer)
+    run_pictures.save_video(tmp_path / "a.mp4", video(7, 3))
+    assert writer.size == (30, 20) and writer.is_closed
+    assert writer.sent[0] is None and len(writer.sent) == 4
+    np.testing.assert_array_equal(writer.sent[1], video(7, 1)[0])
+
+
+def test_without_ffmpeg_one_line_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
+    with pytest.raises(ValueError, match=r"pip install 'aps_jax\[video\]'"):
+        run_pictures.check_video_format("mp4")
+    run_pictures.check_video_format("gif")
+
+
+# The feature sphere.
+
+
+def test_the_plane_is_that_of_largest_variation():
+    # Points vary by 3 along the third axis, by 2 along the first, else not at all.
+    phi = np.array([[2, 5, 3], [2, 5, -3], [-2, 5, 3], [-2, 5, -3]], np.float32)
+    np.testing.assert_allclose(
+        snapshots.plane_of(phi), [[0, 1], [0, 0], [1, 0]], atol=1e-12
+    )
+
+
+def test_points_of_the_sphere_lie_in_the_disc():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(50, 5))
+    phi /= np.linalg.norm(phi, axis=1, keepdims=True)
+    plane = snapshots.plane_of(phi)
+    np.testing.assert_allclose(plane.T @ plane, np.eye(2), atol=1e-12)
+    assert np.linalg.norm(phi @ plane, axis=1).max() <= 1
+    # Every other plane holds less of their variation.
+    other, _ = np.linalg.qr(rng.normal(size=(5, 2)))
+    centred = phi - phi.mean(axis=0)
+    assert np.square(centred @ plane).sum() >= np.square(centred @ other).sum()
+
+
+@pytest.mark.parametrize("phi", [np.ones((4, 3)), np.ones((1, 3)), np.ones((5, 1))])
+def test_features_that_are_all_the_same_have_a_plane_too(phi):
+    plane = snapshots.plane_of(phi)
+    assert plane.shape == (phi.shape[1], 2) and np.isfinite(plane).all()
+
+
+def test_a_pretraining_leaves_snapshots_of_its_features(tmp_path):
+    """Each row has one; they are unit vectors, the last of them the final agent's."""
+    config = config_lib.apply_options(
+        config_lib.preset_config("smoke"),
+        game="Chain",
+        pretrain_frames=4 * 160,
+        replay_size=240,
+        warmup_agent_steps=60,
+        report_agent_steps=40,
+    )
+    pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+    pretrain(config, tmp_path / "p")
+    found = snapshots.read_snapshots(tmp_path / "p")
+    assert [one.agent_steps for one in found] == [80, 120, 160]
+    for one in found:
+        for vectors in (one.phi, one.task):
+            assert vectors.shape == (256, 5)
+            np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
+    # The chain has five pictures, so its stacks have few distinct features.
+    trained = stages.load_pretrained(tmp_path / "p")
+    pool = fakes.ChainPool("Chain", 1, seeds=[0])
+    stack = np.repeat(pool.reset().frame[..., None], 4, axis=-1)
+    start = trained.agent.features(trained.state.params, stack).phi[0]
+    start = np.asarray(start)
+    assert np.abs(found[-1].phi - start).max(axis=1).min() < 2e-3
+    assert isinstance(trained.state, agent_lib.AgentState)
+
+    run_pictures.save_feature_picture(tmp_path / "features.png", found)
+    with Image.open(tmp_path / "features.png") as image:
+        colors = {color for _, color in image.convert("RGB").getcolors(1 << 24)}
+    assert len(colors) > 100
+
+
+def test_no_snapshots_no_picture(tmp_path):
+    assert snapshots.read_snapshots(tmp_path) == []
+    with pytest.raises(ValueError, match="no feature snapshots"):
+        run_pictures.save_feature_picture(tmp_path / "features.png", [])

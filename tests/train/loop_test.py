@@ -1,0 +1,360 @@
+"""Tests of aps_jax.train.loop on the chain: what is stored, when it learns, what it moves."""
+
+import functools
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aps_jax import config as config_lib
+from aps_jax.agents import aps as agent_lib
+from aps_jax.parallel import devices
+from aps_jax.replay import buffer
+from aps_jax.runs import metrics
+from aps_jax.train import loop
+
+NUM_ENVS = 3
+
+
+def make_config(**options):
+    options = {
+        "game": "Chain",
+        "encoder": "small",
+        "hidden_units": 8,
+        "feature_dim": 2,
+        "num_neighbors": 2,
+        "num_particles": 8,
+        "n_steps": 3,
+        "batch_size": 8,
+        "window_targets": 2,
+        "gpi_tasks": 0,
+        **options,
+    }
+    return config_lib.replace_options(config_lib.Config(), **options)
+
+
+@functools.cache
+def make_parts(config):
+    agent = agent_lib.make_agent(
+        config.learner, config.finetune, num_actions=fakes.ChainPool.num_actions
+    )
+    ring = buffer.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * 40, feature_dim=2)
+    key = jax.random.key(7)
+    act = loop.make_act(agent, ring, key, epsilon=0.5, explore=True, regress_clip=0.5)
+    sample = loop.make_sample(ring, config.learner, key, with_particles=True)
+    learn = loop.make_pretrain_learn(agent, sample)
+    return agent, ring, act, learn, sample
+
+
+def make_session(config):
+    agent, ring, act, learn, sample = make_parts(config)
+    session = loop.Session(
+        pool=loop.make_pool(
+            config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
+        ),
+        state=loop.init_state(agent, 0),
+        memory=loop.init_memory(agent, ring, num_envs=NUM_ENVS, feature_dim=2),
+        sums=devices.put(
+            metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
+        ),
+        sample=sample,
+    )
+    return session, act, learn
+
+
+def test_schedule_replays_the_samples_asked_for():
+    schedule = loop.Schedule(start=100, samples_per_step=3.2, batch_size=32)
+    assert [schedule.num_due(steps) for steps in (0, 100, 109, 110, 1100)] == [
+        0,
+        0,
+        0,
+        1,
+        100,
+    ]
+
+
+@pytest.mark.parametrize("num_envs", [1, 3, 8])
+def test_reports_are_due_once_per_interval(num_envs):
+    steps = range(num_envs, 121, num_envs)
+    due = [step for step in steps if loop.is_due(10, step, num_envs)]
+    # The first step at or after each multiple of 10 that the steps reach.
+    expected = [
+        min(step for step in steps if step >= multiple)
+        for multiple in range(10, 121, 10)
+        if multiple <= steps[-1]
+    ]
+    assert due == expected
+
+
+def test_streams_differ():
+    keys = [
+        tuple(jax.random.key_data(loop.stream_key(seed, stream)).tolist())
+        for seed in (0, 1)
+        for stream in loop.Stream
+    ]
+    assert len(set(keys)) == 2 * len(loop.Stream)
+
+
+def test_stages_play_different_games():
+    """Pools of two stages of a run, and of two runs, share no environment's seed."""
+    seeds = []
+
+    def constructor(game, num_envs, *, seeds: list[int], **options):
+        del game, num_envs, options
+        seen.append(tuple(seeds))
+
+    seen = seeds
+    for seed in (0, 1):
+        config = make_config(seed=seed)
+        for stream in (loop.Stream.PRETRAIN_ACT, loop.Stream.EVALUATE):
+            loop.make_pool(config, 4, stream, constructor)
+    assert len({seed for group in seen for seed in group}) == 16
+
+
+def test_what_is_stored_is_what_was_played():
+    session, act, _ = make_session(make_config())
+    told = []
+    for _ in range(35):
+        before = session.timestep
+        session.step(act)
+        told.append(before)
+    stored = jax.device_get(session.memory.replay.experience)
+    assert session.agent_steps == 35 * NUM_ENVS
+    for time, timestep in enumerate(told):
+        if timestep is None:  # The reset that begins the run.
+            assert np.all(stored.is_first[:, time])
+            continue
+        for name in ("frame", "reward", "terminated", "is_first"):
+            np.testing.assert_array_equal(
+                getattr(stored, name)[:, time], getattr(timestep, name)
+            )
+    # A chain episode lasts 20 steps at most, so each environment has been reset.
+    assert np.all(np.sum(stored.is_first[:, :35], axis=1) >= 2)
+
+
+def test_each_action_leads_where_the_next_frame_shows():
+    """Replays what was stored in a chain of its own, action by action."""
+    session, act, _ = make_session(make_config())
+    for _ in range(35):
+        session.step(act)
+    stored = jax.device_get(session.memory.replay.experience)
+    twin = fakes.ChainPool("Chain", NUM_ENVS, seeds=[0] * NUM_ENVS)
+    timestep = twin.reset()
+    for time in range(34):
+        np.testing.assert_array_equal(stored.frame[:, time], timestep.frame)
+        twin.send(stored.action[:, time])
+        timestep = twin.recv()
+
+
+def test_regression_counts_every_transition_once():
+    session, act, _ = make_session(make_config())
+    rewards, num_first = 0.0, 0
+    for _ in range(40):
+        session.step(act)
+    stored = jax.device_get(session.memory.replay.experience)
+    rewards = np.sum(np.clip(stored.reward, -0.5, 0.5) * ~stored.is_first)
+    num_first = np.sum(stored.is_first)
+    regression = jax.device_get(session.memory.regression)
+    assert regression.num_samples == 40 * NUM_ENVS - num_first
+    np.testing.assert_allclose(regression.r_sum, rewards)
+    # Unit features: the trace of the Gram matrix counts the samples.
+    np.testing.assert_allclose(
+        np.trace(regression.gram), regression.num_samples, rtol=1e-5
+    )
+
+
+def test_a_row_averages_the_updates_since_the_one_before():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(20):
+        session.step(act, learn, schedule)
+    assert np.isnan(session.row()["loss_td"])
+    singles = []
+    for _ in range(4):
+        session.step(act, learn, schedule)
+        row = session.row()
+        singles.append(row["loss_td"])
+        assert row["updates"] == len(singles)
+    # The same four updates again, read at once.
+    again, act, learn = make_session(make_config())
+    for _ in range(24):
+        again.step(act, learn, schedule)
+    row = again.row()
+    np.testing.assert_allclose(row["loss_td"], np.mean(singles), rtol=1e-5)
+    assert row["agent_steps"] == 72
+    assert row["frames"] == 288
+
+
+def spoil(session):
+    """Makes all parameters NaN."""
+    session.state = session.state._replace(
+        params=jax.tree.map(lambda x: x * np.nan, session.state.params)
+    )
+
+
+def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(23):
+        session.step(act, learn, schedule)
+    session.row()
+    session.step(act, learn, schedule)  # Update 3 is as it should be.
+    spoil(session)
+    replay_then = jax.tree.map(np.array, session.memory.replay)
+    for number in range(3):
+        session.step(act, learn, schedule)
+        if number == 0:  # What update 4 learned from.
+            replay_then = jax.tree.map(np.array, session.memory.replay)
+    with pytest.raises(loop.NonFinite) as caught:
+        session.row()
+    words = str(caught.value)
+    assert "in update 4, noticed at agent step 81" in words
+    # Spread over everything but the distances that do not exist.
+    assert "loss_td" in words and "knn_distance" not in words
+    assert "features/params/encoder/conv_0/bias" in words
+    drawn = session.sample.drawn(replay_then, np.int32(4))
+    windows, particles = drawn["windows"], drawn["particles"]
+    assert set(windows._fields) == {
+        name.removeprefix("windows.")
+        for name in caught.value.batch
+        if name.startswith("windows.")
+    }
+    np.testing.assert_array_equal(caught.value.batch["windows.id"], windows.id)
+    np.testing.assert_array_equal(caught.value.batch["particles.id"], particles.id)
+    np.testing.assert_array_equal(
+        caught.value.batch["windows.observation"], windows.observation
+    )
+
+
+def test_a_loss_that_is_not_finite_is_noticed_soon_and_not_waited_for():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(25):
+        session.step(act, learn, schedule)
+    spoil(session)
+    with pytest.raises(loop.NonFinite, match="in update 5"):
+        for _ in range(3 * loop._LOOK_EVERY):
+            session.step(act, learn, schedule)
+    assert session.iteration < 25 + 2.5 * loop._LOOK_EVERY
+
+
+def test_a_game_whose_reward_is_not_finite_is_named():
+    session, act, _ = make_session(make_config())
+    session.step(act)
+    session.pool.recv = lambda: session.timestep._replace(
+        reward=np.float32([0.0, np.inf, 0.0])
+    )
+    with pytest.raises(loop.NonFinite, match="environment 1 is inf at agent step 6"):
+        session.step(act)
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+def test_updates_are_enqueued_before_or_after_the_environments_stepped(overlaps):
+    """Beside the emulators where they have a device of their own, else after them."""
+    session, act, learn = make_session(make_config())
+    assert not session.overlaps  # These tests run on a CPU.
+    session.overlaps = overlaps
+    called = []
+
+    def noting(name, function):
+        def call(*arguments):
+            called.append(name)
+            return function(*arguments)
+
+        return call
+
+    session.pool.send = noting("send", session.pool.send)
+    session.pool.recv = noting("recv", session.pool.recv)
+    schedule = loop.Schedule(start=0, samples_per_step=1.0, batch_size=NUM_ENVS)
+    session.step(act, noting("learn", learn), schedule)
+    assert called == ["send", *(["learn", "recv"] if overlaps else ["recv", "learn"])]
+
+
+@pytest.mark.parametrize("overlaps", [False, True])
+@pytest.mark.parametrize("place", ["reset", "send", "recv"])
+def test_an_environment_that_raises_loses_no_step_and_no_update(place, overlaps):
+    session, act, learn = make_session(make_config())
+    session.overlaps = overlaps
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(0 if place == "reset" else 25):
+        session.step(act, learn, schedule)
+
+    def broken(*arguments):
+        raise KeyError("paddle")
+
+    setattr(session.pool, place, broken)
+    with pytest.raises(loop.EnvironmentFailure, match="raised KeyError: 'paddle'"):
+        session.step(act, learn, schedule)
+    expected = 0 if place == "reset" else 26
+    assert session.iteration == int(session.memory.actor.num_steps) == expected
+    assert int(session.state.num_updates) == schedule.num_due(session.agent_steps)
+
+
+def test_after_a_checkpoint_without_replay_learning_waits():
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session.learn_from = 70
+    for _ in range(24):
+        session.step(act, learn, schedule)
+    # Of agent steps 61 to 72 those from 71 on: one update of the due four.
+    assert int(session.state.num_updates) == 1
+
+
+def test_the_loop_compiles_once_and_moves_nothing_unasked():
+    """After warm-up: no tracing, and no transfer that the loop does not name."""
+    session, act, learn = make_session(make_config())
+    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    for _ in range(25):
+        session.step(act, learn, schedule)
+    session.row()
+    sizes = act._cache_size(), learn._cache_size()
+    with jax.transfer_guard("disallow"):
+        for _ in range(300):
+            session.step(act, learn, schedule)
+    assert (act._cache_size(), learn._cache_size()) == sizes
+    session.row()
+    session.step(act, learn, schedule)
+    assert (act._cache_size(), learn._cache_size()) == sizes
+
+
+def learn_shapes(config):
+    """The update of a config, and the shapes that it takes."""
+    agent, ring, _, learn, _ = make_parts(config)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+    sums = jax.eval_shape(lambda: metrics.init_sums(names))
+    return learn, (state, sums, jax.eval_shape(ring.init))
+
+
+def test_memory_of_an_update_does_not_grow_with_the_particles():
+    """As stacks of frames 65,536 particles are 1,850 MB."""
+    few, many = 1024, 65_536
+    taken = []
+    for num_particles in (few, many):
+        learn, shapes = learn_shapes(make_config(num_particles=num_particles))
+        analysis = learn.lower(*shapes).compile().memory_analysis()
+        taken.append(analysis.temp_size_in_bytes)
+    # What grows: 2 features, the id and the place (two numbers) of each.
+    assert taken[1] - taken[0] <= (many - few) * 4 * (2 + 1 + 2) + 2**20
+
+
+def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
+    config = make_config()
+    session, act, learn = make_session(config)
+    for _ in range(12):
+        session.step(act)
+    # Copies, because the update destroys what it is given.
+    given = jax.tree.map(jnp.copy, (session.state, session.sums))
+    whole = learn(*given, session.memory.replay)
+    monkeypatch.setattr(buffer, "CHUNK_SIZE", 3)  # Of 8 particles: 3, 3 and 2.
+    agent, _, _, _, sample = make_parts(config)
+    learn = loop.make_pretrain_learn(agent, sample)
+    chunked = learn(session.state, session.sums, session.memory.replay)
+    assert float(whole[1].sums["knn_distance"]) > 0.0
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
+        jax.device_get(whole),
+        jax.device_get(chunked),
+    )

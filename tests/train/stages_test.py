@@ -1,0 +1,621 @@
+"""Tests of aps_jax.train.stages on the chain: what is carried over, resumed and refused."""
+
+import concurrent.futures
+import csv
+import errno
+import functools
+import json
+import math
+import shutil
+
+import fakes
+import jax
+import numpy as np
+import pytest
+
+from aps_jax import config as config_lib
+from aps_jax.agents import aps as agent_lib
+from aps_jax.runs import checkpoints, metrics
+from aps_jax.train import evaluation, loop, recorders, stages
+
+pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
+
+
+def make_config(**options):
+    """The smoke preset on the chain, smaller still."""
+    options = {
+        "game": "Chain",
+        "pretrain_frames": 4 * 240,
+        "replay_size": 240,
+        "warmup_agent_steps": 60,
+        "report_agent_steps": 80,
+        "checkpoint_agent_steps": 120,
+        "finetune_agent_steps": 120,
+        "infer_agent_steps": 60,
+        "infer_episodes": 1000,
+        **options,
+    }
+    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+
+
+def assert_same(left, right):
+    left, right = jax.device_get((left, right))
+    for x, y in zip(jax.tree.leaves(left), jax.tree.leaves(right), strict=True):
+        np.testing.assert_array_equal(x, y)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A pretraining and a fine-tuning of it, each once for all tests."""
+    folder = tmp_path_factory.mktemp("run")
+    pretrained = pretrain(make_config(), folder / "pretrain")
+    finetuned = finetune(make_config(), folder / "finetune", folder / "pretrain")
+    return folder, pretrained, finetuned
+
+
+def test_pretraining_ends_with_features_white_over_its_replay(run):
+    """Measured at once over many states: a weight of 1, not that of the updates."""
+    folder, _, _ = run
+    moments = stages.load_pretrained(folder / "pretrain").state.params["whitening"]
+    assert float(moments.weight) == 1.0
+
+
+def test_result_files_keep_their_contract(run):
+    folder, pretrained, finetuned = run
+    assert pretrained == json.loads((folder / "pretrain/result.json").read_text())
+    assert finetuned == json.loads((folder / "finetune/result.json").read_text())
+    assert finetuned["schema"] == 1
+    assert finetuned["stage"] == "finetune"
+    expected = {
+        "game": "Chain",
+        "agent": "aps",
+        "seed": 0,
+        "preset": "smoke",
+        "pretrain_frames": 960,
+        "finetune_agent_steps": 120,
+        "init": str(folder / "pretrain"),
+        "human_normalized_score": None,  # The chain is in no table.
+        "protocol": {
+            "episodes": 2,
+            "epsilon": 0.001,
+            "noop_max": 30,
+            "sticky": 0.0,
+            "max_frames": 400,
+        },
+        "device": "cpu",
+    }
+    assert {name: finetuned[name] for name in expected} == expected
+    assert len(finetuned["returns"]) == 2
+    assert finetuned["return_mean"] == np.mean(finetuned["returns"])
+    assert finetuned["wall_seconds"] > 0 and finetuned["frames_per_second"] > 0
+    assert [e["agent_steps"] for e in finetuned["evaluations"]] == [60, 120]
+    # Sixty steps of each of 4 environments, less the reset frames.
+    assert 50 <= finetuned["task"]["num_samples"] < 60
+
+
+def test_metrics_rows_stand_where_they_are_due(run):
+    folder, _, _ = run
+    columns = metrics.read_metrics(folder / "pretrain" / "metrics.csv")
+    assert tuple(columns) == metrics.PRETRAIN_COLUMNS
+    assert columns["agent_steps"] == [80.0, 160.0, 240.0]
+    assert columns["frames"] == [320.0, 640.0, 960.0]
+    # (240 - 60) steps, half a sample each, 8 samples an update.
+    assert columns["updates"] == [1.0, 6.0, 11.0]
+    assert all(math.isfinite(value) for value in columns["loss_td"])
+    assert columns["episodes"][-1] >= 4 and math.isfinite(columns["episode_return"][-1])
+    columns = metrics.read_metrics(folder / "finetune" / "metrics.csv")
+    assert tuple(columns) == metrics.FINETUNE_COLUMNS
+    assert columns["agent_steps"] == [60.0, 80.0, 120.0]
+    evaluated = [not math.isnan(value) for value in columns["eval_return_mean"]]
+    assert evaluated == [True, False, True]
+
+
+def test_finetuning_takes_over_all_that_was_learned(run):
+    """Features and their scale stay bit for bit; psi and its target start from there."""
+    folder, _, _ = run
+    before = stages.load_pretrained(folder / "pretrain")
+    after = stages.load_finetuned(folder / "finetune")
+    assert_same(before.state.params["features"], after.state.params["features"])
+    assert_same(before.state.distance_scale, after.state.distance_scale)
+    assert float(before.state.distance_scale.mean) > 0.0
+    config = make_config(finetune_learning_rate=0.0, target_period=10_000)
+    finetune(config, folder / "frozen", folder / "pretrain")
+    frozen = stages.load_finetuned(folder / "frozen")
+    assert_same(before.state.params, frozen.state.params)
+    assert_same(before.state.target_params, frozen.state.target_params)
+
+
+def test_the_checkpoint_holds_the_agent_that_was_trained(run):
+    folder, pretrained, _ = run
+    trained = stages.load_pretrained(folder / "pretrain")
+    assert int(trained.state.num_updates) == pretrained["updates"] == 11
+    assert trained.config == make_config()
+    untrained = loop.init_state(trained.agent, seed=0)
+    kernel = jax.tree.leaves(trained.state.params["successor"])[1]
+    assert np.any(kernel != jax.tree.leaves(untrained.params["successor"])[1])
+
+
+def test_the_inferred_task_is_the_one_that_is_evaluated(run):
+    folder, _, finetuned = run
+    trained = stages.load_finetuned(folder / "finetune")
+    task = np.float32(trained.facts["inferred"]["task"])
+    np.testing.assert_array_equal(task, np.float32(finetuned["task"]["task"]))
+    np.testing.assert_allclose(np.linalg.norm(task), 1.0, rtol=1e-6)
+    played = evaluation.evaluate(
+        trained.config,
+        trained.agent,
+        trained.state.params,
+        task,
+        use_gpi=False,
+        constructor=fakes.ChainPool,
+    )
+    np.testing.assert_array_equal(played.returns, finetuned["returns"])
+
+
+def test_the_same_seed_gives_the_same_metrics_file(run, tmp_path):
+    folder, _, _ = run
+    pretrain(make_config(), tmp_path / "again")
+    first = (folder / "pretrain" / "metrics.csv").read_bytes()
+    assert first == (tmp_path / "again" / "metrics.csv").read_bytes()
+    pretrain(make_config(seed=1), tmp_path / "other")
+    assert first != (tmp_path / "other" / "metrics.csv").read_bytes()
+
+
+def test_scratch_has_the_same_budget(run, tmp_path):
+    _, _, finetuned = run
+    scratch = finetune(make_config(), tmp_path / "scratch", None)
+    assert scratch["init"] is None and scratch["pretrain_frames"] == 0
+    for name in ("finetune_agent_steps", "protocol", "updates"):
+        assert scratch[name] == finetuned[name]
+
+
+def test_a_finished_run_is_not_run_again(run):
+    folder, pretrained, finetuned = run
+    config = make_config()
+    assert pretrain(config, folder / "pretrain") == pretrained
+    again = finetune(config, folder / "finetune", folder / "pretrain")
+    assert again == finetuned
+
+
+class Stop(BaseException):
+    """Stands for whatever ends a process."""
+
+
+def interrupted(num_steps):
+    """A chain whose process dies after some steps of all environments."""
+
+    class Interrupted(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            if self.steps == num_steps:
+                raise Stop
+            self.steps += 1
+            super().send(actions)
+
+    return Interrupted
+
+
+def read_rows(path):
+    with path.open(newline="") as file:
+        return list(csv.reader(file))
+
+
+def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
+    folder, pretrained, _ = run
+    with pytest.raises(Stop):
+        # Dies at agent step 200; the last checkpoint is of step 120.
+        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
+    resumed = pretrain(make_config(), tmp_path / "p")
+    assert resumed["updates"] == pretrained["updates"]
+    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    whole = read_rows(folder / "pretrain" / "metrics.csv")
+    # The chain's state is in the checkpoint, so that it is the same run.
+    assert rows == whole
+
+
+def test_a_game_that_raises_is_saved_first(run, tmp_path):
+    folder, pretrained, _ = run
+
+    class Broken(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            if self.steps == 50:
+                raise OSError("the emulator is gone")
+            return super().recv()
+
+    words = "raised OSError: the emulator is gone; a checkpoint of agent step 200 was"
+    with pytest.raises(loop.EnvironmentFailure, match=words):
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Broken)
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 200
+    resumed = pretrain(make_config(), tmp_path / "p")
+    # The games are new ones, the updates and the rows are those that were due.
+    assert resumed["updates"] == pretrained["updates"]
+    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    whole = read_rows(folder / "pretrain" / "metrics.csv")
+    assert [row[0] for row in rows] == [row[0] for row in whole]
+
+
+def test_a_reward_that_is_not_finite_leaves_its_batch_and_the_last_good(tmp_path):
+    class Poisoned(fakes.ChainPool):
+        steps = 0
+
+        def recv(self):
+            self.steps += 1
+            timestep = super().recv()
+            if self.steps == 45:
+                timestep.reward[2] = np.nan
+            return timestep
+
+    with pytest.raises(loop.NonFinite) as caught:
+        stages.pretrain(make_config(), tmp_path / "p", constructor=Poisoned)
+    path = tmp_path / "p" / "nonfinite_180.npz"
+    assert str(caught.value) == (
+        "The game's reward of environment 2 is nan at agent step 180. The batch is in "
+        f"{path}. The last good checkpoint is of agent step 120."
+    )
+    with np.load(path, allow_pickle=False) as batch:
+        assert np.isnan(batch["reward"]).tolist() == [False, False, True, False]
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 120
+
+
+def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
+    tmp_path, monkeypatch
+):
+    """The loss of one update is spoilt on the device, as by an overflow."""
+    make_agent = agent_lib.make_agent
+
+    def spoilt(*arguments, **options):
+        agent = make_agent(*arguments, **options)
+
+        def update(state, windows, particles):
+            is_bad = state.num_updates == 7
+            state, values = agent.update(state, windows, particles)
+            values["loss_td"] = jax.numpy.where(is_bad, np.inf, values["loss_td"])
+            return state, values
+
+        return agent._replace(update=update)
+
+    monkeypatch.setattr(agent_lib, "make_agent", spoilt)
+    config = make_config(report_agent_steps=240, checkpoint_agent_steps=80)
+    with pytest.raises(loop.NonFinite) as caught:
+        pretrain(config, tmp_path / "p")
+    # Update 7 is made at agent step 60 + 8 * 8 / 0.5 = 188; the next look is the save.
+    words = str(caught.value)
+    assert "Not finite in update 7, noticed at agent step 240: loss_td." in words
+    assert "The last good checkpoint is of agent step 160." in words
+    with np.load(tmp_path / "p" / "nonfinite_240.npz", allow_pickle=False) as batch:
+        # Windows of what had been played by then; ids count the steps.
+        assert batch["windows.id"].max() < 192
+        assert batch["windows.observation"].shape == (4, 5, 84, 84, 4)
+        assert batch["particles.id"].shape == (8, 1)
+
+
+def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
+    config = make_config(checkpoint_replay=False)
+    with pytest.raises(Stop):
+        stages.pretrain(config, tmp_path / "p", constructor=interrupted(40))
+    saved = tmp_path / "p" / "checkpoints" / "120"
+    assert sorted(p.name for p in saved.iterdir() if p.is_dir()) == ["agent", "loop"]
+    # What is kept may change when a run is resumed.
+    resumed = pretrain(
+        make_config(
+            checkpoint_replay=False, checkpoint_agent_steps=40, keep_checkpoints=7
+        ),
+        tmp_path / "p",
+    )
+    kept = sorted(int(p.name) for p in saved.parent.iterdir())
+    assert kept == [120, 160, 200, 240]
+    # A quarter of the 120 agent steps that are left is less than the 60 of the warm-up.
+    assert "learning goes on after 30 agent steps, at 150" in caplog.text
+    # (120 - 60) / 16 = 3 updates before, (240 - 60) / 16 - (150 - 60) / 16 = 6 after.
+    assert resumed["updates"] == 9
+
+
+def wait_for_saves(monkeypatch):
+    """Makes every save end before the next step, so that a test knows when it was."""
+    begin = checkpoints.Checkpointer.save
+
+    def save(self, *args):
+        begin(self, *args)
+        concurrent.futures.wait([self._saving])
+
+    monkeypatch.setattr(checkpoints.Checkpointer, "save", save)
+
+
+def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
+    """The first checkpoint and the first two tries of the last one cannot be written."""
+    folder, pretrained, _ = run
+    to_disk, tries = checkpoints._to_disk, []
+
+    def full(path):
+        if path.name.startswith("writing_"):
+            tries.append(path.name)
+            if path.name == "writing_120" or 1 <= tries.count("writing_240") <= 2:
+                raise OSError(errno.ENOSPC, "No space left on device")
+        to_disk(path)
+
+    monkeypatch.setattr(checkpoints, "_to_disk", full)
+    monkeypatch.setattr(recorders, "_RETRY_SECONDS", 0.0)
+    wait_for_saves(monkeypatch)
+    result = pretrain(make_config(), tmp_path / "p")
+    assert tries[0] == "writing_120" and tries.count("writing_240") == 3
+    assert result["updates"] == pretrained["updates"]
+    assert "No space left on device" in caplog.text
+    assert "the last good checkpoint is missing yet" in caplog.text
+    assert "trying again every" in caplog.text
+    assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
+        folder / "pretrain" / "metrics.csv"
+    )
+    assert stages.load_pretrained(tmp_path / "p").facts["agent_steps"] == 240
+
+
+def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, monkeypatch, caplog):
+    folder, pretrained, _ = run
+    wait_for_saves(monkeypatch)
+    workdir = tmp_path / "p"
+
+    class Deleting(fakes.ChainPool):
+        steps = 0
+
+        def send(self, actions):
+            self.steps += 1
+            if self.steps == 35:
+                shutil.rmtree(workdir)
+            super().send(actions)
+
+    result = stages.pretrain(make_config(), workdir, constructor=Deleting)
+    assert result["updates"] == pretrained["updates"]
+    assert f"{workdir} was deleted, and has been made anew" in caplog.text
+    assert (workdir / "metrics.csv").read_bytes() == (
+        folder / "pretrain" / "metrics.csv"
+    ).read_bytes()
+    assert_same(
+        stages.load_pretrained(workdir).state,
+        stages.load_pretrained(folder / "pretrain").state,
+    )
+
+
+def test_a_checkpoint_says_where_it_comes_from(run):
+    folder, _, _ = run
+    facts = stages.load_pretrained(folder / "pretrain").facts
+    assert facts["format"] == checkpoints.FORMAT
+    assert config_lib.from_dict(facts["config"]) == make_config()
+    assert facts["versions"]["jax"] == jax.__version__
+    assert "git_commit" in facts
+
+
+def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
+    folder, _, _ = run
+    config = make_config(checkpoint_agent_steps=20)
+    with pytest.raises(Stop):
+        stages.finetune(
+            config,
+            tmp_path / "f",
+            folder / "pretrain",
+            constructor=interrupted(27),
+        )
+    before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
+    resumed = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert resumed["task"] == {"name": "score", **before}
+    assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
+    assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
+
+
+def test_an_agent_that_does_not_fit_is_refused_with_both_sides(run, tmp_path):
+    folder, _, _ = run
+    for options, words in (
+        ({"game": "Maze"}, "game is 'Chain' there and 'Maze' here"),
+        ({"feature_dim": 3}, "feature_dim is 5 there and 3 here"),
+        ({"encoder": "nature"}, "encoder is 'small' there and 'nature' here"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            finetune(make_config(**options), tmp_path / "f", folder / "pretrain")
+    assert not (tmp_path / "f").exists()
+
+
+def test_a_folder_of_another_run_is_refused_untouched(run, tmp_path):
+    folder, _, _ = run
+    before = sorted((folder / "pretrain").rglob("*"))
+    with pytest.raises(ValueError, match="seed is 0 there and 1 here"):
+        pretrain(make_config(seed=1), folder / "pretrain")
+    with pytest.raises(ValueError, match="stage is 'pretrain' there"):
+        finetune(make_config(), folder / "pretrain", None)
+    assert sorted((folder / "pretrain").rglob("*")) == before
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ValueError, match="is not empty and holds no config.json"):
+        pretrain(make_config(), tmp_path)
+    assert (tmp_path / "notes.txt").read_text() == "mine"
+
+
+def test_a_missing_checkpoint_says_what_is_there(run, tmp_path):
+    folder, _, _ = run
+    with pytest.raises(ValueError, match="does not exist"):
+        stages.load_pretrained(tmp_path / "nowhere")
+    (tmp_path / "some.txt").write_text("")
+    with pytest.raises(ValueError, match="holds some.txt"):
+        stages.load_pretrained(tmp_path)
+    with pytest.raises(ValueError, match="stage 'pretrain', and none of .*'finetune'"):
+        stages.load_finetuned(folder / "pretrain")
+
+
+def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
+    class Barren(fakes.ChainPool):
+        def recv(self):
+            timestep = super().recv()
+            return timestep._replace(reward=np.zeros_like(timestep.reward))
+
+    result = stages.finetune(make_config(), tmp_path / "f", None, constructor=Barren)
+    assert result["task"]["is_fallback"] and result["task"]["num_nonzero"] == 0
+    np.testing.assert_allclose(np.linalg.norm(result["task"]["task"]), 1.0, rtol=1e-6)
+    assert result["returns"] == [0.0, 0.0]
+
+
+def test_inference_ends_early_when_its_games_are_played(tmp_path):
+    # Chain games last at most 20 steps; 4 environments finish their first together.
+    result = finetune(make_config(infer_episodes=4), tmp_path / "f", None)
+    assert result["task"]["agent_steps"] <= 20 * 4 < 60 + 24
+    assert result["finetune_agent_steps"] == 120
+
+
+def test_evaluation_counts_the_first_game_of_each_environment(run):
+    """Uniformly random play on the chain scores what its dynamics say."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    config = config_lib.replace_options(
+        make_config(), eval_episodes=500, eval_epsilon=1.0
+    )
+    played = evaluation.evaluate(
+        config,
+        trained.agent,
+        trained.state.params,
+        np.float32([1, 0, 0, 0, 0]),
+        use_gpi=True,
+        constructor=fakes.ChainPool,
+    )
+    expected = fakes.ChainPool("Chain", 1, seeds=[0]).random_return
+    standard_error = played.returns.std() / math.sqrt(500)
+    assert abs(played.returns.mean() - expected) < 4 * standard_error
+    assert played.returns.shape == played.lengths.shape == (500,)
+    assert played.lengths.max() == 20  # The chain's limit.
+    assert played.pictures == []
+
+
+def test_a_recorded_game_has_a_picture_per_step(run):
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    played = evaluation.evaluate(
+        make_config(),
+        trained.agent,
+        trained.state.params,
+        np.float32([1, 0, 0, 0, 0]),
+        use_gpi=False,
+        record_games=1,
+        constructor=fakes.ChainPool,
+    )
+    (pictures,) = played.pictures
+    assert len(pictures) == played.lengths[0]
+    assert pictures[0].shape == (84, 84, 3)
+
+
+def test_a_film_stops_when_its_pictures_are_taken(run):
+    """Each game has its own task, and its own pictures until it ends."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    tasks = jax.numpy.eye(5)[:3]
+    played = evaluation.evaluate(
+        make_config(eval_episodes=3),
+        trained.agent,
+        trained.state.params,
+        tasks,
+        use_gpi=False,
+        record_games=2,
+        record_agent_steps=4,
+        only_record=True,
+        constructor=fakes.ChainPool,
+    )
+    assert [len(pictures) for pictures in played.pictures] == [4, 4]
+    np.testing.assert_array_equal(played.lengths, [4, 4, 4])
+    assert not tasks.is_deleted()  # The caller's array is not donated.
+
+
+def test_evaluations_at_set_steps(run, tmp_path):
+    """Steps before inference is over are covered by zero-shot; 90 is rounded up."""
+    folder, _, _ = run
+    config = make_config(eval_agent_steps="8, 90,100")
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
+
+
+@pytest.mark.parametrize("best", [0, 1, 2])
+def test_the_best_checkpoint_is_the_one_that_was_evaluated(
+    run, tmp_path, monkeypatch, best
+):
+    """Also the last, whose checkpoint was written before its games were played."""
+    folder, _, _ = run
+    scores = [0.0, 0.0, 0.0]
+    scores[best] = 9.0
+    summary, played = evaluation.summary, []
+
+    def numbered(config, result):
+        played.append(None)
+        score = scores[len(played) - 1]
+        return summary(config, result) | {"eval_return_mean": score}
+
+    monkeypatch.setattr(stages.evaluation, "summary", numbered)
+    monkeypatch.setattr(stages, "_score", lambda *_: {})
+    config = make_config(
+        evaluations=3, keep_best=True, keep_checkpoints=1, checkpoint_agent_steps=40
+    )
+    result = finetune(config, tmp_path / "f", folder / "pretrain")
+    steps = [at["agent_steps"] for at in result["evaluations"]]
+    assert len(steps) == 3
+    kept = checkpoints.Checkpointer(tmp_path / "f" / "checkpoints").numbers()
+    assert kept == sorted({steps[best], steps[-1]})
+    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / str(steps[best]))
+    assert facts["score"] == 9.0
+
+
+def test_an_evaluation_without_a_score_is_saved_without_one(
+    run, tmp_path, monkeypatch, caplog
+):
+    """NaN is no JSON: as a score it would keep every checkpoint from being written."""
+    folder, _, _ = run
+    summary = evaluation.summary
+    monkeypatch.setattr(
+        stages.evaluation,
+        "summary",
+        lambda *given: summary(*given) | {"eval_return_mean": math.nan},
+    )
+    monkeypatch.setattr(stages, "_score", lambda *_: {})
+    monkeypatch.setattr(recorders, "_patiently", lambda write, *_: write())
+    config = make_config(keep_best=True)
+    finetune(config, tmp_path / "f", folder / "pretrain")
+    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / "120")
+    assert facts.get("score") is None or math.isfinite(facts["score"])
+    assert "cannot write" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    "steps, message",
+    [
+        ("8,,9", "positive numbers separated by commas, got '8,,9'"),
+        ("0", "positive numbers"),
+        ("-5", "positive numbers"),
+        ("121", "must not exceed the 120 of finetune_agent_steps, got 121"),
+    ],
+)
+def test_set_steps_are_checked(steps, message):
+    with pytest.raises(ValueError, match=message):
+        make_config(eval_agent_steps=steps)
+
+
+@pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
+def test_only_whole_games_are_normalised(max_frames, expected):
+    config = config_lib.replace_options(
+        make_config(), game="Pong", max_frames=max_frames
+    )
+    scores = np.array([-20.7, -20.7])
+    # Returns of another task do not count.
+    played = evaluation.Evaluation(np.array([3.0, 3.0]), scores, np.array([9, 9]), [])
+    summary = evaluation.summary(config, played)
+    np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
+    assert summary["eval_return_mean"] == 3.0 and summary["eval_return_std"] == 0.0
+
+
+def test_agents_are_the_same_code_with_other_weights():
+    weights = {}
+    for name in config_lib.AGENTS:
+        config = make_config(agent=name)
+        weights[name] = (config.learner.skill_weight, config.learner.entropy_weight)
+        agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
+        assert (
+            agent.update.__code__
+            is agent_lib.make_agent(
+                make_config().learner, config.finetune, num_actions=3
+            ).update.__code__
+        )
+    assert weights == {"aps": (1, 1), "visr": (1, 0), "apt": (0, 1)}
