@@ -1,4 +1,4 @@
-"""Names that several modules share: array aliases and the environment's step."""
+"""Names that several rooms share: array aliases, the environment's step, metrics."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -9,6 +9,20 @@ import numpy as np
 Array: TypeAlias = jax.Array | np.ndarray
 PRNGKey: TypeAlias = jax.Array
 Params: TypeAlias = Mapping[str, Any]
+
+# One agent step repeats its action for this many emulator frames, as in every published
+# Atari protocol that the project compares with.
+FRAME_SKIP = 4
+STACK_SIZE = 4  # frames of an observation
+FRAME_SHAPE = (84, 84)
+
+
+class Metric(NamedTuple):
+    """A measured quantity, as the documentation explains it."""
+
+    name: str
+    unit: str
+    meaning: str
 
 
 class TimeStep(NamedTuple):

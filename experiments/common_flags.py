@@ -107,7 +107,7 @@ def _define_option(name: str, field: Any) -> flags.FlagHolder:
 
 _OPTIONS = {
     name: _define_option(name, field)
-    for name, (_, field) in config_lib.option_fields().items()
+    for name, field in config_lib.all_option_fields().items()
     if name != "preset"
 }
 
@@ -145,8 +145,9 @@ def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Confi
             "folder that is named. Give single options instead."
         )
     if base is None:
-        base = config_lib.preset_config(_PRESET.value)
-    config = config_lib.apply_options(base, **given_options())
+        agent = given_options().get("agent", config_lib.DEFAULT_AGENT)
+        base = config_lib.preset_config(_PRESET.value, agent)
+    config = config_lib.replace_options(base, **given_options())
     atari.check_game(config.game)
     if config.report.wandb:
         tracking.check_wandb()

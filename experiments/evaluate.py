@@ -18,17 +18,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari, reward_functions
-from aps_jax.ops import sphere
+from aps_jax.agents import base
 from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders
 from aps_jax.runs.progress import Progress
-from aps_jax.train import evaluation, loop, stages, zero_shot
+from aps_jax.train import evaluation, stages, zero_shot
+from aps_jax.types import FRAME_SKIP
 from experiments import common_flags, summary
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -91,10 +91,8 @@ def _evaluate(
     with StopRequests() as stop, Progress() as progress:
         played = evaluation.evaluate(
             config,
-            trained.agent,
-            trained.state.params,
-            jnp.asarray(trained.facts["inferred"]["task"], jnp.float32),
-            use_gpi=False,
+            evaluation.make_player(config, trained.agent),
+            trained.state,
             record_games=int(_VIDEO.value),
             constructor=reward_functions.constructor_for(
                 config.finetune.task, atari.AtariPool
@@ -121,7 +119,7 @@ def _evaluate_tasks(
     """Tries a pretrained agent on several tasks, and prints a row for each."""
     started = time.monotonic()
     with StopRequests() as stop, Progress() as progress:
-        results = zero_shot.evaluate_tasks(
+        results = zero_shot.evaluate_rewards(
             trained, config, names, progress=progress, stop=stop
         )
     content: dict[str, Any] = {
@@ -132,7 +130,7 @@ def _evaluate_tasks(
         "seed": config.seed,
         "preset": config.preset,
         "checkpoint": _CHECKPOINT.value,
-        "pretrain_frames": trained.facts["agent_steps"] * config_lib.FRAME_SKIP,
+        "pretrain_frames": trained.facts["agent_steps"] * FRAME_SKIP,
         "protocol": evaluation.protocol_of(config),
         "tasks": [zero_shot.to_dict(result) for result in results],
         "wall_seconds": round(time.monotonic() - started, 3),
@@ -145,22 +143,20 @@ def _evaluate_tasks(
     if _VIDEO.value:
         for result in results:
             name = result.name.replace(":", "_")
-            _film(workdir / f"game_{name}", trained, config, result.inferred.task)
+            _film(workdir / f"game_{name}", trained, config, result.state)
 
 
 def _film(
     path: pathlib.Path,
     trained: stages.Trained,
     config: config_lib.Config,
-    task: list[float],
+    state: base.AgentState,
 ) -> None:
-    """Films one game of a pretrained agent for one task."""
+    """Films one game of a pretrained agent that has adapted."""
     played = evaluation.evaluate(
         config_lib.replace_options(config, eval_episodes=1),
-        trained.agent,
-        trained.state.params,
-        jnp.asarray(task, jnp.float32),
-        use_gpi=True,
+        evaluation.make_player(config, trained.agent, adapted=True),
+        state,
         record_games=1,
         only_record=True,
     )
@@ -172,25 +168,25 @@ def _record_tasks(
 ) -> None:
     """Films one game for each of some random task vectors, side by side."""
     count = _VIDEO_TASKS.value
-    drawn = sphere.sample_uniform(
-        loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK),
-        (count,),
-        config.learner.feature_dim,
-    )
+    play = trained.agent.play_skills
+    if play is None:
+        raise ValueError(f"Agent {config.agent} has no task vectors to play for.")
+    config = config_lib.replace_options(config, eval_episodes=count)
     with StopRequests() as stop, Progress() as progress:
         played = evaluation.evaluate(
-            config_lib.replace_options(config, eval_episodes=count),
-            trained.agent,
-            trained.state.params,
-            drawn,
-            use_gpi=False,
+            config,
+            evaluation.Player(config, play(config.evaluation.eval_epsilon)),
+            trained.state,
             record_games=count,
             record_agent_steps=evaluation.VIDEO_AGENT_STEPS // 3,
             only_record=True,
             progress=progress,
             stop=stop,
         )
-    labels = [", ".join(f"{value:+.1f}" for value in task[:6]) for task in drawn]
+    labels = [
+        ", ".join(f"{value:+.1f}" for value in task[:6])
+        for task in played.extras["task"]
+    ]
     _save_video(workdir / "tasks", run_pictures.tile(played.pictures, labels))
 
 

@@ -16,8 +16,6 @@ import pathlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax.numpy as jnp
-
 from aps_jax import config as config_lib
 from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, hosts
@@ -25,7 +23,8 @@ from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import report, run_pictures, tables
 from aps_jax.runs import folders, metrics
 from aps_jax.runs.progress import Progress
-from aps_jax.train import evaluation, snapshots, stages
+from aps_jax.runs import snapshots
+from aps_jax.train import evaluation, stages
 from experiments import common_flags, summary
 
 _SHORT = (*common_flags.SHORT, "arms", "seeds", "num_seeds")
@@ -35,8 +34,10 @@ _STAGES = (stages.PRETRAIN, stages.FINETUNE)
 def main(argv: Sequence[str]) -> None:
     """Runs the stages that the flags describe."""
     common_flags.reject_words(argv)
-    arms = common_flags.arms_from_flags(["pretrained"])
     config = common_flags.config_from_flags()
+    arms = common_flags.arms_from_flags(
+        ["pretrained"] if config.has_pretraining else ["scratch"]
+    )
     reward_functions.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
@@ -135,10 +136,8 @@ def _draw(
     trained = stages.load_finetuned(workdir / arms[0])
     played = evaluation.evaluate(
         config_lib.replace_options(config, eval_episodes=1),
-        trained.agent,
-        trained.state.params,
-        jnp.asarray(trained.facts["inferred"]["task"], jnp.float32),
-        use_gpi=False,
+        evaluation.make_player(config, trained.agent),
+        trained.state,
         record_games=1,
         only_record=True,
         constructor=reward_functions.constructor_for(

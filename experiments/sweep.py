@@ -29,6 +29,7 @@ import jax
 import rich.console
 from absl import flags
 
+from aps_jax import agents as agents_lib
 from aps_jax import config as config_lib
 from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import interrupts
@@ -41,7 +42,7 @@ _GAMES = flags.DEFINE_list(
     "games", ["Pong"], "Games separated by commas, or atari26, or atari57."
 )
 _AGENTS = flags.DEFINE_list(
-    "agents", ["aps"], f"Some of {', '.join(config_lib.AGENTS)}, separated by commas."
+    "agents", ["aps"], f"Some of {', '.join(agents_lib.AGENTS)}, separated by commas."
 )
 _STAGE = flags.DEFINE_enum(
     "stage",
@@ -214,9 +215,9 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
     """
     games = _games(_GAMES.value)
     agents = list(dict.fromkeys(_AGENTS.value))
-    if not set(agents) <= set(config_lib.AGENTS):
+    if not set(agents) <= set(agents_lib.AGENTS):
         raise ValueError(
-            f"--agents must be some of {', '.join(config_lib.AGENTS)}, got {agents}."
+            f"--agents must be some of {', '.join(agents_lib.AGENTS)}, got {agents}."
         )
     for name in _NOT_PASSED & set(common_flags.given_options()):
         raise ValueError(f"--{name} cannot be given to a sweep: give --{name}s.")
@@ -231,16 +232,11 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
     for game in games:
         for agent in agents:
             for seed in seeds:
-                config = config_lib.apply_options(
-                    base,
+                config = config_lib.replace_options(
+                    config_lib.preset_config(base.preset, agent),
+                    **common_flags.given_options(),
                     game=game,
-                    agent=agent,
                     seed=seed,
-                    **{
-                        name: value
-                        for name, value in common_flags.given_options().items()
-                        if name in ("skill_weight", "entropy_weight")
-                    },
                 )
                 jobs.append(_job(workdir, config))
     return jobs
@@ -248,7 +244,9 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
 
 def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     stage = _STAGE.value
-    arms = common_flags.arms_from_flags(["pretrained", "scratch"])
+    arms = common_flags.arms_from_flags(
+        ["pretrained", "scratch"] if config.has_pretraining else ["scratch"]
+    )
     own = {"game": config.game, "agent": config.agent, "seed": config.seed}
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
     # Each task that is learned has folders of its own.

@@ -1,915 +1,858 @@
-"""The agent: its state, how it acts, and how it learns with and without reward.
+"""APS: explore by particle entropy, learn successor features of random tasks, adapt.
 
-`make_agent` binds a config to pure functions. Letters: `E` environments, `B` windows,
-`T = m + n` states of a window, `m` its TD targets, `n` steps of a return, `P`
-particles, `A` actions, `D` feature dimension.
+Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. VISR (the skill reward alone) and
+`entropy` (the entropy reward alone) are the same agent with other weights. Letters: `E`
+environments, `B` windows, `T = m + n` states of a window, `m` its TD targets, `n` steps
+of a return, `P` particles, `A` actions, `D` feature dimension.
 """
 
+import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import chex
 import jax
-import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from aps_jax import types
-from aps_jax.config import AgentConfig, FinetuneConfig
+from aps_jax.agents import base
+from aps_jax.agents.base import AgentState, Batch, Observation, take_states
 from aps_jax.networks import modules
-from aps_jax.ops import knn, losses, rewards, sphere, tasks, whitening
-from aps_jax.replay import buffer, frames
+from aps_jax.ops import acting, knn, losses, returns, rewards, sphere, tasks, whitening
+from aps_jax.ops.returns import masked_mean
+from aps_jax.options import option
+from aps_jax.replay import frames
+from aps_jax.replay.buffer import Window
+from aps_jax.types import Metric, Params, PRNGKey
 
-# `steps_left` of a task that is never redrawn; counted down once per agent step, it
-# lasts longer than any run.
-_FOREVER = jnp.iinfo(jnp.int32).max
+TD_FORMS = ("off_policy", "split", "vector", "scalar")
 
-# Rows that `apply_where` computes together on a CPU: enough for fast matrix products,
-# and on average half of them computed for nothing.
-_ROWS_PER_CHUNK = 16
+METRICS = (
+    Metric("reward_skill", "-", "phi(s_t)^T w over the states that targets sum."),
+    Metric(
+        "reward_entropy", "-", "log(c + mean scaled distance to k nearest particles)."
+    ),
+    Metric("loss_feature", "-", "-phi(s_t)^T w_tm1: the skill's likelihood."),
+    Metric(
+        "cosine_phi_task",
+        "-",
+        "Cosine between phi(s_t) and the task under which s_t was reached, over the "
+        "replay that phi is trained on.",
+    ),
+    Metric(
+        "task_dependence",
+        "-",
+        "Share of states in which the greedy action of behaviour is another for "
+        "another state's task; 0 if the task does not matter.",
+    ),
+    Metric(
+        "mean_phi_norm",
+        "-",
+        "Norm of the mean of phi over a batch; 1 if all states have the same features.",
+    ),
+    Metric("knn_distance", "feature units", "Mean distance to the k nearest."),
+    Metric(
+        "distance_scale",
+        "feature units",
+        "Running mean of those distances, by which they are divided.",
+    ),
+)
 
 
-class AgentState(NamedTuple):
-    """All that is learned. `init` creates it, the updates alone change it."""
+@dataclasses.dataclass(frozen=True)
+class Config(base.Config):
+    """Options of APS."""
 
-    params: types.Params  # {"features": ..., "successor": ..., "whitening": ...}
-    target_params: types.Params  # of the successor network
-    opt_state: optax.OptState
+    feature_dim: int = option(
+        5, "Dimension D of features, task vectors and successors.", low=1, high=4096
+    )
+    skill_weight: float = option(
+        1.0, "Weight of phi(s)^T w in the intrinsic reward.", low=0.0
+    )
+    entropy_weight: float = option(
+        1.0, "Weight of the particle entropy in the intrinsic reward.", low=0.0
+    )
+    td_form: str = option(
+        "off_policy",
+        "Target of the successor features: off_policy (phi and exploration apart, phi "
+        "greedy for the task alone), split (greedy for both), vector, or scalar.",
+        choices=TD_FORMS,
+    )
+    unit_values: bool = option(
+        True,
+        "Whether cumulants are multiplied by 1 - discount, so that values have the "
+        "size of a mean reward; no greedy action changes.",
+    )
+    whiten_features: bool = option(
+        True,
+        "Whether features are made of mean 0 and covariance 1 over the replay before "
+        "they are projected onto the sphere.",
+    )
+    num_neighbors: int = option(
+        12, "Nearest particles k that measure how new a state is.", low=1
+    )
+    num_particles: int = option(
+        256, "Replayed states that serve as particles in an update.", low=2
+    )
+    distance_offset: float = option(
+        1.0, "Constant c inside the logarithm of the entropy reward.", low=1e-6
+    )
+    distance_clip: float = option(
+        1e-4, "Scaled distance under which two states count as one.", low=0.0
+    )
+    scale_decay: float = option(
+        0.99,
+        "Decay per update of the running mean distance; 1 never forgets.",
+        low=0.0,
+        high=1.0,
+    )
+    task_steps: int = option(
+        10, "Agent steps for which an environment keeps its task.", low=1
+    )
+    gpi_tasks: int = option(
+        10,
+        "Further task vectors over which zero-shot acting maximises (generalised "
+        "policy improvement); 0 for none.",
+        low=0,
+        high=4096,
+    )
+    gpi_concentration: float = option(
+        5.0,
+        "Concentration kappa of those task vectors around the task; 0 is uniform.",
+        low=0.0,
+    )
+    feature_learning_rate: float = option(
+        1e-4, "Adam's rate for the feature network.", low=0.0
+    )
+    pretrain_epsilon: float = option(
+        0.05,
+        "Probability of a random action while pretraining and inferring.",
+        low=0.0,
+        high=1.0,
+    )
+    finetune_learning_rate: float = option(
+        1e-4, "Adam's rate for the successor network while fine-tuning.", low=0.0
+    )
+    finetune_batch_size: int = option(
+        32, "TD targets in one update of fine-tuning.", low=1
+    )
+    ridge: float = option(
+        1e-3,
+        "Ridge penalty of task inference, relative to the features' mean square.",
+        low=0.0,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.num_neighbors >= self.num_particles:
+            raise ValueError(
+                "num_neighbors must be less than num_particles, because a state is "
+                f"no neighbour of itself; got {self.num_neighbors} and "
+                f"{self.num_particles}."
+            )
+        if self.finetune_batch_size % self.window_targets:
+            raise ValueError(
+                "finetune_batch_size must be a multiple of window_targets, got "
+                f"{self.finetune_batch_size} and {self.window_targets}."
+            )
+        if self.unit_values and self.discount == 1.0:
+            raise ValueError("unit_values needs a discount below 1, got 1.")
+        if self.skill_weight == 0.0 and self.entropy_weight == 0.0:
+            raise ValueError("skill_weight and entropy_weight must not both be 0.")
+
+    @property
+    def has_exploration_value(self) -> bool:
+        """Whether a value of the entropy reward is learned apart from psi."""
+        return self.td_form in ("off_policy", "split")
+
+    @property
+    def value_unit(self) -> float:
+        """What cumulants are multiplied by before values are learned from them."""
+        return 1.0 - self.discount if self.unit_values else 1.0
+
+    def sharded_sizes(self) -> dict[str, int]:
+        """Returns what every device gets an equal part of, by the option's name."""
+        return super().sharded_sizes() | {
+            "num_particles": self.num_particles,
+            "finetune_batch_size / window_targets (replayed windows)": (
+                self.finetune_batch_size // self.window_targets
+            ),
+        }
+
+
+class Stats(NamedTuple):
+    """What of the agent no gradient trains."""
+
+    whitening: whitening.Whitening  # running moments of h, as the updates see them
+    calibrated: whitening.Whitening  # moments over the replay, for use after learning
     distance_scale: rewards.DistanceScale  # running mean distance of the kNN reward
-    num_updates: jax.Array  # [] int32, since this stage began
+    task: jax.Array  # [D] float32, the inferred unit task vector
+    reward_scale: jax.Array  # [] float32, turns psi^T task into units of the reward
+
+
+class Memory(NamedTuple):
+    """What acting remembers of each environment."""
+
+    task: jax.Array  # [E, D] float32, unit vectors
+    steps_left: jax.Array  # [E] int32, agent steps until the task is redrawn
 
 
 class Particles(NamedTuple):
-    """What the entropy reward needs to know of replayed states."""
+    """What the entropy reward needs of replayed states."""
 
-    h: jax.Array  # [P, D] float32, output of the feature encoder, not whitened.
-    id: jax.Array  # [P] int32, of the steps.
-
-
-class ActorState(NamedTuple):
-    """What acting remembers of each environment."""
-
-    stack: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last.
-    task: jax.Array  # [E, D] float32, unit vectors.
-    steps_left: jax.Array  # [E] int32, agent steps until the task is redrawn.
-    lives: jax.Array  # [E] int32, lives at the step before.
-    num_steps: jax.Array  # [] int32, time steps acted; numbers the random stream.
+    h: jax.Array  # [P, D] float32, output of the feature encoder, not whitened
+    id: jax.Array  # [P] int32, of the steps
 
 
-class Agent(NamedTuple):
-    """Pure functions of one agent; see `make_agent` for their arguments."""
+class Networks(NamedTuple):
+    """The networks bound to a config: functions of their parameters."""
 
-    init: Callable[[types.PRNGKey], AgentState]
-    init_finetune: Callable[[AgentState], AgentState]
-    init_actor: Callable[[int], ActorState]
-    act: Callable[..., tuple[ActorState, buffer.Step]]
-    features: Callable[[types.Params, jax.Array], modules.Features]
-    calibrate: Callable[[types.Params, jax.Array], types.Params]
-    particles: Callable[[types.Params, buffer.Window], Particles]
-    update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
-    finetune_update: Callable[..., tuple[AgentState, dict[str, jax.Array]]]
+    init: Callable[[PRNGKey], dict[str, Params]]
+    h: Callable[[Params, jax.Array], jax.Array]  # observation [..., 84, 84, 4]
+    successor: Callable[[Params, jax.Array, jax.Array], modules.Successor]
 
 
-class Targets(NamedTuple):
-    """How the TD targets of one window are put together."""
-
-    is_valid: jax.Array  # [m] float32, 0 where the start is no transition.
-    rewarded: jax.Array  # [m, n] int32, places of the states that are summed.
-    weight: jax.Array  # [m, n] float32, 1 up to the first cut, 0 after it.
-    discount: jax.Array  # [m, n] float32, 1 after the first cut.
-    bootstrap: jax.Array  # [m] int32, place of the state that is bootstrapped from.
-
-
-def make_encoder(config: AgentConfig):
-    """Returns the encoder module that a config names."""
-    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
-    encoders = {
-        "small": modules.SmallEncoder,
-        "nature": modules.NatureEncoder,
-        "paper": modules.PaperEncoder,
-    }
-    return encoders[config.encoder](dtype=dtype)
-
-
-def pin_task(actor: ActorState, task: jax.Array) -> ActorState:
-    """Gives every environment one task and keeps it.
-
-    Args:
-      actor: State of `E` environments.
-      task: `[D]` float, unit vector.
-
-    Returns:
-      The state, with a task that is never redrawn.
-    """
-    return actor._replace(
-        task=jnp.broadcast_to(task[None, :], actor.task.shape),
-        steps_left=jnp.full_like(actor.steps_left, _FOREVER),
-    )
-
-
-def epsilon_greedy(key: types.PRNGKey, values: jax.Array, epsilon: float) -> jax.Array:
-    """Draws the best action, or with probability epsilon any; equally good ones alike.
-
-    Distrax's `EpsilonGreedy`, whose import of TensorFlow Probability is a fifth of the
-    time in which a run starts.
-
-    Args:
-      key: Consumed.
-      values: `[..., A]` float.
-      epsilon: Probability of an action drawn from all.
-
-    Returns:
-      `[...]` int32.
-    """
-    is_best = values == jnp.max(values, axis=-1, keepdims=True)
-    greedy = is_best.astype(values.dtype)
-    greedy = greedy / jnp.sum(greedy, axis=-1, keepdims=True)
-    probabilities = (1.0 - epsilon) * greedy + epsilon / values.shape[-1]
-    return jax.random.categorical(key, jnp.log(probabilities)).astype(jnp.int32)
-
-
-def clip_rewards(r_t: jax.Array, bound: float) -> jax.Array:
-    """Clips rewards of any shape to [-bound, bound]; a bound of 0 leaves them alone."""
-    return jnp.clip(r_t, -bound, bound) if bound else r_t
-
-
-def lay_out_targets(
-    window: buffer.Window,
-    *,
-    num_targets: int,
-    n_steps: int,
-    discount: float,
-    cut_at_task_change: bool,
-    cut_at_life_loss: bool,
-) -> Targets:
-    """Finds the states that each n-step target of a window sums and bootstraps from.
-
-    A sum ends at the end of an episode. After game over nothing is bootstrapped; at
-    the time limit, and where the task changes, the sum is cut and bootstraps there.
-
-    Args:
-      window: `T >= num_targets + n_steps` states, without batch axis.
-      num_targets: `m`, targets; they start at the window's first states.
-      n_steps: `n`, steps summed.
-      discount: Discount gamma of one step.
-      cut_at_task_change: Whether a return for one task ends where the behaviour
-        starts to follow another.
-      cut_at_life_loss: Whether a lost life counts as game over.
-
-    Returns:
-      `Targets`.
-    """
-    # An episode ends where the next frame is a reset's, whatever ended it: game over,
-    # the time limit, or a resumed run whose emulators started anew. (Of the last state
-    # the next is not known, nor needed: a cut there changes nothing.)
-    is_end = jnp.append(window.is_first[1:], False)
-    starts = jnp.arange(num_targets)
-    rewarded = starts[:, None] + 1 + jnp.arange(n_steps)[None, :]  # [m, n]
-    has_no_future = window.terminated
-    if cut_at_life_loss:
-        has_no_future = has_no_future | window.life_lost
-    is_cut = is_end[rewarded] | has_no_future[rewarded]
-    if cut_at_task_change:
-        is_other_task = jnp.any(
-            window.task[rewarded] != window.task[starts][:, None, :], axis=-1
-        )
-        is_cut = is_cut | is_other_task
-    horizon, weight = jax.vmap(losses.mask_after_cut)(is_cut)
-    step_discount = discount * (1.0 - has_no_future[rewarded].astype(jnp.float32))
-    return Targets(
-        is_valid=1.0 - is_end[starts].astype(jnp.float32),
-        rewarded=rewarded,
-        weight=weight,
-        discount=jnp.where(weight > 0.0, step_discount, 1.0),
-        bootstrap=starts + horizon,
-    )
-
-
-class _Mean(NamedTuple):
-    """A mean that is not divided yet, so that devices can add up their shares of it."""
-
-    total: jax.Array  # [...] float32
-    count: jax.Array  # [] float32
-
-    def divided(self) -> jax.Array:
-        """Returns the mean; 0 if nothing counts."""
-        return self.total / jnp.maximum(self.count, 1.0)
-
-
-def _mean_of_valid(values: jax.Array, is_valid: jax.Array) -> _Mean:
-    """Averages over the entries that count."""
-    chex.assert_equal_shape([values, is_valid])
-    return _Mean(jnp.sum(values * is_valid), jnp.sum(is_valid))
-
-
-def _mean_of_all(values: jax.Array, *, num_axes: int) -> _Mean:
-    """Averages over the leading axes."""
-    count = jnp.float32(math.prod(values.shape[:num_axes]))
-    return _Mean(jnp.sum(values, axis=tuple(range(num_axes))), count)
-
-
-def _divided(grads: types.Params, count: jax.Array) -> types.Params:
-    """Divides the gradient of a sum by the number of its terms."""
-    return jax.tree.map(lambda x: _Mean(x, count).divided(), grads)
-
-
-def _add_over_devices(tree: Any, axis_name: str | None) -> Any:
-    """Adds up a pytree of float32 over the devices of an axis, in one collective."""
-    if axis_name is None:
-        return tree
-    flat, to_tree = jax.flatten_util.ravel_pytree(tree)
-    return to_tree(jax.lax.psum(flat, axis_name))
-
-
-def _gather_from_devices(
-    arrays: tuple[jax.Array, ...], axis_name: str | None
-) -> tuple[jax.Array, ...]:
-    """Stacks 32-bit arrays of all devices of an axis, `[N, ...]`, in one collective."""
-    if axis_name is None:
-        return tuple(x[None] for x in arrays)
-    # As integers the bits of every type travel unchanged.
-    bits = [jax.lax.bitcast_convert_type(x, jnp.int32).reshape(-1) for x in arrays]
-    gathered = jax.lax.all_gather(jnp.concatenate(bits), axis_name)
-    ends = np.cumsum([x.size for x in bits])[:-1].tolist()
-    return tuple(
-        jax.lax.bitcast_convert_type(part, x.dtype).reshape(-1, *x.shape)
-        for part, x in zip(jnp.split(gathered, ends, axis=1), arrays, strict=True)
-    )
-
-
-def apply_where(function: Callable[[jax.Array], Any], is_needed: jax.Array) -> Any:
-    """Computes the rows that are needed, and leaves the others 0.
-
-    On a CPU the other rows cost nothing: the needed ones are computed a chunk at a time,
-    as many chunks as it takes. An accelerator, which would have to ask the device how
-    many, computes all rows together. Not differentiable.
-
-    Args:
-      function: Maps `[C]` int32 numbers of rows to a pytree with leading axis `[C]`.
-      is_needed: `[N]` bool.
-
-    Returns:
-      The pytree, with leading axis `[N]`.
-    """
-    num_rows = is_needed.shape[0]
-    if jax.default_backend() != "cpu" or num_rows <= _ROWS_PER_CHUNK:
-        results = function(jnp.arange(num_rows, dtype=jnp.int32))
-    else:
-        needed_first = jnp.argsort(~is_needed, stable=True).astype(jnp.int32)
-
-        def add_chunk(number: jax.Array, results: Any) -> Any:
-            # The last chunk starts earlier if it would not be full, and repeats rows.
-            rows = jax.lax.dynamic_slice_in_dim(
-                needed_first, number * _ROWS_PER_CHUNK, _ROWS_PER_CHUNK
-            )
-            return jax.tree.map(
-                lambda all_rows, some: all_rows.at[rows].set(some),
-                results,
-                function(rows),
-            )
-
-        shapes = jax.eval_shape(function, needed_first[:_ROWS_PER_CHUNK])
-        zeros = jax.tree.map(
-            lambda x: jnp.zeros((num_rows, *x.shape[1:]), x.dtype), shapes
-        )
-        num_needed = jnp.sum(is_needed, dtype=jnp.int32)
-        num_chunks = (num_needed + _ROWS_PER_CHUNK - 1) // _ROWS_PER_CHUNK
-        results = jax.lax.fori_loop(0, num_chunks, add_chunk, zeros)
-    return jax.tree.map(
-        lambda x: jnp.where(
-            jnp.expand_dims(is_needed, tuple(range(1, x.ndim))), x, jnp.zeros_like(x)
-        ),
-        results,
-    )
-
-
-def make_agent(
-    config: AgentConfig, finetune: FinetuneConfig, *, num_actions: int
-) -> Agent:
-    """Binds the networks, the objective and the optimisers of a config.
-
-    Args:
-      config: Networks, objective and optimiser.
-      finetune: Values of the stage with reward.
-      num_actions: `A`, actions of the game.
-
-    Returns:
-      An `Agent`:
-      `init(key)` creates the state of an untrained agent; the key is consumed.
-      `init_finetune(state)` keeps all that was learned and starts a new optimiser that
-      leaves the feature network as it is.
-      `init_actor(num_envs)` creates the memory of that many environments.
-      `act(params, actor, timestep, key, step_id, *, epsilon, explore, use_gpi)` chooses
-      an action per environment and returns the new actor and the `replay.Step` to store;
-      `explore` adds the value of the entropy reward (split forms), `use_gpi` maximises
-      over further tasks.
-      `features(params, observation)` are those of `[..., 84, 84, STACK_SIZE]` states.
-      `calibrate(params, observation)` takes the features' mean and covariance anew from
-      `[N, 84, 84, STACK_SIZE]` states: those of the updates are a step behind.
-      `particles(params, windows)` encodes `[P]` windows of one state, each by itself.
-      `update(state, windows, particles)` makes one reward-free update from `[B]` windows
-      of `config.window_states` states and `[P]` particles, encoded by the same params.
-      `finetune_update(state, windows, task, reward_scale)` makes one update from the
-      game's reward for one task `[D]`: `psi^T w` learns the value of
-      `config.value_unit / reward_scale` times the reward. With the norm of the inferred
-      w as `reward_scale` that is the unit of the pretrained psi, with
-      `config.value_unit` it is the reward's own.
-      Both updates return the new state and scalar metrics.
-      `calibrate` and both updates take an `axis_name`: within `jax.shard_map` over an
-      axis of devices, each with its share of the observations, windows and particles,
-      they return on every device what one device would with all of them.
-    """
-    m, n = config.window_targets, config.n_steps
-    has_exploration = config.has_exploration_value
-    two_headed_td_error = (
-        losses.off_policy_td_error
-        if config.td_form == "off_policy"
-        else losses.split_td_error
-    )
-    feature_network = modules.FeatureNetwork(make_encoder(config), config.feature_dim)
-    successor_network = modules.SuccessorNetwork(
-        make_encoder(config),
-        num_actions,
-        config.feature_dim,
-        hidden=config.hidden_units,
-        exploration_head=has_exploration,
-    )
-
-    def adam(learning_rate: float, unit: float = 1.0) -> optax.GradientTransformation:
-        return optax.chain(
-            optax.clip_by_global_norm(config.max_gradient_norm),
-            # A TD error's gradient has the unit of the values; so has epsilon, else it
-            # would swallow the small gradients of unit values.
-            optax.adam(learning_rate, eps=config.adam_epsilon * unit),
-        )
-
-    def by_network(
-        features: optax.GradientTransformation, successor: optax.GradientTransformation
-    ) -> optax.GradientTransformation:
-        return optax.partition(
+def make(config: Config, num_actions: int) -> base.Agent:
+    """Binds APS to a config; see `base.Agent`."""
+    networks = _make_networks(config, num_actions)
+    optimizer, finetune_optimizer = (
+        optax.partition(
             {
                 "features": features,
-                "successor": successor,
-                # Follows the features by itself.
-                "whitening": optax.set_to_zero(),
+                "successor": base.adam(config, rate, unit=config.value_unit),
             },
-            {name: name for name in ("features", "successor", "whitening")},
+            {"features": "features", "successor": "successor"},
         )
-
-    optimizer = by_network(
-        adam(config.feature_learning_rate),
-        adam(config.learning_rate, config.value_unit),
-    )
-    finetune_optimizer = by_network(
-        optax.set_to_zero(), adam(finetune.finetune_learning_rate, config.value_unit)
+        for features, rate in (
+            (base.adam(config, config.feature_learning_rate), config.learning_rate),
+            (optax.set_to_zero(), config.finetune_learning_rate),
+        )
     )
 
-    def init(key: types.PRNGKey) -> AgentState:
-        features_key, successor_key = jax.random.split(key)
-        observation = frames.init_stack(1)
-        task = jnp.zeros((1, 1, config.feature_dim))
-        params = {
-            "features": feature_network.init(features_key, observation),
-            "successor": successor_network.init(successor_key, observation, task),
-            "whitening": whitening.init_whitening(config.feature_dim),
-        }
+    def init(key: PRNGKey) -> AgentState:
+        params = networks.init(key)
+        stats = Stats(
+            whitening=whitening.init_whitening(config.feature_dim),
+            calibrated=whitening.init_whitening(config.feature_dim),
+            distance_scale=rewards.init_distance_scale(),
+            task=jnp.zeros((config.feature_dim,)),
+            reward_scale=jnp.float32(1.0),
+        )
         return AgentState(
             params=params,
             # A copy, not the same arrays: donated buffers must not be aliased.
             target_params=jax.tree.map(jnp.copy, params["successor"]),
             opt_state=optimizer.init(params),
-            distance_scale=rewards.init_distance_scale(),
+            stats=stats,
             num_updates=jnp.zeros((), jnp.int32),
         )
 
-    def init_finetune(state: AgentState) -> AgentState:
+    def start_finetune(state: AgentState) -> AgentState:
         return state._replace(
             opt_state=finetune_optimizer.init(state.params),
             num_updates=jnp.zeros((), jnp.int32),
         )
 
-    def init_actor(num_envs: int) -> ActorState:
-        return ActorState(
-            stack=frames.init_stack(num_envs),
-            task=jnp.zeros((num_envs, config.feature_dim)),
-            steps_left=jnp.zeros((num_envs,), jnp.int32),
-            lives=jnp.zeros((num_envs,), jnp.int32),
-            num_steps=jnp.zeros((), jnp.int32),
-        )
+    def features(state: AgentState, windows: Window) -> modules.Features:
+        """Returns calibrated features of windows of one state, `[N, D]`."""
+        h = networks.h(state.params["features"], windows.observation[:, 0])
+        return _finish_features(state.stats.calibrated, h)
 
-    def raw_features(params: types.Params, observation: jax.Array) -> jax.Array:
-        return feature_network.apply(params["features"], observation).h
-
-    def finished_features(
-        moments: whitening.Whitening, h: jax.Array
-    ) -> modules.Features:
-        h = whitening.whiten(moments, h)
-        return modules.Features(h=h, phi=sphere.normalize(h))
-
-    def features(params: types.Params, observation: jax.Array) -> modules.Features:
-        return finished_features(params["whitening"], raw_features(params, observation))
-
-    def calibrate(
-        params: types.Params, observation: jax.Array, axis_name: str | None = None
-    ) -> types.Params:
+    def calibrate(state: AgentState, windows: Window) -> AgentState:
+        """Measures the features' moments: those of the updates are a step behind."""
         if not config.whiten_features:
-            return params
+            return state
+        h = networks.h(state.params["features"], windows.observation[:, 0])
         moments = whitening.init_whitening(config.feature_dim)
-        (h,) = _gather_from_devices((raw_features(params, observation),), axis_name)
-        h = h.reshape(-1, config.feature_dim)
-        return {**params, "whitening": whitening.update_whitening(moments, h)}
+        moments = whitening.update_whitening(moments, h)
+        return state._replace(stats=state.stats._replace(calibrated=moments))
 
-    def particles_of(params: types.Params, windows: buffer.Window) -> Particles:
-        return Particles(
-            raw_features(params, windows.observation[:, 0]), windows.id[:, 0]
-        )
+    def embed(state: AgentState, windows: Window) -> dict[str, jax.Array]:
+        return {
+            "phi": features(state, windows).phi,
+            "task": windows.extras["task"][:, 0],
+        }
 
-    def successor(
-        params: types.Params, observation: jax.Array, task: jax.Array
-    ) -> modules.Successor:
-        """Applies the successor network for one task per state, without the K axis."""
-        output = successor_network.apply(params, observation, task[..., None, :])
-        return jax.tree.map(lambda x: jnp.squeeze(x, axis=task.ndim - 1), output)
-
-    def behaviour_values(output: modules.Successor, w: jax.Array) -> jax.Array:
-        """Values `[A]` of one state that include the exploration still to come."""
-        q = losses.q_values(output.psi, w)
-        if not has_exploration:
-            return q
-        return config.skill_weight * q + config.entropy_weight * output.exploration
-
-    def act(
-        params: types.Params,
-        actor: ActorState,
-        timestep: types.TimeStep,
-        key: types.PRNGKey,
-        *,
-        epsilon: float,
-        explore: bool,
-        use_gpi: bool,
-    ) -> tuple[ActorState, buffer.Step]:
-        num_envs = timestep.frame.shape[0]
-        key = jax.random.fold_in(key, actor.num_steps)
-        task_key, candidate_key, action_key = jax.random.split(key, 3)
-
-        is_due = actor.steps_left <= 0
-        drawn = sphere.sample_uniform(task_key, (num_envs,), config.feature_dim)
-        task = jnp.where(is_due[:, None], drawn, actor.task)
-        steps_left = jnp.where(is_due, config.task_steps, actor.steps_left) - 1
-        stack = frames.push_frame(actor.stack, timestep.frame, timestep.is_first)
-
-        if use_gpi and config.gpi_tasks:
-            draw = functools.partial(
-                tasks.candidate_tasks,
-                num=config.gpi_tasks,
-                kappa=config.gpi_concentration,
-            )
-            candidates = jax.vmap(draw)(jax.random.split(candidate_key, num_envs), task)
-            output = successor_network.apply(params["successor"], stack, candidates)
-            values = jax.vmap(tasks.gpi_action_values)(output.psi, task)
+    def adapt(
+        key: PRNGKey, state: AgentState, rollouts: base.Rollouts | None
+    ) -> tuple[AgentState, dict[str, Any]]:
+        """Regresses rewards on features (APS, section 4.4)."""
+        if rollouts is None:
+            phi = np.zeros((1, config.feature_dim), np.float32)
+            r_t, mask = np.zeros(1, np.float32), np.zeros(1, bool)
         else:
-            output = successor(params["successor"], stack, task)
-            value_function = behaviour_values if explore else _task_values
-            values = jax.vmap(value_function)(output, task)
-        action = epsilon_greedy(action_key, values, epsilon)
-
-        step = buffer.Step(
-            frame=timestep.frame,
-            action=action,
-            reward=timestep.reward,
-            terminated=timestep.terminated,
-            is_first=timestep.is_first,
-            life_lost=(timestep.lives < actor.lives) & ~timestep.is_first,
-            task=task,
-            id=actor.num_steps * num_envs + jnp.arange(num_envs, dtype=jnp.int32),
-        )
-        actor = ActorState(
-            stack=stack,
-            task=task,
-            steps_left=steps_left,
-            lives=timestep.lives,
-            num_steps=actor.num_steps + 1,
-        )
-        return actor, step
-
-    def distances_to_particles(
-        h_t: jax.Array,
-        ids_t: jax.Array,
-        is_used: jax.Array,
-        particle_h: jax.Array,
-        particle_ids: jax.Array,
-    ) -> jax.Array:
-        """Returns `[N, k]` distances of `[N, D]` states.
-
-        States that are not used have no neighbours: distances of +inf, which do not count.
-        """
-        distances = knn.knn_distances(
-            h_t,
-            particle_h,
-            k=config.num_neighbors,
-            query_ids=ids_t,
-            particle_ids=particle_ids,
-        )
-        return jnp.where(is_used[:, None], distances, jnp.inf)
-
-    def entropy_rewards(
-        distance_scale: rewards.DistanceScale, distances: jax.Array
-    ) -> jax.Array:
-        """Returns `[N]` rewards of `[N, k]` distances."""
-        reward = functools.partial(
-            rewards.particle_entropy_reward,
-            sigma=distance_scale.mean,
-            c=config.distance_offset,
-            clip=config.distance_clip,
-        )
-        return jax.vmap(reward)(distances)
-
-    def td_errors(
-        output_tm1: modules.Successor,
-        a_tm1: jax.Array,
-        phi_t: jax.Array,
-        r_entropy_t: jax.Array,
-        discount_t: jax.Array,
-        output_t: modules.Successor,
-        w: jax.Array,
-    ) -> jax.Array:
-        """Returns the errors of one target in the config's form, as one vector."""
-        if has_exploration:
-            error = two_headed_td_error(
-                output_tm1.psi,
-                output_tm1.exploration,
-                a_tm1,
-                phi_t,
-                r_entropy_t,
-                discount_t,
-                output_t.psi,
-                output_t.exploration,
-                w,
-                skill_weight=config.skill_weight,
-                entropy_weight=config.entropy_weight,
-            )
-            return jnp.append(error.successor, error.exploration)
-        if config.td_form == "vector":
-            cumulant_t = (
-                config.skill_weight * phi_t + config.entropy_weight * r_entropy_t * w
-            )
-            return losses.vector_td_error(
-                output_tm1.psi, a_tm1, cumulant_t, discount_t, output_t.psi, w
-            )
-        r_t = rewards.intrinsic_reward(
-            rewards.skill_reward(phi_t, w),
-            r_entropy_t,
-            skill_weight=config.skill_weight,
-            entropy_weight=config.entropy_weight,
-        )
-        error = losses.scalar_td_error(
-            output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
-        )
-        return error[None]
-
-    def lay_out(windows: buffer.Window, **cuts: bool) -> Targets:
-        lay_out_one = functools.partial(
-            lay_out_targets,
-            num_targets=m,
-            n_steps=n,
-            discount=config.discount,
-            **cuts,
-        )
-        return jax.vmap(lay_out_one)(windows)
-
-    def bootstrap_outputs(
-        target_params: types.Params,
-        windows: buffer.Window,
-        targets: Targets,
-        w: jax.Array,
-    ) -> modules.Successor:
-        """Predicts at the states that targets bootstrap from, for tasks `[B, m, D]`.
-
-        Where the sum is cut, consecutive targets of a window bootstrap from the same
-        state, which is encoded once. (They also have the same task: a return that ends
-        where the task changes ends between targets of different tasks.)
-        """
-        num_windows, num_states = windows.action.shape
-        place = targets.bootstrap  # [B, m]
-        is_new = jnp.any(w[:, 1:] != w[:, :-1], axis=-1) | (
-            place[:, 1:] != place[:, :-1]
-        )
-        is_new = jnp.pad(is_new, ((0, 0), (1, 0)), constant_values=True)
-        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
-        first_row = num_states * jnp.arange(num_windows, dtype=jnp.int32)
-        row = (first_row[:, None] + place).reshape(-1)
-        flat_w = w.reshape(-1, w.shape[-1])
-        outputs = apply_where(
-            lambda i: successor(target_params, observations[row[i]], flat_w[i]),
-            is_new.reshape(-1),
-        )
-        number = jnp.arange(num_windows * m, dtype=jnp.int32).reshape(num_windows, m)
-        source = jax.lax.cummax(jnp.where(is_new, number, 0), axis=1)
-        return jax.tree.map(lambda x: x[source], outputs)
-
-    def is_summed(targets: Targets) -> jax.Array:
-        """Returns `[B, T - 1]` which reached states a valid target sums."""
-
-        def of_window(target: Targets) -> jax.Array:
-            is_used = (target.weight > 0.0) & (target.is_valid > 0.0)[:, None]
-            never = jnp.zeros((m + n - 1,), bool)
-            return never.at[target.rewarded - 1].max(is_used)
-
-        return jax.vmap(of_window)(targets)
-
-    def skill_reward_mean(phi: jax.Array, task: jax.Array, targets: Targets) -> _Mean:
-        """Averages phi_t^T w over the states that valid targets sum."""
-
-        def of_window(phi, task, target: Targets):
-            reward = jax.vmap(jax.vmap(rewards.skill_reward, (0, None)))
-            return reward(phi[target.rewarded - 1], task[:m])
-
-        weight = targets.weight * targets.is_valid[..., None]
-        return _mean_of_valid(jax.vmap(of_window)(phi, task, targets), weight)
-
-    def pretrain_loss(
-        params: types.Params,
-        state: AgentState,
-        windows: buffer.Window,
-        particles: Particles,
-        axis_name: str | None,
-    ) -> tuple[
-        jax.Array,
-        tuple[rewards.DistanceScale, whitening.Whitening, dict[str, _Mean]],
-    ]:
-        """Returns a sum whose gradient is that of the device's own losses, not yet means.
-
-        Of the value itself no use is made. Only the feature losses have a gradient with
-        respect to the feature network, and only the TD losses with respect to psi's.
-        """
-        targets = lay_out(windows, cut_at_task_change=True, cut_at_life_loss=False)
-
-        # Each reached state is encoded once, for the feature loss (which needs the
-        # gradient of the first m alone), the skill reward and the entropy reward; those
-        # that no target sums are not encoded.
-        frozen = jax.lax.stop_gradient(params)
-        num_windows, num_states = windows.action.shape
-        is_used = is_summed(targets)
-        observations = windows.observation.reshape(-1, *windows.observation.shape[2:])
-        w = windows.task[:, :m]
-        all_h, all_ids, last_w = _gather_from_devices(
-            (particles.h, particles.id, w[-1]), axis_name
-        )
-        particle_h = all_h.reshape(-1, config.feature_dim)
-        learned_h = raw_features(params, windows.observation[:, 1 : m + 1])
-        first_row = num_states * jnp.arange(num_windows, dtype=jnp.int32)
-        further = jnp.arange(m + 1, num_states, dtype=jnp.int32)
-        row = (first_row[:, None] + further[None, :]).reshape(-1)
-        further_h = apply_where(
-            lambda i: raw_features(frozen, observations[row[i]]),
-            is_used[:, m:].reshape(-1),
-        )
-        further_h = further_h.reshape(num_windows, -1, config.feature_dim)
-        moments = frozen["whitening"]
-        if config.whiten_features:
-            moments = whitening.update_whitening(
-                moments, particle_h, decay=config.scale_decay
-            )
-        is_reached = 1.0 - windows.is_first[:, 1 : m + 1].astype(jnp.float32)
-
-        def feature_loss_of(h: jax.Array) -> tuple[jax.Array, Any]:
-            learned = finished_features(moments, h)
-            each = jax.vmap(jax.vmap(losses.feature_loss))(learned.phi, w)
-            mean = _mean_of_valid(each, is_reached)
-            return mean.total, (mean, learned)
-
-        gradient_h, (feature_loss, learned) = jax.grad(feature_loss_of, has_aux=True)(
-            jax.lax.stop_gradient(learned_h)
-        )
-        unlearned = finished_features(moments, further_h)
-        particle_h = finished_features(moments, particle_h).h
-        reached: modules.Features = jax.lax.stop_gradient(
-            jax.tree.map(
-                lambda x, y: jnp.concatenate([x, y], axis=1), learned, unlearned
+            phi = rollouts.encode(lambda s, w: features(s, w).phi, state)
+            r_t = np.asarray(base.clip_rewards(rollouts.reward, config.reward_clip))
+            mask = ~rollouts.is_first
+        moments = tasks.init_regression_moments(config.feature_dim)
+        moments = tasks.update_regression_moments(moments, phi, r_t, mask)
+        found = jax.device_get(
+            tasks.infer_task(
+                moments,
+                fallback_task=jax.random.normal(key, (config.feature_dim,)),
+                ridge=config.ridge,
             )
         )
-
-        distances = distances_to_particles(
-            reached.h.reshape(-1, reached.h.shape[-1]),
-            windows.id[:, 1:].reshape(-1),
-            is_used.reshape(-1),
-            particle_h,
-            all_ids.reshape(-1),
+        # An untrained psi is in no unit, so it learns in the reward's own.
+        scale = config.value_unit if rollouts is None else found.scale
+        stats = state.stats._replace(
+            task=np.asarray(found.task, np.float32),
+            reward_scale=np.asarray(scale, np.float32),
         )
-        # What the losses need of all devices before their gradient is known: a second,
-        # tiny reduction.
-        distance_sums, common = _add_over_devices(
-            (
-                rewards.sum_distances(state.distance_scale, distances),
-                _mean_of_all(gradient_h, num_axes=2),
-            ),
-            axis_name,
-        )
-        distance_scale = rewards.move_distance_scale(
-            state.distance_scale, distance_sums, decay=config.scale_decay
-        )
-        r_entropy = entropy_rewards(distance_scale, distances)
-        r_entropy = r_entropy.reshape(num_windows, num_states - 1)
-        if config.whiten_features:
-            # As if the mean over the batch were subtracted from the features with
-            # gradient, as batch normalisation does: moving all of them alike changes
-            # nothing once they are white. Else the noise of each batch would move them
-            # all much faster than apart.
-            gradient_h = gradient_h - common.divided()[None, None, :]
-
-        def sum_cumulants(phi, r, target: Targets):
-            """Sums `[T-1, D]` features and `[T-1]` rewards over each target's steps."""
-            place = target.rewarded - 1  # `reached` starts at the window's state 1.
-            phi_sum, discount = jax.vmap(losses.n_step_cumulant)(
-                phi[place] * target.weight[..., None], target.discount
-            )
-            r_sum, _ = jax.vmap(losses.n_step_cumulant)(
-                r[place] * target.weight, target.discount
-            )
-            return phi_sum, r_sum, discount
-
-        phi_t, r_entropy_t, discount_t = jax.vmap(sum_cumulants)(
-            config.value_unit * reached.phi, config.value_unit * r_entropy, targets
-        )
-        is_finite = jnp.isfinite(distances)
-
-        # Of each state also for another's task, that of the window before it: does what
-        # to do depend on the task?
-        device = 0 if axis_name is None else jax.lax.axis_index(axis_name)
-        other_w = jnp.concatenate([last_w[device - 1][None], w[:-1]])
-        both = jnp.stack([w, other_w], axis=2)
-        outputs = successor_network.apply(
-            params["successor"], windows.observation[:, :m], both
-        )
-        greedy = jnp.argmax(
-            jax.vmap(jax.vmap(jax.vmap(behaviour_values)))(
-                jax.lax.stop_gradient(outputs), both
-            ),
-            axis=-1,
-        )
-        output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
-        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
-        errors = jax.vmap(jax.vmap(td_errors))(
-            output_tm1,
-            windows.action[:, :m],
-            phi_t,
-            r_entropy_t,
-            discount_t,
-            output_t,
-            w,
-        )
-        td_losses = 0.5 * jnp.sum(jnp.square(errors), axis=-1)
-        td_loss = _mean_of_valid(td_losses, targets.is_valid)
-
-        chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
-            output_tm1, windows.action[:, :m], w
-        )
-        means = {
-            "reward_skill": skill_reward_mean(reached.phi, windows.task, targets),
-            "reward_entropy": _mean_of_valid(r_entropy, is_used.astype(jnp.float32)),
-            "task_dependence": _mean_of_all(
-                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32), num_axes=2
-            ),
-            "mean_phi": _mean_of_all(learned.phi, num_axes=2),
-            "loss_feature": feature_loss,
-            "loss_td": td_loss,
-            "td_error": _mean_of_valid(
-                jnp.sqrt(jnp.sum(jnp.square(errors), axis=-1)), targets.is_valid
-            ),
-            "q_value": _mean_of_valid(chosen_q, targets.is_valid),
-            "knn_distance": _mean_of_valid(
-                jnp.where(is_finite, distances, 0.0), is_finite.astype(jnp.float32)
-            ),
+        facts = {
+            "task": [float(value) for value in found.task],
+            "scale": float(scale),
+            "intercept": float(found.intercept),
+            "r_squared": float(found.r_squared),
+            "num_samples": int(found.num_samples),
+            "num_nonzero": int(found.num_nonzero),
+            "is_fallback": bool(found.is_fallback),
         }
-        to_features = jnp.sum(jax.lax.stop_gradient(gradient_h) * learned_h)
-        return to_features + td_loss.total, (distance_scale, moments, means)
+        facts["summary"] = _summary(facts, is_scratch=rollouts is None)
+        return state._replace(stats=stats), facts
 
-    def apply_gradients(
-        state: AgentState,
-        grads: types.Params,
-        transform: optax.GradientTransformation,
-    ) -> AgentState:
-        # Optax raises a Python float to the power of an integer array.
-        with jax.numpy_dtype_promotion("standard"):
-            updates, opt_state = transform.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        num_updates = state.num_updates + 1
-        return state._replace(
-            params=params,
-            target_params=optax.periodic_update(
-                params["successor"],
-                state.target_params,
-                num_updates,
-                config.target_period,
-            ),
-            opt_state=opt_state,
-            num_updates=num_updates,
-        )
+    def policy(choose: "Chooser", epsilon: float, hold: int | None) -> base.Policy:
+        return _make_policy(config, networks, choose, epsilon=epsilon, hold=hold)
 
-    def update(
-        state: AgentState,
-        windows: buffer.Window,
-        particles: Particles,
-        axis_name: str | None = None,
-    ) -> tuple[AgentState, dict[str, jax.Array]]:
-        grads, (distance_scale, moments, means) = jax.grad(pretrain_loss, has_aux=True)(
-            state.params, state, windows, particles, axis_name
-        )
-        unlearned = grads.pop("whitening")  # zeros
-        grads, means = _add_over_devices((grads, means), axis_name)
-        grads = {
-            "features": _divided(grads["features"], means["loss_feature"].count),
-            "successor": _divided(grads["successor"], means["loss_td"].count),
-            "whitening": unlearned,
-        }
-        metrics = {name: mean.divided() for name, mean in means.items()}
-        metrics["cosine_phi_task"] = -metrics["loss_feature"]
-        metrics["mean_phi_norm"] = optax.tree.norm(metrics.pop("mean_phi"))
-        metrics["distance_scale"] = distance_scale.mean
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        state = apply_gradients(state, grads, optimizer)
-        params = {**state.params, "whitening": moments}
-        return state._replace(params=params, distance_scale=distance_scale), metrics
-
-    def finetune_loss(
-        successor_params: types.Params,
-        state: AgentState,
-        windows: buffer.Window,
-        task: jax.Array,
-        reward_scale: jax.Array,
-    ) -> tuple[jax.Array, dict[str, _Mean]]:
-        """Returns the sum of the device's own losses, not yet a mean."""
-        targets = lay_out(
-            windows,
-            cut_at_task_change=False,
-            cut_at_life_loss=finetune.cut_at_life_loss,
-        )
-        rewards_t = clip_rewards(windows.reward, finetune.reward_clip)
-        rewards_t = (config.value_unit / reward_scale) * rewards_t
-
-        def sum_rewards(r, target: Targets):
-            return jax.vmap(losses.n_step_cumulant)(
-                r[target.rewarded] * target.weight, target.discount
-            )
-
-        r_t, discount_t = jax.vmap(sum_rewards)(rewards_t, targets)
-        w = jnp.broadcast_to(
-            task[None, None, :], (*windows.action[:, :m].shape, config.feature_dim)
-        )
-        output_tm1 = successor(successor_params, windows.observation[:, :m], w)
-        output_t = bootstrap_outputs(state.target_params, windows, targets, w)
-        a_tm1 = windows.action[:, :m]
-        errors = jax.vmap(jax.vmap(losses.scalar_td_error))(
-            output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
-        )
-        loss = _mean_of_valid(0.5 * jnp.square(errors), targets.is_valid)
-        chosen_q = jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
-            output_tm1, a_tm1, w
-        )
-        means = {
-            "loss_td": loss,
-            "td_error": _mean_of_valid(jnp.abs(errors), targets.is_valid),
-            "q_value": _mean_of_valid(chosen_q, targets.is_valid),
-        }
-        return loss.total, means
-
-    def finetune_update(
-        state: AgentState,
-        windows: buffer.Window,
-        task: jax.Array,
-        reward_scale: jax.Array,
-        axis_name: str | None = None,
-    ) -> tuple[AgentState, dict[str, jax.Array]]:
-        grads, means = jax.grad(finetune_loss, has_aux=True)(
-            state.params["successor"], state, windows, task, reward_scale
-        )
-        grads, means = _add_over_devices((grads, means), axis_name)
-        grads = _divided(grads, means["loss_td"].count)
-        metrics = {name: mean.divided() for name, mean in means.items()}
-        metrics["gradient_norm"] = optax.tree.norm(grads)
-        grads = {
-            "features": jax.tree.map(jnp.zeros_like, state.params["features"]),
-            "successor": grads,
-            "whitening": jax.tree.map(jnp.zeros_like, state.params["whitening"]),
-        }
-        return apply_gradients(state, grads, finetune_optimizer), metrics
-
-    return Agent(
+    inferred = functools.partial(policy, hold=None)
+    return base.Agent(
         init=init,
-        init_finetune=init_finetune,
-        init_actor=init_actor,
-        act=act,
-        features=features,
+        pretrain=base.Phase(
+            policy(
+                _make_exploring(config, networks),
+                config.pretrain_epsilon,
+                config.task_steps,
+            ),
+            _make_pretrain_learner(config, networks, optimizer),
+        ),
+        finetune=base.Phase(
+            inferred(_make_greedy(networks), config.finetune_epsilon),
+            _make_finetune_learner(config, networks, finetune_optimizer),
+        ),
+        play=lambda epsilon: inferred(_make_greedy(networks), epsilon),
+        play_adapted=lambda epsilon: inferred(_make_gpi(config, networks), epsilon),
+        play_skills=lambda epsilon: policy(
+            _make_greedy(networks), epsilon, jnp.iinfo(jnp.int32).max
+        ),
         calibrate=calibrate,
-        particles=particles_of,
-        update=update,
-        finetune_update=finetune_update,
+        start_finetune=start_finetune,
+        adapt=adapt,
+        embed=embed,
     )
 
 
-def _task_values(output: modules.Successor, w: jax.Array) -> jax.Array:
-    """Values `[A]` of one state for the task alone."""
-    return losses.q_values(output.psi, w)
+def _make_networks(config: Config, num_actions: int) -> Networks:
+    feature_network = modules.FeatureNetwork(
+        base.make_encoder(config), config.feature_dim
+    )
+    successor_network = modules.SuccessorNetwork(
+        base.make_encoder(config),
+        num_actions,
+        config.feature_dim,
+        hidden=config.hidden_units,
+        exploration_head=config.has_exploration_value,
+    )
+
+    def init(key: PRNGKey) -> dict[str, Params]:
+        features_key, successor_key = jax.random.split(key)
+        observation = frames.init_stack(1)
+        task = jnp.zeros((1, 1, config.feature_dim))
+        return {
+            "features": feature_network.init(features_key, observation),
+            "successor": successor_network.init(successor_key, observation, task),
+        }
+
+    return Networks(
+        init=init,
+        h=lambda params, observation: feature_network.apply(params, observation).h,
+        successor=successor_network.apply,
+    )
+
+
+def _finish_features(moments: whitening.Whitening, h: jax.Array) -> modules.Features:
+    h = whitening.whiten(moments, h)
+    return modules.Features(h=h, phi=sphere.normalize(h))
+
+
+def _summary(facts: dict[str, Any], *, is_scratch: bool) -> str:
+    if is_scratch:
+        return "Nothing was pretrained: psi^T w learns from reward for a random task."
+    seen = f"{facts['num_samples']:,} rewards, {facts['num_nonzero']:,} of them not 0"
+    if facts["is_fallback"]:
+        return f"No task could be inferred from {seen}: a random task is used."
+    return (
+        f"Task inferred from {seen}: R^2 {facts['r_squared']:.3f}, norm of w "
+        f"{facts['scale']:.3g}."
+    )
+
+
+# ---------------------------------------------------------------------------- acting
+
+# state, observation [E, ...], task [E, D], key -> action values [E, A]
+Chooser = Callable[[AgentState, jax.Array, jax.Array, PRNGKey], jax.Array]
+
+
+def _make_policy(
+    config: Config,
+    networks: Networks,
+    choose: Chooser,
+    *,
+    epsilon: float,
+    hold: int | None,
+) -> base.Policy:
+    """Makes an epsilon-greedy policy for a task per environment.
+
+    Args:
+      config: The agent's options.
+      networks: Its networks.
+      choose: Values actions.
+      epsilon: Probability of a random action.
+      hold: Agent steps for which a random task is kept; None follows the inferred one.
+    """
+    del networks
+
+    def init(num_envs: int) -> Memory:
+        return Memory(
+            task=jnp.zeros((num_envs, config.feature_dim)),
+            steps_left=jnp.zeros((num_envs,), jnp.int32),
+        )
+
+    def act(
+        state: AgentState, memory: Memory, observation: Observation, key: PRNGKey
+    ) -> tuple[Memory, base.Decision]:
+        task_key, choice_key, action_key = jax.random.split(key, 3)
+        if hold is None:
+            task = jnp.broadcast_to(state.stats.task[None, :], memory.task.shape)
+            memory = memory._replace(task=task)
+        else:
+            num_envs = memory.task.shape[0]
+            is_due = memory.steps_left <= 0
+            drawn = sphere.sample_uniform(task_key, (num_envs,), config.feature_dim)
+            memory = Memory(
+                task=jnp.where(is_due[:, None], drawn, memory.task),
+                steps_left=jnp.where(is_due, hold, memory.steps_left) - 1,
+            )
+        values = choose(state, observation.frames, memory.task, choice_key)
+        action = acting.epsilon_greedy(action_key, values, epsilon)
+        return memory, base.Decision(action, {"task": memory.task})
+
+    return base.Policy(init, act)
+
+
+def _for_one_task(
+    networks: Networks, params: Params, observation: jax.Array, task: jax.Array
+) -> modules.Successor:
+    """Predicts for one task per state, without the axis of tasks."""
+    output = networks.successor(params, observation, task[..., None, :])
+    return jax.tree.map(lambda x: jnp.squeeze(x, axis=task.ndim - 1), output)
+
+
+def _behaviour_values(
+    config: Config, output: modules.Successor, w: jax.Array
+) -> jax.Array:
+    """Values `[A]` of one state that include the exploration still to come."""
+    q = losses.q_values(output.psi, w)
+    if output.exploration is None:
+        return q
+    return config.skill_weight * q + config.entropy_weight * output.exploration
+
+
+def _make_exploring(config: Config, networks: Networks) -> Chooser:
+    def choose(state, observation, task, key):
+        del key
+        output = _for_one_task(networks, state.params["successor"], observation, task)
+        return jax.vmap(functools.partial(_behaviour_values, config))(output, task)
+
+    return choose
+
+
+def _make_greedy(networks: Networks) -> Chooser:
+    def choose(state, observation, task, key):
+        del key
+        output = _for_one_task(networks, state.params["successor"], observation, task)
+        return jax.vmap(losses.q_values)(output.psi, task)
+
+    return choose
+
+
+def _make_gpi(config: Config, networks: Networks) -> Chooser:
+    """Makes generalised policy improvement over tasks around the environment's own."""
+    if not config.gpi_tasks:
+        return _make_greedy(networks)
+    draw = functools.partial(
+        tasks.candidate_tasks, num=config.gpi_tasks, kappa=config.gpi_concentration
+    )
+
+    def choose(state, observation, task, key):
+        candidates = jax.vmap(draw)(jax.random.split(key, task.shape[0]), task)
+        output = networks.successor(state.params["successor"], observation, candidates)
+        return jax.vmap(tasks.gpi_action_values)(output.psi, task)
+
+    return choose
+
+
+# -------------------------------------------------------------------------- learning
+
+
+def _sum_steps(values: jax.Array, targets: returns.Targets) -> tuple[jax.Array, Any]:
+    """Sums what states reach over each target's steps.
+
+    Args:
+      values: `[B, T - 1, ...]` float, of the windows' states from the second on.
+      targets: `[B, m, ...]`.
+
+    Returns:
+      `[B, m, ...]` discounted sums, and `[B, m]` the discount of what follows.
+    """
+    steps = take_states(values, targets.rewarded - 1)  # [B, m, n, ...]
+    weight = targets.weight.reshape(*targets.weight.shape, *(1,) * (steps.ndim - 3))
+    return jax.vmap(jax.vmap(losses.n_step_cumulant))(steps * weight, targets.discount)
+
+
+def _make_pretrain_learner(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation
+) -> base.Learner:
+    """Makes the reward-free update (APS, Alg. 1)."""
+    m = config.window_targets
+    lay_out = jax.vmap(
+        functools.partial(
+            returns.window_targets,
+            num_targets=m,
+            n_steps=config.n_steps,
+            discount=config.discount,
+        )
+    )
+
+    def loss(
+        params: dict[str, Params], state: AgentState, batch: Batch, moments: Any
+    ) -> tuple[jax.Array, tuple[rewards.DistanceScale, dict[str, jax.Array]]]:
+        """Returns both losses' sum: phi learns from the first, psi from the second."""
+        windows = batch.windows
+        task = windows.extras["task"]
+        w = task[:, :m]
+        targets = lay_out(windows.is_first, windows.terminated, task)
+        used = targets.weight * targets.is_valid[..., None]  # [B, m, n]
+        is_used = jax.vmap(  # [B, T - 1], whether a target sums the state
+            lambda i, x: jnp.zeros(config.window_states - 1, bool).at[i].max(x > 0)
+        )(targets.rewarded - 1, used)
+
+        # The feature loss needs the gradient of the first m states reached alone.
+        h = networks.h(params["features"], windows.observation[:, 1 : m + 1])
+        if config.whiten_features:
+            # The gradient that moves all features alike is taken out, as in batch
+            # normalisation: once they are white, it changes nothing but adds noise.
+            mean_h = jnp.mean(h, axis=(0, 1))
+            h = h - (mean_h - jax.lax.stop_gradient(mean_h))[None, None, :]
+        further = networks.h(
+            jax.lax.stop_gradient(params["features"]), windows.observation[:, m + 1 :]
+        )
+        reached = _finish_features(moments, jnp.concatenate([h, further], axis=1))
+        loss_feature = masked_mean(
+            jax.vmap(jax.vmap(losses.feature_loss))(reached.phi[:, :m], w),
+            1.0 - windows.is_first[:, 1 : m + 1].astype(jnp.float32),
+        )
+        reached = jax.lax.stop_gradient(reached)
+
+        distances, distance_scale, r_entropy = entropy_rewards(
+            state.stats.distance_scale, batch, moments, reached.h, is_used
+        )
+        phi_t, discount_t = _sum_steps(config.value_unit * reached.phi, targets)
+        r_t, _ = _sum_steps(config.value_unit * r_entropy, targets)
+
+        # Each state also for another window's task: does what to do depend on it?
+        both = jnp.stack([w, jnp.roll(w, 1, axis=0)], axis=2)
+        outputs = networks.successor(
+            params["successor"], windows.observation[:, :m], both
+        )
+        output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
+        output_t = _for_one_task(
+            networks,
+            state.target_params,
+            take_states(windows.observation, targets.bootstrap),
+            w,
+        )
+        a_tm1 = windows.action[:, :m]
+        errors = jax.vmap(jax.vmap(functools.partial(_td_errors, config)))(
+            output_tm1, a_tm1, phi_t, r_t, discount_t, output_t, w
+        )
+        squares = jnp.sum(jnp.square(errors), axis=-1)
+        loss_td = masked_mean(0.5 * squares, targets.is_valid)
+
+        values = jax.vmap(
+            jax.vmap(jax.vmap(functools.partial(_behaviour_values, config)))
+        )
+        greedy = jnp.argmax(values(jax.lax.stop_gradient(outputs), both), axis=-1)
+        cosines = jnp.sum(
+            take_states(reached.phi, targets.rewarded - 1) * w[:, :, None, :], axis=-1
+        )
+        exists = jnp.isfinite(distances)
+        metrics = {
+            "loss_feature": loss_feature,
+            "loss_td": loss_td,
+            "cosine_phi_task": -loss_feature,
+            "reward_skill": masked_mean(cosines, used),
+            "reward_entropy": masked_mean(r_entropy, is_used.astype(jnp.float32)),
+            "task_dependence": jnp.mean(
+                (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
+            ),
+            "mean_phi_norm": optax.tree.norm(jnp.mean(reached.phi[:, :m], axis=(0, 1))),
+            "td_error": masked_mean(jnp.sqrt(squares), targets.is_valid),
+            "q_value": masked_mean(_chosen_q(output_tm1, a_tm1, w), targets.is_valid),
+            "knn_distance": masked_mean(
+                jnp.where(exists, distances, 0.0), exists.astype(jnp.float32)
+            ),
+            "distance_scale": distance_scale.mean,
+        }
+        return loss_feature + loss_td, (distance_scale, metrics)
+
+    def entropy_rewards(
+        scale: rewards.DistanceScale,
+        batch: Batch,
+        moments: whitening.Whitening,
+        h: jax.Array,
+        is_used: jax.Array,
+    ) -> tuple[jax.Array, rewards.DistanceScale, jax.Array]:
+        """Returns `[N, k]` distances, their running mean, and `[B, T - 1]` rewards."""
+        distances = knn.knn_distances(
+            h.reshape(-1, config.feature_dim),
+            whitening.whiten(moments, batch.particles.h),
+            k=config.num_neighbors,
+            query_ids=batch.windows.id[:, 1:].reshape(-1),
+            particle_ids=batch.particles.id,
+        )
+        # +inf stands for no neighbour: states that no target sums do not count.
+        distances = jnp.where(is_used.reshape(-1)[:, None], distances, jnp.inf)
+        scale = rewards.update_distance_scale(
+            scale, distances, decay=config.scale_decay
+        )
+        reward = functools.partial(
+            rewards.particle_entropy_reward,
+            sigma=scale.mean,
+            c=config.distance_offset,
+            clip=config.distance_clip,
+        )
+        return distances, scale, jax.vmap(reward)(distances).reshape(is_used.shape)
+
+    def update(
+        state: AgentState, batch: Batch, key: PRNGKey
+    ) -> tuple[AgentState, dict[str, jax.Array]]:
+        del key
+        moments = state.stats.whitening
+        if config.whiten_features:
+            moments = whitening.update_whitening(
+                moments, batch.particles.h, decay=config.scale_decay
+            )
+        grads, (distance_scale, metrics) = jax.grad(loss, has_aux=True)(
+            state.params, state, batch, moments
+        )
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        state = base.apply_gradients(
+            optimizer,
+            grads,
+            state,
+            target="successor",
+            target_period=config.target_period,
+        )
+        stats = state.stats._replace(whitening=moments, distance_scale=distance_scale)
+        return state._replace(stats=stats), metrics
+
+    def encode(state: AgentState, windows: Window) -> Particles:
+        h = networks.h(state.params["features"], windows.observation[:, 0])
+        return Particles(h, windows.id[:, 0])
+
+    spec = base.BatchSpec(
+        num_samples=config.batch_size,
+        num_windows=config.batch_size // m,
+        num_states=config.window_states,
+        num_particles=config.num_particles,
+    )
+    return base.Learner(spec, update, base.LEARNING + METRICS, encode)
+
+
+def _td_errors(
+    config: Config,
+    output_tm1: modules.Successor,
+    a_tm1: jax.Array,
+    phi_t: jax.Array,
+    r_entropy_t: jax.Array,
+    discount_t: jax.Array,
+    output_t: modules.Successor,
+    w: jax.Array,
+) -> jax.Array:
+    """Returns the errors of one target in the config's form, as one vector."""
+    weights = {
+        "skill_weight": config.skill_weight,
+        "entropy_weight": config.entropy_weight,
+    }
+    if output_tm1.exploration is not None:
+        form = {
+            "off_policy": losses.off_policy_td_error,
+            "split": losses.split_td_error,
+        }[config.td_form]
+        error = form(
+            output_tm1.psi,
+            output_tm1.exploration,
+            a_tm1,
+            phi_t,
+            r_entropy_t,
+            discount_t,
+            output_t.psi,
+            output_t.exploration,
+            w,
+            **weights,
+        )
+        return jnp.append(error.successor, error.exploration)
+    if config.td_form == "vector":
+        cumulant_t = (
+            config.skill_weight * phi_t + config.entropy_weight * r_entropy_t * w
+        )
+        return losses.vector_td_error(
+            output_tm1.psi, a_tm1, cumulant_t, discount_t, output_t.psi, w
+        )
+    r_t = rewards.intrinsic_reward(
+        rewards.skill_reward(phi_t, w), r_entropy_t, **weights
+    )
+    error = losses.scalar_td_error(
+        output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
+    )
+    return error[None]
+
+
+def _chosen_q(output: modules.Successor, action: jax.Array, w: jax.Array) -> jax.Array:
+    """Returns `[B, m]` values of the actions taken."""
+    return jax.vmap(jax.vmap(lambda o, a, w: losses.q_values(o.psi, w)[a]))(
+        output, action, w
+    )
+
+
+def _make_finetune_learner(
+    config: Config, networks: Networks, optimizer: optax.GradientTransformation
+) -> base.Learner:
+    """Makes the update from the game's reward for the inferred task; phi is frozen.
+
+    `psi^T w` learns the value of `value_unit / reward_scale` times the reward: with the
+    norm of the inferred w as the scale, that is the unit of the pretrained psi.
+    """
+    m = config.window_targets
+    lay_out = jax.vmap(
+        functools.partial(
+            returns.window_targets,
+            num_targets=m,
+            n_steps=config.n_steps,
+            discount=config.discount,
+        )
+    )
+
+    def loss(
+        params: dict[str, Params], state: AgentState, windows: Window
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        is_terminal = windows.terminated
+        if config.cut_at_life_loss:
+            is_terminal |= windows.life_lost
+        targets = lay_out(windows.is_first, is_terminal)
+        reward = base.clip_rewards(windows.reward, config.reward_clip)
+        unit = config.value_unit / state.stats.reward_scale
+        r_t, discount_t = _sum_steps(unit * reward[:, 1:], targets)
+        a_tm1 = windows.action[:, :m]
+        w = jnp.broadcast_to(
+            state.stats.task[None, None, :], (*a_tm1.shape, config.feature_dim)
+        )
+        output_tm1 = _for_one_task(
+            networks, params["successor"], windows.observation[:, :m], w
+        )
+        output_t = _for_one_task(
+            networks,
+            state.target_params,
+            take_states(windows.observation, targets.bootstrap),
+            w,
+        )
+        errors = jax.vmap(jax.vmap(losses.scalar_td_error))(
+            output_tm1.psi, a_tm1, r_t, discount_t, output_t.psi, w
+        )
+        loss_td = masked_mean(0.5 * jnp.square(errors), targets.is_valid)
+        return loss_td, {
+            "loss_td": loss_td,
+            "td_error": masked_mean(jnp.abs(errors), targets.is_valid),
+            "q_value": masked_mean(_chosen_q(output_tm1, a_tm1, w), targets.is_valid),
+        }
+
+    def update(
+        state: AgentState, batch: Batch, key: PRNGKey
+    ) -> tuple[AgentState, dict[str, jax.Array]]:
+        del key
+        grads, metrics = jax.grad(loss, has_aux=True)(
+            state.params, state, batch.windows
+        )
+        metrics["gradient_norm"] = optax.tree.norm(grads)
+        state = base.apply_gradients(
+            optimizer,
+            grads,
+            state,
+            target="successor",
+            target_period=config.target_period,
+        )
+        return state, metrics
+
+    spec = base.BatchSpec(
+        num_samples=config.finetune_batch_size,
+        num_windows=config.finetune_batch_size // m,
+        num_states=config.window_states,
+    )
+    return base.Learner(spec, update, base.LEARNING)
+
+
+# What is set by a preset of the run, in this agent's own options.
+PRESETS = {
+    "smoke": {
+        "encoder": "small",
+        "hidden_units": 16,
+        "num_particles": 8,
+        "num_neighbors": 3,
+        "n_steps": 3,
+        "gpi_tasks": 2,
+        "batch_size": 8,
+        "finetune_batch_size": 8,
+        "window_targets": 2,
+        "target_period": 5,
+    },
+    "cpu": {
+        "encoder": "small",
+        "hidden_units": 128,
+        "num_particles": 64,
+        "task_steps": 40,
+        "learning_rate": 5e-4,
+        "feature_learning_rate": 5e-4,
+        "batch_size": 64,
+        "window_targets": 8,
+        "finetune_learning_rate": 5e-4,
+    },
+    "gpu": {
+        "encoder": "nature",
+        "bfloat16": True,
+        "num_particles": 1024,
+        "batch_size": 1024,
+        "window_targets": 4,
+        "learning_rate": 3e-4,
+        "feature_learning_rate": 3e-4,
+    },
+}
+
+
+def _entry(about: str, **weights: float) -> base.Entry:
+    return base.Entry(
+        make=make,
+        config=Config,
+        about=about,
+        options=weights,
+        presets=PRESETS,
+        transferred=(
+            *("encoder", "hidden_units", "feature_dim", "td_form", "unit_values"),
+        ),
+    )
+
+
+# (APS, section 4.) VISR is the skill half alone.
+APS = _entry("skills and exploration: APS", skill_weight=1.0, entropy_weight=1.0)
+VISR = _entry("skills alone: VISR", skill_weight=1.0, entropy_weight=0.0)
+ENTROPY = _entry("exploration alone", skill_weight=0.0, entropy_weight=1.0)

@@ -286,3 +286,21 @@ class SuccessorNetwork(nn.Module):
             self.num_actions, kernel_init=_head_init, name="exploration"
         )(hidden)
         return Successor(psi=psi, exploration=exploration)
+
+
+class ValueNetwork(nn.Module):
+    """Values the actions of a state, after one hidden layer."""
+
+    encoder: nn.Module
+    num_actions: int
+    hidden: int = 512
+
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Returns `[..., A]` values of an observation `[..., *observation_shape]`."""
+        hidden = nn.Dense(self.hidden, kernel_init=_kernel_init, name="from_state")(
+            self.encoder(observation)
+        )
+        return nn.Dense(self.num_actions, kernel_init=_head_init, name="values")(
+            nn.relu(hidden)
+        )

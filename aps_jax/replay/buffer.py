@@ -1,46 +1,45 @@
 """Replay of single frames on the device: added in place, sampled as stacked windows.
 
-The ring is Flashbax's trajectory buffer; what is drawn from it is ours, so that it does
-not depend on how many devices hold a part of the ring. Letters: `E` environments, `B`
-windows, `T` states of a window, `L = T + STACK_SIZE - 1` its frames, `D` feature dimension.
+The buffer is Flashbax's trajectory buffer; what is drawn from it is ours, so that it does
+not depend on how many devices hold a part. Letters: `E` environments, `B` windows,
+`T` states of a window, `L = T + STACK_SIZE - 1` its frames.
 """
 
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flashbax.buffers import trajectory_buffer
+from jax.sharding import PartitionSpec
 
-from aps_jax import types
-from aps_jax.config import STACK_SIZE
 from aps_jax.replay import frames
+from aps_jax.types import FRAME_SHAPE, STACK_SIZE, PRNGKey
 
-ReplayState = trajectory_buffer.TrajectoryBufferState
-
-FRAME_SHAPE = (84, 84)
-
-# Windows that `map_sample` holds at a time.
+# Windows that `map_sample` and `map_all` hold at a time.
 CHUNK_SIZE = 1024
+
+Extras = Mapping[str, jax.Array]
 
 
 class Step(NamedTuple):
     """One agent step of one environment, as stored (leading axes are added outside).
 
-    `action` and `task` were chosen after seeing `frame`; the other fields tell how
-    `frame` was reached. 7,091 bytes at D = 5, of which 7,056 are the frame.
+    `action` and `extras` were chosen after seeing `frame`; the other fields tell how
+    `frame` was reached.
     """
 
     frame: jax.Array  # [84, 84] uint8
     action: jax.Array  # [] int32
-    reward: jax.Array  # [] float32, unclipped game reward.
+    reward: jax.Array  # [] float32, unclipped reward.
     terminated: jax.Array  # [] bool, game over.
     is_first: jax.Array  # [] bool, a reset frame: the step before it ended a game.
     life_lost: jax.Array  # [] bool, fewer lives than one step before.
-    task: jax.Array  # [D] float32
     id: jax.Array  # [] int32, differs between steps of a run.
+    extras: Extras  # each [...], what the agent wants replayed with the step
 
 
 class Window(NamedTuple):
@@ -51,147 +50,210 @@ class Window(NamedTuple):
 
     observation: jax.Array  # [T, 84, 84, STACK_SIZE] uint8, newest frame last.
     action: jax.Array  # [T] int32
-    reward: jax.Array  # [T] float32
+    reward: jax.Array | None  # [T] float32; None in a reward-free phase
     terminated: jax.Array  # [T] bool
     is_first: jax.Array  # [T] bool
     life_lost: jax.Array  # [T] bool
-    task: jax.Array  # [T, D] float32
     id: jax.Array  # [T] int32
+    extras: Extras  # each [T, ...]
 
 
-class Places(NamedTuple):
-    """Where windows of one length lie in the ring."""
+class Buffer(NamedTuple):
+    """Steps of `E` environments: a pytree of device arrays."""
 
-    env: jax.Array  # [B] int32, counted from the device's first.
-    time: jax.Array  # [B] int32, of the window's first frame, modulo the ring's length.
+    experience: Step  # [E, length, ...]
+    current_index: jax.Array  # [] int32, where the next step is written
+    is_full: jax.Array  # [] bool
 
-
-class Replay(NamedTuple):
-    """The verbs of a replay; `make_replay` binds its sizes."""
-
-    init: Callable[[], ReplayState]
-    add: Callable[[ReplayState, Step], ReplayState]
-    sample: Callable[..., Window]
-    map_sample: Callable[..., Any]
-    num_bytes: int  # of the ring, counted from the shapes.
+    @property
+    def length(self) -> int:
+        """Steps held of each environment."""
+        return self.experience.action.shape[1]
 
 
-def make_replay(*, num_envs: int, size: int, feature_dim: int) -> Replay:
-    """Makes a replay for `size` agent steps of `num_envs` environments together.
+def specs(sharded: PartitionSpec) -> Buffer:
+    """Returns which fields are sharded with the environments, the others replicated."""
+    return Buffer(sharded, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
+
+
+def init(extras: Extras, *, num_envs: int, size: int) -> Buffer:
+    """Allocates an empty buffer.
 
     Args:
+      extras: Examples of what an agent wants replayed, without leading axis.
       num_envs: `E`, environments that add a step together.
-      size: Agent steps held; rounded down to a multiple of `num_envs`.
-      feature_dim: `D` of the stored task vectors.
-
-    Returns:
-      A `Replay` of pure functions. `init()` allocates the ring; `add(state, step)` takes
-      a `Step` with leading axis `[E]` and is in place where the state is donated;
-      `sample(state, key, num_windows=B, num_states=T)` returns a `Window` with leading
-      axis `[B]`, windows uniform over all that lie in the ring: see `draw_places`. The
-      key is consumed. With `axis_name` the function runs on each device of that axis:
-      `state` holds the ring of its `E / N` environments, and it returns its `B / N` of
-      the `B` windows, which are the same for every number `N` of devices.
-      `map_sample(function, state, key, ...)` returns `function(sample(state, key, ...))`
-      for a function that treats each window by itself, but never holds more than
-      `CHUNK_SIZE` of the windows.
+      size: Agent steps held of all together; rounded down to a multiple of `num_envs`.
 
     Raises:
-      ValueError: The replay would hold less than one step of each environment.
+      ValueError: The buffer would hold less than one step of each environment.
     """
     length = size // num_envs
     if length < 1:
         raise ValueError(f"size must be at least num_envs, got {size} and {num_envs}.")
-    example = Step(
+    state = trajectory_buffer.init(_example(extras), num_envs, length)
+    return Buffer(state.experience, state.current_index, state.is_full)
+
+
+def num_bytes(extras: Extras, *, num_envs: int, size: int) -> int:
+    """Returns the bytes of a buffer, counted from its shapes."""
+    example = jax.eval_shape(functools.partial(_example, extras))
+    of_step = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(example))
+    return of_step * num_envs * (size // num_envs)
+
+
+def _example(extras: Extras) -> Step:
+    return Step(
         frame=jnp.zeros(FRAME_SHAPE, jnp.uint8),
         action=jnp.zeros((), jnp.int32),
         reward=jnp.zeros((), jnp.float32),
         terminated=jnp.zeros((), bool),
         is_first=jnp.zeros((), bool),
         life_lost=jnp.zeros((), bool),
-        task=jnp.zeros((feature_dim,), jnp.float32),
         id=jnp.zeros((), jnp.int32),
+        extras=jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), extras),
     )
 
-    def init() -> ReplayState:
-        return trajectory_buffer.init(example, num_envs, length)
 
-    def add(state: ReplayState, step: Step) -> ReplayState:
-        return trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
+def add(buffer: Buffer, step: Step) -> Buffer:
+    """Adds a step `[E]` of every environment; in place where the buffer is donated."""
+    state = trajectory_buffer.TrajectoryBufferState(**buffer._asdict())
+    state = trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
+    return Buffer(state.experience, state.current_index, state.is_full)
 
-    def draw(
-        state: ReplayState,
-        key: types.PRNGKey,
-        num_windows: int,
-        num_states: int,
-        axis_name: str | None,
-    ) -> Places:
-        num_frames = num_states + STACK_SIZE - 1
-        num_held = jnp.where(state.is_full, length, state.current_index)
-        oldest = jnp.where(state.is_full, state.current_index, 0)
-        env, start = draw_places(
-            key,
-            num_envs=num_envs,
-            num_starts=jnp.maximum(num_held - num_frames + 1, 0),
-            num_windows=num_windows,
-            axis_name=axis_name,
+
+class Indices(NamedTuple):
+    """Where windows of one length lie in the buffer."""
+
+    env: jax.Array  # [B] int32, counted from the device's first.
+    time: jax.Array  # [B] int32, of the window's first frame, modulo the length.
+
+
+def sample(
+    buffer: Buffer,
+    key: PRNGKey,
+    *,
+    num_windows: int,
+    num_states: int,
+    axis_name: str | None = None,
+) -> Window:
+    """Draws windows uniformly over all that lie in the buffer: see `sample_indices`.
+
+    Args:
+      buffer: With `axis_name` this device's: that of its `E / N` environments.
+      key: Is consumed.
+      num_windows: `B`.
+      num_states: `T`.
+      axis_name: Axis of the `N` devices on each of which this runs; None on one.
+
+    Returns:
+      A `Window` with leading axis `[B]`, or of this device `[B / N]`. The windows are
+      the same for every number of devices.
+    """
+    indices = _sample(buffer, key, num_windows, num_states, axis_name)
+    return _read(buffer, indices, num_states)
+
+
+def map_sample(
+    function: Callable[[Window], Any],
+    buffer: Buffer,
+    key: PRNGKey,
+    *,
+    num_windows: int,
+    num_states: int,
+    axis_name: str | None = None,
+) -> Any:
+    """Returns `function(sample(...))`, for at most `CHUNK_SIZE` windows at a time.
+
+    The function must treat each window by itself.
+    """
+    indices = _sample(buffer, key, num_windows, num_states, axis_name)
+    return _map_in_chunks(
+        lambda some: function(_read(buffer, some, num_states)), indices
+    )
+
+
+def map_all(
+    function: Callable[[Window], Any], buffer: Buffer, *, num_steps: int
+) -> Any:
+    """Maps a function over the first steps held, as windows of one state.
+
+    Args:
+      function: Maps a `Window` `[N, 1, ...]` to a pytree `[N, ...]`; it must treat each
+        window by itself, and sees no more than about `CHUNK_SIZE` at a time.
+      buffer: Holds at least `num_steps` steps of each environment and is not full, so
+        that the first is the oldest of a run.
+      num_steps: Steps of each environment.
+
+    Returns:
+      The pytree, `[num_steps, E, ...]`.
+    """
+    num_envs = buffer.experience.action.shape[0]
+    steps_at_once = max(1, CHUNK_SIZE // num_envs)
+
+    def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
+        # Before the first step there is nothing: the reset frame fills the stack.
+        index = jnp.maximum(time[:, None] + jnp.arange(1 - STACK_SIZE, 1)[None, :], 0)
+        steps = jax.tree.map(lambda x: x[:, index], buffer.experience)
+        steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
+        result = function(jax.vmap(stack_window)(steps))
+        return jax.tree.map(
+            lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
-        return Places(env, oldest + start)
 
-    def read(state: ReplayState, places: Places, num_states: int) -> Window:
-        num_frames = num_states + STACK_SIZE - 1
-        time = places.time[:, None] + jnp.arange(num_frames)[None, :]
-        steps = jax.tree.map(
-            lambda x: x[places.env[:, None], time % length], state.experience
-        )
-        return jax.vmap(stack_window)(steps)
-
-    def sample(
-        state: ReplayState,
-        key: types.PRNGKey,
-        *,
-        num_windows: int,
-        num_states: int,
-        axis_name: str | None = None,
-    ) -> Window:
-        places = draw(state, key, num_windows, num_states, axis_name)
-        return read(state, places, num_states)
-
-    def map_sample(
-        function: Callable[[Window], Any],
-        state: ReplayState,
-        key: types.PRNGKey,
-        *,
-        num_windows: int,
-        num_states: int,
-        axis_name: str | None = None,
-    ) -> Any:
-        places = draw(state, key, num_windows, num_states, axis_name)
-        return _map_in_chunks(
-            lambda some: function(read(state, some, num_states)), places
-        )
-
-    num_bytes = sum(x.nbytes for x in jax.tree.leaves(example)) * num_envs * length
-    return Replay(init, add, sample, map_sample, num_bytes)
+    return _map_in_chunks(
+        of_steps, jnp.arange(num_steps, dtype=jnp.int32), size=steps_at_once
+    )
 
 
-def _map_in_chunks(function: Callable[[Places], Any], places: Places) -> Any:
-    """Returns `function(places)`, computed for at most `CHUNK_SIZE` places at a time."""
-    num_places = places.env.shape[0]
-    num_chunks = math.ceil(num_places / CHUNK_SIZE)
+def _sample(
+    buffer: Buffer,
+    key: PRNGKey,
+    num_windows: int,
+    num_states: int,
+    axis_name: str | None,
+) -> Indices:
+    num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
+    num_frames = num_states + STACK_SIZE - 1
+    num_held = jnp.where(buffer.is_full, buffer.length, buffer.current_index)
+    oldest = jnp.where(buffer.is_full, buffer.current_index, 0)
+    env, start = sample_indices(
+        key,
+        num_envs=buffer.experience.action.shape[0] * num_devices,
+        num_starts=jnp.maximum(num_held - num_frames + 1, 0),
+        num_windows=num_windows,
+        axis_name=axis_name,
+    )
+    return Indices(env, oldest + start)
+
+
+def _read(buffer: Buffer, indices: Indices, num_states: int) -> Window:
+    num_frames = num_states + STACK_SIZE - 1
+    time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
+    steps = jax.tree.map(
+        lambda x: x[indices.env[:, None], time % buffer.length], buffer.experience
+    )
+    return jax.vmap(stack_window)(steps)
+
+
+def _map_in_chunks(
+    function: Callable[[Any], Any], items: Any, *, size: int = CHUNK_SIZE
+) -> Any:
+    """Returns `function(items)`, computed for at most `size` items at a time."""
+    num_items = jax.tree.leaves(items)[0].shape[0]
+    num_chunks = math.ceil(num_items / size)
     if num_chunks <= 1:
-        return function(places)
-    size = math.ceil(num_places / num_chunks)
-    # What is computed for the places that fill up the last chunk is thrown away.
-    chunks = jax.tree.map(lambda x: jnp.resize(x, (num_chunks, size)), places)
+        return function(items)
+    size = math.ceil(num_items / num_chunks)
+    # The last chunk is filled up with repeated items, whose results are dropped.
+    chunks = jax.tree.map(lambda x: jnp.resize(x, (num_chunks, size)), items)
     return jax.tree.map(
-        lambda x: x.reshape(-1, *x.shape[2:])[:num_places],
+        lambda x: x.reshape(-1, *x.shape[2:])[:num_items],
         jax.lax.map(function, chunks),
     )
 
 
-def draw_places(
-    key: types.PRNGKey,
+def sample_indices(
+    key: PRNGKey,
     *,
     num_envs: int,
     num_starts: jax.Array,
@@ -208,9 +270,9 @@ def draw_places(
     Args:
       key: Is consumed.
       num_envs: `E`, environments of all devices.
-      num_starts: `[]` int, places of an environment at which a window can begin.
+      num_starts: `[]` int, steps of an environment at which a window can begin.
       num_windows: `B`, windows of all devices.
-      axis_name: Axis of the devices, each of which draws its share; None on one.
+      axis_name: Axis of the devices, each of which draws its part; None on one.
 
     Returns:
       `[B / N]` int32 environments, counted from the device's first, and `[B / N]` int32
@@ -248,11 +310,8 @@ def stack_window(steps: Step) -> Window:
     Returns:
       The `Window` of the last `T` steps.
     """
-    places = frames.stack_places(steps.is_first)  # [T, STACK_SIZE]
-    stacks = steps.frame[places]  # [T, STACK_SIZE, 84, 84]
-    fields = {
-        name: value[STACK_SIZE - 1 :]
-        for name, value in steps._asdict().items()
-        if name != "frame"
-    }
+    stacks = steps.frame[frames.stack_places(steps.is_first)]  # [T, STACK_SIZE, 84, 84]
+    rest = jax.tree.map(lambda x: x[STACK_SIZE - 1 :], steps._replace(frame=None))
+    fields = rest._asdict()
+    del fields["frame"]
     return Window(observation=jnp.moveaxis(stacks, 1, -1), **fields)

@@ -9,12 +9,12 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from aps_jax.config import STACK_SIZE
+from aps_jax.types import FRAME_SHAPE, STACK_SIZE
 
 
 def init_stack(num_envs: int) -> jax.Array:
     """Returns `[E, 84, 84, STACK_SIZE]` uint8 zeros, to be filled by a reset frame."""
-    return jnp.zeros((num_envs, 84, 84, STACK_SIZE), jnp.uint8)
+    return jnp.zeros((num_envs, *FRAME_SHAPE, STACK_SIZE), jnp.uint8)
 
 
 def push_frame(stack: jax.Array, frame: jax.Array, is_first: jax.Array) -> jax.Array:

@@ -10,9 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from aps_jax.runs import metrics
+from aps_jax.runs import metrics, snapshots
 from aps_jax.scores import scores
-from aps_jax.train import snapshots
 
 _GIF_MILLISECONDS = 70  # an agent step lasts 4/60 s; browsers round to 10 ms
 _STEPS_PER_SECOND = 15  # agent steps of 4 frames, 60 frames a second
@@ -201,7 +200,7 @@ def save_feature_picture(
         visited[index]
         for index in sorted({round(i * (len(visited) - 1) / 5) for i in range(6)})
     ]
-    plane = snapshots.plane_of(visited[-1].phi)
+    plane = snapshots.plane_of(visited[-1].arrays["phi"])
     figure, axes = plt.subplots(
         1,
         len(chosen) + 1,
@@ -210,7 +209,7 @@ def save_feature_picture(
         width_ratios=[1.0] * len(chosen) + [0.5],
         squeeze=False,
     )
-    last = chosen[-1].phi - chosen[-1].phi.mean(axis=0)
+    last = chosen[-1].arrays["phi"] - chosen[-1].arrays["phi"].mean(axis=0)
     share = np.square(last @ plane).sum() / max(np.square(last).sum(), 1e-12)
     figure.suptitle(
         "Visited states on the feature sphere, seen in the plane of their largest "
@@ -218,7 +217,7 @@ def save_feature_picture(
         fontsize="medium",
     )
     for axis, snapshot in zip(axes[0], chosen, strict=False):
-        points, w = snapshot.phi @ plane, snapshot.task @ plane
+        points, w = snapshot.arrays["phi"] @ plane, snapshot.arrays["task"] @ plane
         axis.scatter(
             points[:, 0],
             points[:, 1],

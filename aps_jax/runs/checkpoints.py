@@ -97,6 +97,10 @@ class Checkpointer:
             return []
         return sorted(int(p.name) for p in self._folder.iterdir() if p.name.isdecimal())
 
+    def read_facts(self, number: int) -> dict[str, Any]:
+        """Returns the facts of a checkpoint."""
+        return read_facts(self._folder / str(number))
+
     def save(
         self, number: int, parts: Mapping[str, Any], facts: dict[str, Any]
     ) -> None:

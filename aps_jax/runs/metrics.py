@@ -17,18 +17,11 @@ import jax
 import jax.numpy as jnp
 
 from aps_jax.runs import folders
+from aps_jax.types import Metric
 
 FILE_NAME = "metrics.csv"
 
 _FILE_NUMBERS = itertools.count()  # of the event files of this process
-
-
-class Metric(NamedTuple):
-    """A measured quantity, as the documentation explains it."""
-
-    name: str
-    unit: str
-    meaning: str
 
 
 # The first columns of every stage's file: how far it is.
@@ -50,43 +43,6 @@ COUNTERS = (
     ),
 )
 
-# Means over the updates since the row before; NaN where there was none.
-LEARNING = (
-    Metric("loss_td", "-", "Half the squared TD error, summed over its components."),
-    Metric("td_error", "-", "Norm of the TD error of a replayed target."),
-    Metric("q_value", "-", "Q(s, a, w) = psi(s, a, w)^T w of replayed actions."),
-    Metric("gradient_norm", "-", "Norm of the whole gradient before clipping."),
-)
-PRETRAINING = (
-    Metric("reward_skill", "-", "phi(s_t)^T w over the states that targets sum."),
-    Metric(
-        "reward_entropy", "-", "log(c + mean scaled distance to k nearest particles)."
-    ),
-    Metric("loss_feature", "-", "-phi(s_t)^T w_tm1: the skill's likelihood."),
-    Metric(
-        "cosine_phi_task",
-        "-",
-        "Cosine between phi(s_t) and the task under which s_t was reached; near 1, "
-        "the features tell the tasks apart.",
-    ),
-    Metric(
-        "task_dependence",
-        "-",
-        "Share of states in which the greedy action of behaviour is another for "
-        "another state's task; 0 if the task does not matter.",
-    ),
-    Metric(
-        "mean_phi_norm",
-        "-",
-        "Norm of the mean of phi over a batch; 1 if all states have the same features.",
-    ),
-    Metric("knn_distance", "feature units", "Mean distance to the k nearest."),
-    Metric(
-        "distance_scale",
-        "feature units",
-        "Running mean of those distances, by which they are divided.",
-    ),
-)
 EVALUATION = (
     Metric(
         "eval_return_mean",
@@ -107,22 +63,20 @@ EVALUATION = (
     ),
 )
 
-PRETRAIN_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + PRETRAINING)
-FINETUNE_COLUMNS = tuple(m.name for m in COUNTERS + LEARNING + EVALUATION)
-# The groups by the heading that explains them.
-GROUPS = {
-    "Progress, in every stage": COUNTERS,
-    "Learning, in every stage": LEARNING,
-    "Pretraining only": PRETRAINING,
-    "Fine-tuning only, in the rows after which full games were played": EVALUATION,
-}
-ALL = tuple(itertools.chain.from_iterable(GROUPS.values()))
+def pretrain_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
+    """Returns the columns of a stage without evaluations, for a learner's metrics."""
+    return tuple(m.name for m in (*COUNTERS, *learned))
 
 
-def to_markdown() -> str:
+def finetune_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
+    """Returns the columns of a stage with evaluations, for a learner's metrics."""
+    return tuple(m.name for m in (*COUNTERS, *learned, *EVALUATION))
+
+
+def to_markdown(groups: Mapping[str, Sequence[Metric]]) -> str:
     """Returns a table for each group of metrics, as docs/metrics.md shows them."""
     lines = []
-    for heading, group in GROUPS.items():
+    for heading, group in groups.items():
         lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
         lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
         lines.append("")

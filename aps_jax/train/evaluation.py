@@ -1,18 +1,13 @@
-"""Full games under a fixed policy, apart from training: the only source of scores.
-
-Letters: `D` feature dimension.
-"""
+"""Full games under a fixed policy, apart from training: the only source of scores."""
 
 import math
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax import types
-from aps_jax.agents import aps as agent_lib
+from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, interrupts
 from aps_jax.runs import progress as progress_lib
@@ -26,30 +21,65 @@ class Evaluation(NamedTuple):
     """Results of full games and, where recorded, the pictures of the first ones."""
 
     returns: np.ndarray  # [episodes] float64, sums of the unclipped reward.
-    score_returns: np.ndarray  # [episodes] float64, of the game's, whatever the task.
+    score_returns: np.ndarray  # [episodes] float64, of the game's reward, always.
     lengths: np.ndarray  # [episodes] int64, agent steps.
     pictures: list[list[np.ndarray]]  # of each recorded game, each [H, W, 3] uint8
+    extras: dict[str, np.ndarray]  # of the first decision, each [episodes, ...]
 
     def to_lists(self) -> dict[str, list[float]]:
-        """Returns all but the pictures as JSON values, which float64 survives."""
-        arrays = self._asdict()
-        del arrays["pictures"]
-        return {name: values.tolist() for name, values in arrays.items()}
+        """Returns the results as JSON values, which float64 survives."""
+        return {
+            name: getattr(self, name).tolist()
+            for name in ("returns", "score_returns", "lengths")
+        }
 
 
 def from_lists(values: dict[str, list[float]]) -> Evaluation:
     """Returns the evaluation, without pictures, of which these are the lists."""
     arrays = {name: np.array(numbers) for name, numbers in values.items()}
-    return Evaluation(**arrays, pictures=[])
+    return Evaluation(**arrays, pictures=[], extras={})
+
+
+class Player:
+    """A policy to be evaluated, compiled once for all its evaluations."""
+
+    def __init__(self, config: config_lib.Config, policy: base.Policy):
+        """Binds a policy to the evaluation stream of a run.
+
+        Args:
+          config: The run's values.
+          policy: From `Agent.play` or one of its siblings.
+        """
+        key = loop.stream_key(config.seed, loop.Stream.EVALUATE)
+        self.init = jax.jit(
+            lambda num_games: loop.init_actor(policy, num_games), static_argnums=0
+        )
+
+        def act(state, actor, timestep):
+            return loop.act_once(policy, key, state, actor, timestep)
+
+        self.act = jax.jit(act, donate_argnums=1)
+
+
+def make_player(
+    config: config_lib.Config, agent: base.Agent, *, adapted: bool = False
+) -> Player:
+    """Makes the player of an agent under the run's protocol.
+
+    Args:
+      config: The run's values.
+      agent: The agent.
+      adapted: Whether it has adapted and not yet learned from reward.
+    """
+    play = agent.play_adapted if adapted else agent.play
+    return Player(config, play(config.evaluation.eval_epsilon))
 
 
 def evaluate(
     config: config_lib.Config,
-    agent: agent_lib.Agent,
-    params: types.Params,
-    task: jax.Array,
+    player: Player,
+    state: base.AgentState,
     *,
-    use_gpi: bool,
     record_games: int = 0,
     record_agent_steps: int = VIDEO_AGENT_STEPS,
     only_record: bool = False,
@@ -57,7 +87,7 @@ def evaluate(
     progress: progress_lib.Progress | None = None,
     stop: interrupts.StopRequests | None = None,
 ) -> Evaluation:
-    """Plays full games for one task, epsilon-greedily and without learning.
+    """Plays full games, epsilon-greedily and without learning.
 
     One game per environment and all games counted, so that short games are not
     favoured; the seeds are those of the evaluation stream, the same for every agent of
@@ -65,10 +95,8 @@ def evaluate(
 
     Args:
       config: The run's values; `config.evaluation` is the protocol.
-      agent: The agent's functions.
-      params: Its parameters.
-      task: `[D]` float, unit task vector, or `[episodes, D]`, one for each game.
-      use_gpi: Whether to maximise over further tasks (zero-shot acting).
+      player: The policy.
+      state: What the agent has learned, on one device.
       record_games: How many games to keep pictures of, from the first on.
       record_agent_steps: Pictures to keep of each, at most.
       only_record: Whether to stop when all pictures are taken. What has not ended by
@@ -80,36 +108,18 @@ def evaluate(
     Returns:
       An `Evaluation`.
     """
-    values = config.evaluation
-    num_games = values.eval_episodes
-    key = loop.stream_key(config.seed, loop.Stream.EVALUATE)
-
-    def act(params, actor, timestep):
-        actor, step = agent.act(
-            params,
-            actor,
-            timestep,
-            key,
-            epsilon=values.eval_epsilon,
-            explore=False,
-            use_gpi=use_gpi,
-        )
-        return actor, step.action
-
-    act = jax.jit(act, donate_argnames="actor")
-    # A copy: the actor is donated, and the task is the caller's.
-    tasks = jnp.copy(jnp.broadcast_to(task, (num_games, config.learner.feature_dim)))
-    actor = agent_lib.pin_task(agent.init_actor(num_games), tasks[0])
-    actor = devices.put(actor._replace(task=tasks))
+    num_games = config.evaluation.eval_episodes
+    actor = devices.put(player.init(num_games))
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
     is_playing = np.ones(num_games, bool)
     pictures: list[list[np.ndarray]] = [[] for _ in range(record_games)]
+    extras: dict[str, np.ndarray] | None = None
     pool = loop.make_pool(config, num_games, loop.Stream.EVALUATE, constructor)
     try:
         if progress is not None:
             progress.start("evaluate", total=num_games, unit="games")
-        with loop.blaming_environment():
+        with loop.environment_errors():
             timestep = pool.reset()
         while is_playing.any():
             if stop is not None:
@@ -121,9 +131,11 @@ def evaluate(
                     is_taking = True
             if only_record and not is_taking:
                 break
-            actor, action = act(params, actor, devices.put(timestep))
-            action = jax.device_get(action)
-            with loop.blaming_environment():
+            actor, decision = player.act(state, actor, devices.put(timestep))
+            if extras is None:
+                extras = jax.device_get(dict(decision.extras))
+            action = jax.device_get(decision.action)
+            with loop.environment_errors():
                 pool.send(action)
                 timestep = pool.recv()
             score = reward_functions.game_reward(pool, timestep)
@@ -137,7 +149,7 @@ def evaluate(
                 progress.tick(num_games - int(is_playing.sum()), mean)
     finally:
         pool.close()
-    return Evaluation(returns, score_returns, lengths, pictures)
+    return Evaluation(returns, score_returns, lengths, pictures, extras or {})
 
 
 def protocol_of(config: config_lib.Config) -> dict[str, Any]:

@@ -1,10 +1,10 @@
-"""The host loop of every stage, and the jitted functions that it calls.
+"""The host loop of every stage, and the jitted steps that it calls.
 
 One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates and
 returns, so the device learns while the CPU cores emulate. Where the cores are the
 device, `recv` comes before the updates: both at once would only take turns. Keys are
 derived from the seed by `fold_in` with a stream and a step, so a resumed run continues
-the same streams.
+the same streams. The loop knows no agent: see `agents.base`. Letters: `E` environments.
 """
 
 import contextlib
@@ -21,11 +21,11 @@ import numpy as np
 
 from aps_jax import config as config_lib
 from aps_jax import types
-from aps_jax.agents import aps as agent_lib
+from aps_jax.agents import base
 from aps_jax.envs import atari
-from aps_jax.ops import tasks
 from aps_jax.parallel import devices
-from aps_jax.replay import buffer
+from aps_jax.replay import buffer as buffer_lib
+from aps_jax.replay import frames
 from aps_jax.runs import metrics
 
 
@@ -39,8 +39,8 @@ class Stream(enum.IntEnum):
     FINETUNE_ACT = 4
     FINETUNE_LEARN = 5
     EVALUATE = 6
-    FALLBACK_TASK = 7
-    SNAPSHOT = 8
+    ADAPT = 7
+    EMBED = 8
     CALIBRATE = 9
 
 
@@ -50,7 +50,7 @@ def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
 
 
 class Pool(Protocol):
-    """The environments of a stage; `envs.AtariPool` is one."""
+    """The environments of a stage; `atari.AtariPool` is one."""
 
     num_actions: int
     num_envs: int
@@ -77,7 +77,7 @@ class ResumablePool(Protocol):
         """
 
     def set_state(self, state: dict[str, Any]) -> types.TimeStep:
-        """Goes on from a state, and returns the time step at which it was taken."""
+        """Restores a state, and returns the time step at which it was taken."""
 
 
 MakePool = Callable[..., Pool]
@@ -109,7 +109,7 @@ class NonFinite(FloatingPointError):
 
 
 @contextlib.contextmanager
-def blaming_environment() -> Iterator[None]:
+def environment_errors() -> Iterator[None]:
     """Turns what the environments raise into an `EnvironmentFailure`."""
     try:
         yield
@@ -133,7 +133,7 @@ def make_pool(
       config: The run's values.
       num_envs: `E`, environments of all processes together.
       stream: The stage's acting stream: no stage replays the games of another.
-      constructor: Makes the pool, with the arguments of `envs.AtariPool`.
+      constructor: Makes the pool, with the arguments of `atari.AtariPool`.
       mesh: The stage's devices. Of several processes each starts its share, with the
         seeds that these environments would have in one process.
       run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
@@ -152,7 +152,7 @@ def make_pool(
         len(seeds),
         seeds=seeds,
         num_threads=environment.env_threads,
-        frame_skip=config_lib.FRAME_SKIP,
+        frame_skip=types.FRAME_SKIP,
         noop_max=environment.noop_max,
         max_frames=environment.max_frames,
         sticky=environment.sticky,
@@ -160,340 +160,296 @@ def make_pool(
     )
 
 
-class Memory(NamedTuple):
-    """What acting carries from step to step; `act` alone changes it, in place."""
+# ---------------------------------------------------------------------------- acting
 
-    actor: agent_lib.ActorState
-    replay: buffer.ReplayState
+
+class ActorState(NamedTuple):
+    """What acting remembers from step to step."""
+
+    memory: Any  # the policy's, leading axis [E]
+    stack: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    lives: jax.Array  # [E] int32, lives at the step before
+    num_steps: jax.Array  # [] int32, time steps acted; numbers the random stream
+
+
+def init_actor(policy: base.Policy, num_envs: int) -> ActorState:
+    """Returns the state of `E` environments before their first step."""
+    return ActorState(
+        memory=policy.init(num_envs),
+        stack=frames.init_stack(num_envs),
+        lives=jnp.zeros((num_envs,), jnp.int32),
+        num_steps=jnp.zeros((), jnp.int32),
+    )
+
+
+def act_once(
+    policy: base.Policy,
+    key: types.PRNGKey,
+    agent_state: base.AgentState,
+    actor: ActorState,
+    timestep: types.TimeStep,
+) -> tuple[ActorState, base.Decision]:
+    """Chooses an action in every environment.
+
+    Args:
+      policy: Chooses them.
+      key: Key of the stream of actions; the number of the step is folded in.
+      agent_state: What the agent has learned.
+      actor: The state before.
+      timestep: What the environments returned.
+    """
+    stack = frames.push_frame(actor.stack, timestep.frame, timestep.is_first)
+    memory, decision = policy.act(
+        agent_state,
+        actor.memory,
+        base.Observation(stack, timestep.is_first),
+        jax.random.fold_in(key, actor.num_steps),
+    )
+    return ActorState(memory, stack, timestep.lives, actor.num_steps + 1), decision
+
+
+class RolloutState(NamedTuple):
+    """What playing carries from step to step; `act` alone changes it, in place."""
+
+    actor: ActorState
+    replay: buffer_lib.Buffer
     episodes: atari.EpisodeStats
-    regression: tasks.RegressionMoments  # no samples while nothing is inferred
 
 
-Act = Callable[[types.Params, Memory, types.TimeStep], tuple[Memory, jax.Array]]
+Act = Callable[
+    [base.AgentState, RolloutState, types.TimeStep], tuple[RolloutState, jax.Array]
+]
 Learn = Callable[
-    [agent_lib.AgentState, metrics.RunningSums, buffer.ReplayState],
-    tuple[agent_lib.AgentState, metrics.RunningSums],
+    [base.AgentState, metrics.RunningSums, buffer_lib.Buffer],
+    tuple[base.AgentState, metrics.RunningSums],
 ]
 
-
-# What of the replay, and of all the memory, is sharded with the environments.
-_REPLAY_SPECS = buffer.ReplayState(
-    experience=devices.SHARDED,
-    current_index=devices.EVERYWHERE,
-    is_full=devices.EVERYWHERE,
-)
-_MEMORY_SPECS = Memory(
-    actor=agent_lib.ActorState(
+# What of a rollout is sharded with the environments.
+REPLAY_SPECS = buffer_lib.specs(devices.SHARDED)
+ROLLOUT_SPECS = RolloutState(
+    actor=ActorState(  # type: ignore[arg-type]
+        memory=devices.SHARDED,
         stack=devices.SHARDED,
-        task=devices.SHARDED,
-        steps_left=devices.SHARDED,
         lives=devices.SHARDED,
         num_steps=devices.EVERYWHERE,
     ),
-    replay=_REPLAY_SPECS,
-    episodes=devices.SHARDED,
-    regression=devices.EVERYWHERE,
+    replay=REPLAY_SPECS,
+    episodes=devices.SHARDED,  # type: ignore[arg-type]
 )
 
 
-def init_state(
-    agent: agent_lib.Agent, seed: int, mesh: devices.Mesh = None
-) -> agent_lib.AgentState:
-    """Returns the state of an untrained agent, on every device."""
-    return devices.put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
+def replayed_extras(policy: base.Policy, agent_state: Any) -> dict[str, Any]:
+    """Returns the shapes of what a policy wants replayed, of one environment."""
+
+    def decide(agent_state: base.AgentState) -> base.Decision:
+        actor = init_actor(policy, 1)
+        observation = base.Observation(actor.stack, jnp.zeros((1,), bool))
+        return policy.act(agent_state, actor.memory, observation, jax.random.key(0))[1]
+
+    extras = jax.eval_shape(decide, agent_state).extras
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), extras)
 
 
-def init_replay(ring: buffer.Replay, mesh: devices.Mesh = None) -> buffer.ReplayState:
-    """Allocates an empty replay, each part on its device."""
-    return jax.jit(ring.init, out_shardings=devices.shardings(mesh, _REPLAY_SPECS))()
-
-
-def init_memory(
-    agent: agent_lib.Agent,
-    ring: buffer.Replay,
+def init_rollout(
+    policy: base.Policy,
+    agent_state: base.AgentState,
     *,
     num_envs: int,
-    feature_dim: int,
+    replay_size: int,
     mesh: devices.Mesh = None,
-) -> Memory:
-    """Allocates the memory of a stage, the replay included, each part on its device."""
+) -> RolloutState:
+    """Allocates a stage's rollout, the replay included, each part on its device."""
+    extras = replayed_extras(policy, agent_state)
 
-    def init() -> Memory:
-        return Memory(
-            actor=agent.init_actor(num_envs),
-            replay=ring.init(),
+    def init() -> RolloutState:
+        return RolloutState(
+            actor=init_actor(policy, num_envs),
+            replay=buffer_lib.init(extras, num_envs=num_envs, size=replay_size),
             episodes=atari.init_episode_stats(num_envs),
-            regression=tasks.init_regression_moments(feature_dim),
         )
 
-    return jax.jit(init, out_shardings=devices.shardings(mesh, _MEMORY_SPECS))()
+    return jax.jit(init, out_shardings=devices.shardings(mesh, ROLLOUT_SPECS))()
 
 
-def pin_task(memory: Memory, task: jax.Array, mesh: devices.Mesh = None) -> Memory:
-    """Gives every environment one task `[D]` and keeps it."""
-    pin = jax.jit(
-        agent_lib.pin_task, out_shardings=devices.shardings(mesh, _MEMORY_SPECS.actor)
-    )
-    return memory._replace(actor=pin(memory.actor, np.asarray(task)))
-
-
-def make_act(
-    agent: agent_lib.Agent,
-    ring: buffer.Replay,
-    key: types.PRNGKey,
-    *,
-    epsilon: float,
-    explore: bool,
-    regress_clip: float | None = None,
-    mesh: devices.Mesh = None,
-) -> Act:
-    """Makes the jitted step that acts, stores and counts.
+def make_act(policy: base.Policy, key: types.PRNGKey) -> Act:
+    """Makes the step that acts, stores and counts; jit it by `jit_act`.
 
     Args:
-      agent: The agent that acts.
-      ring: The replay that stores.
+      policy: The policy that acts.
       key: Key of the stage's acting stream.
-      epsilon: Probability of a random action.
-      explore: Whether the value of the entropy reward counts.
-      regress_clip: If given, each transition enters the regression of (clipped)
-        rewards on the features of the state reached.
-      mesh: The devices, each of which acts for its environments.
 
     Returns:
-      `act(params, memory, timestep) -> memory, action [E]`; `memory` is donated.
+      `act(agent_state, rollout, timestep) -> rollout, action [E]`.
     """
 
     def act(
-        params: types.Params, memory: Memory, timestep: types.TimeStep
-    ) -> tuple[Memory, jax.Array]:
-        actor, step = agent.act(
-            params,
-            memory.actor,
-            timestep,
-            key,
-            epsilon=epsilon,
-            explore=explore,
-            use_gpi=False,
+        agent_state: base.AgentState, rollout: RolloutState, timestep: types.TimeStep
+    ) -> tuple[RolloutState, jax.Array]:
+        before = rollout.actor
+        actor, decision = act_once(policy, key, agent_state, before, timestep)
+        num_envs = timestep.frame.shape[0]
+        step = buffer_lib.Step(
+            frame=timestep.frame,
+            action=decision.action,
+            reward=timestep.reward,
+            terminated=timestep.terminated,
+            is_first=timestep.is_first,
+            life_lost=(timestep.lives < before.lives) & ~timestep.is_first,
+            id=before.num_steps * num_envs + jnp.arange(num_envs, dtype=jnp.int32),
+            extras=decision.extras,
         )
-        regression = memory.regression
-        if regress_clip is not None:
-            regression = tasks.update_regression_moments(
-                regression,
-                agent.features(params, actor.stack).phi,
-                agent_lib.clip_rewards(timestep.reward, regress_clip),
-                ~timestep.is_first,
-            )
-        memory = Memory(
+        rollout = RolloutState(
             actor=actor,
-            replay=ring.add(memory.replay, step),
-            episodes=atari.update_episode_stats(memory.episodes, timestep),
-            regression=regression,
+            replay=buffer_lib.add(rollout.replay, step),
+            episodes=atari.update_episode_stats(rollout.episodes, timestep),
         )
-        return memory, step.action
+        return rollout, decision.action
 
+    return act
+
+
+def jit_act(act: Act, mesh: devices.Mesh = None) -> Act:
+    """Compiles a step of `make_act`; the rollout is donated."""
     return jax.jit(
         act,
-        donate_argnames="memory",
-        out_shardings=devices.shardings(mesh, (_MEMORY_SPECS, devices.SHARDED)),
+        donate_argnums=1,
+        out_shardings=devices.shardings(mesh, (ROLLOUT_SPECS, devices.SHARDED)),
     )
+
+
+# -------------------------------------------------------------------------- learning
+
+# Draws the batch of an update: agent state, replay, number of the update.
+Draw = Callable[[base.AgentState, buffer_lib.Buffer, jax.Array], base.Batch]
+
+
+def _on_each_device(
+    function: Callable[..., Any], mesh: devices.Mesh, in_specs: Any
+) -> Callable[..., Any]:
+    """Makes a function of one device's part of the replay one of the whole.
+
+    Args:
+      function: Takes `axis_name`, the devices' axis; None on one device.
+      mesh: The stage's devices.
+      in_specs: A spec per positional argument, or a pytree prefix of specs.
+    """
+    if mesh is None:
+        return functools.partial(function, axis_name=None)
+    return jax.shard_map(
+        functools.partial(function, axis_name=devices.AXIS),
+        mesh=mesh,
+        in_specs=in_specs,
+        out_specs=devices.SHARDED,
+        check_vma=False,  # Flashbax's and Flax's functions do not say what varies.
+    )
+
+
+def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[..., Any]:
+    """Makes a function that draws single states.
+
+    Returns:
+      `draw(replay, key)` returns windows `[N, 1, ...]`, `N` at least `num_states` and
+      the same number from every device. The key is consumed.
+    """
+    draw = functools.partial(
+        buffer_lib.sample,
+        num_windows=devices.round_up(num_states, mesh),
+        num_states=1,
+    )
+    return _on_each_device(draw, mesh, (REPLAY_SPECS, devices.EVERYWHERE))
 
 
 def make_draw(
-    ring: buffer.Replay,
-    *,
-    num_windows: int,
-    num_states: int,
-    mesh: devices.Mesh = None,
-) -> Callable[[buffer.ReplayState, types.PRNGKey], buffer.Window]:
-    """Makes the function that draws windows, each device from its part of the replay.
-
-    Returns:
-      `draw(replay_state, key)` returns `[num_windows]` windows of `num_states` states,
-      sharded, the same whatever the number of devices. The key is consumed.
-    """
-    draw = functools.partial(
-        ring.sample, num_windows=num_windows, num_states=num_states
-    )
-    return devices.spread(
-        draw,
-        mesh,
-        in_specs=(_REPLAY_SPECS, devices.EVERYWHERE),
-        out_specs=devices.SHARDED,
-    )
-
-
-class Sample(NamedTuple):
-    """What an update learns from, drawn by the number of the update: so it can be drawn again.
-
-    `windows(replay_state, num_updates)` returns `[B]` windows.
-    `map_particles(function, params, replay_state, num_updates)` returns
-    `function(params, particles)` of `[P]` windows of one state, for a function that treats
-    each by itself: no more of them than `replay.CHUNK_SIZE` exist at a time.
-    """
-
-    windows: Callable[[buffer.ReplayState, jax.Array], buffer.Window]
-    map_particles: Callable[..., Any] | None  # None where nothing needs them
-
-    def drawn(
-        self, replay_state: buffer.ReplayState, num_updates: jax.Array
-    ) -> dict[str, buffer.Window]:
-        """Returns all that an update learned from, by its name."""
-        batch = {"windows": self.windows(replay_state, num_updates)}
-        if self.map_particles is not None:
-            batch["particles"] = self.map_particles(
-                lambda _, window: window, (), replay_state, num_updates
-            )
-        return batch
-
-
-def make_sample(
-    ring: buffer.Replay,
-    learner: config_lib.AgentConfig,
+    learner: base.Learner,
     key: types.PRNGKey,
     *,
-    with_particles: bool,
+    reward_free: bool,
     mesh: devices.Mesh = None,
-) -> Sample:
-    """Makes the functions that draw the batch of one update, sharded."""
-    draw_windows = make_draw(
-        ring,
-        num_windows=learner.num_windows,
-        num_states=learner.window_states,
-        mesh=mesh,
-    )
+) -> Draw:
+    """Makes the function that draws the batch of an update, sharded over the devices.
 
-    def keys(num_updates: jax.Array) -> tuple[types.PRNGKey, types.PRNGKey]:
-        """Returns the key of the windows and that of the particles."""
-        update_key = jax.random.fold_in(key, num_updates)
-        if not with_particles:
-            return update_key, update_key
-        window_key, particle_key = jax.random.split(update_key)
-        return window_key, particle_key
+    The key is folded from the number of the update, so that its batch can be drawn
+    again. In a reward-free phase batches have no reward: an agent that touches it fails
+    when it is traced.
+    """
+    spec, encode = learner.batch, learner.encode
 
-    def windows(
-        replay_state: buffer.ReplayState, num_updates: jax.Array
-    ) -> buffer.Window:
-        return draw_windows(replay_state, keys(num_updates)[0])
+    def hide_reward(windows: buffer_lib.Window) -> buffer_lib.Window:
+        return windows._replace(reward=None) if reward_free else windows
 
-    def map_particles(
-        function: Callable[[types.Params, buffer.Window], Any],
-        params: types.Params,
-        replay_state: buffer.ReplayState,
-        num_updates: jax.Array,
+    def particles_of(
+        state: base.AgentState,
+        replay: buffer_lib.Buffer,
+        particle_key: types.PRNGKey,
+        axis_name: str | None,
     ) -> Any:
-        def share(
-            params: types.Params,
-            replay_state: buffer.ReplayState,
-            particle_key: types.PRNGKey,
-            axis_name: str | None = None,
-        ) -> Any:
-            return ring.map_sample(
-                functools.partial(function, params),
-                replay_state,
-                particle_key,
-                num_windows=learner.num_particles,
-                num_states=1,
-                axis_name=axis_name,
-            )
+        def reduce(windows: buffer_lib.Window) -> Any:
+            windows = hide_reward(windows)
+            return windows if encode is None else encode(state, windows)
 
-        mapped = devices.spread(
-            share,
-            mesh,
-            in_specs=(devices.EVERYWHERE, _REPLAY_SPECS, devices.EVERYWHERE),
-            out_specs=devices.SHARDED,
+        return buffer_lib.map_sample(
+            reduce,
+            replay,
+            particle_key,
+            num_windows=spec.num_particles,
+            num_states=1,
+            axis_name=axis_name,
         )
-        return mapped(params, replay_state, keys(num_updates)[1])
 
-    return Sample(windows, map_particles if with_particles else None)
-
-
-def _add_to_sums(
-    sums: metrics.RunningSums,
-    values: dict[str, jax.Array],
-    replay_state: buffer.ReplayState,
-) -> metrics.RunningSums:
-    return metrics.add_to_sums(
-        sums,
-        values,
-        replay_index=replay_state.current_index,
-        replay_is_full=replay_state.is_full,
+    sample = functools.partial(
+        buffer_lib.sample, num_windows=spec.num_windows, num_states=spec.num_states
+    )
+    draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.EVERYWHERE))
+    draw_particles = _on_each_device(
+        particles_of, mesh, (devices.EVERYWHERE, REPLAY_SPECS, devices.EVERYWHERE)
     )
 
+    def draw(
+        state: base.AgentState, replay: buffer_lib.Buffer, number: jax.Array
+    ) -> base.Batch:
+        window_key = jax.random.fold_in(key, number)
+        particles = None
+        if spec.num_particles:
+            window_key, particle_key = jax.random.split(window_key)
+            particles = draw_particles(state, replay, particle_key)
+        return base.Batch(hide_reward(draw_windows(replay, window_key)), particles)
 
-def _jit_learn(learn: Learn, mesh: devices.Mesh) -> Learn:
-    return jax.jit(
-        learn,
-        donate_argnames=("state", "sums"),
-        out_shardings=devices.sharding(mesh),
-    )
+    return draw
 
 
-def make_pretrain_learn(
-    agent: agent_lib.Agent, sample: Sample, mesh: devices.Mesh = None
-) -> Learn:
-    """Makes the jitted reward-free update: sample, learn, sum the metrics.
+def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
+    """Makes the update: draw, learn, sum the metrics; jit it by `jit_learn`.
+
+    Args:
+      learner: The agent's learner.
+      draw: From `make_draw`.
+      key: Key of the stage's learning stream.
 
     Returns:
-      `learn(state, sums, replay_state) -> state, sums`; `state` and `sums` are donated.
+      `learn(state, sums, replay) -> state, sums`.
     """
-    update = devices.spread(
-        agent.update,
-        mesh,
-        in_specs=(devices.EVERYWHERE, devices.SHARDED, devices.SHARDED),
-        out_specs=devices.EVERYWHERE,
-    )
 
     def learn(
-        state: agent_lib.AgentState,
-        sums: metrics.RunningSums,
-        replay_state: buffer.ReplayState,
-    ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        number = state.num_updates
-        windows = sample.windows(replay_state, number)
-        particles = sample.map_particles(
-            agent.particles, state.params, replay_state, number
+        state: base.AgentState, sums: metrics.RunningSums, replay: buffer_lib.Buffer
+    ) -> tuple[base.AgentState, metrics.RunningSums]:
+        batch = draw(state, replay, state.num_updates)
+        # Another stream than the draw's, whose keys are folded once.
+        update_key = jax.random.fold_in(jax.random.fold_in(key, state.num_updates), 1)
+        state, values = learner.update(state, batch, update_key)
+        sums = metrics.add_to_sums(
+            sums,
+            values,
+            replay_index=replay.current_index,
+            replay_is_full=replay.is_full,
         )
-        state, values = update(state, windows, particles)
-        return state, _add_to_sums(sums, values, replay_state)
+        return state, sums
 
-    return _jit_learn(learn, mesh)
+    return learn
 
 
-def make_finetune_learn(
-    agent: agent_lib.Agent,
-    sample: Sample,
-    *,
-    task: jax.Array,
-    reward_scale: jax.Array,
-    mesh: devices.Mesh = None,
-) -> Learn:
-    """Makes the jitted update from the game's reward for one task `[D]`.
-
-    Returns:
-      `learn(state, sums, replay_state) -> state, sums`; `state` and `sums` are donated.
-    """
-    update = devices.spread(
-        agent.finetune_update,
-        mesh,
-        in_specs=(
-            devices.EVERYWHERE,
-            devices.SHARDED,
-            devices.EVERYWHERE,
-            devices.EVERYWHERE,
-        ),
-        out_specs=devices.EVERYWHERE,
-    )
-
-    def learn(
-        state: agent_lib.AgentState,
-        sums: metrics.RunningSums,
-        replay_state: buffer.ReplayState,
-    ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        windows = sample.windows(replay_state, state.num_updates)
-        state, values = update(state, windows, task, reward_scale)
-        return state, _add_to_sums(sums, values, replay_state)
-
-    return _jit_learn(learn, mesh)
+def jit_learn(learn: Learn, mesh: devices.Mesh = None) -> Learn:
+    """Compiles an update of `make_learn`; state and sums are donated."""
+    return jax.jit(learn, donate_argnums=(0, 1), out_shardings=devices.sharding(mesh))
 
 
 class Schedule(NamedTuple):
@@ -514,6 +470,47 @@ def is_due(every: int, agent_steps: int, num_envs: int) -> bool:
     return agent_steps // every > (agent_steps - num_envs) // every
 
 
+# States from which an agent's statistics are measured: means are then known to 3 % of
+# a standard deviation. And states of a picture.
+_CALIBRATION_STATES = 1024
+_EMBEDDED_STATES = 256
+
+
+def make_calibrate(
+    agent: base.Agent, key: types.PRNGKey, mesh: devices.Mesh = None
+) -> Callable[[base.AgentState, buffer_lib.Buffer], base.AgentState]:
+    """Makes the measurement of an agent's statistics over the replay.
+
+    Returns:
+      `calibrate(state, replay) -> state`; it always draws the same places.
+    """
+    draw = make_draw_states(_CALIBRATION_STATES, mesh)
+    return lambda state, replay: agent.calibrate(state, draw(replay, key))
+
+
+def make_embed(
+    agent: base.Agent, key: types.PRNGKey, mesh: devices.Mesh = None
+) -> Callable[[base.AgentState, buffer_lib.Buffer, jax.Array], dict[str, jax.Array]]:
+    """Makes the function that draws states for a picture of what was visited.
+
+    Returns:
+      `embed(state, replay, agent_steps)` returns arrays `[N, D]` float16 by name; the
+      steps number the draw.
+    """
+    draw = make_draw_states(_EMBEDDED_STATES, mesh)
+
+    def embed(
+        state: base.AgentState, replay: buffer_lib.Buffer, agent_steps: jax.Array
+    ) -> dict[str, jax.Array]:
+        windows = draw(replay, jax.random.fold_in(key, agent_steps))
+        shown = agent.embed(state, windows) if agent.embed else {}
+        return {name: x.astype(jnp.float16) for name, x in shown.items()}
+
+    return embed
+
+
+# --------------------------------------------------------------------------- session
+
 # Iterations between two looks at whether all updates so far were finite.
 _LOOK_EVERY = 100
 
@@ -529,18 +526,22 @@ class Session:
     """The host's side of a stage: the environments, and the newest of every state."""
 
     pool: Pool
-    state: agent_lib.AgentState
-    memory: Memory
+    state: base.AgentState
+    rollout: RolloutState
     sums: metrics.RunningSums
+    act: Act
+    learn: Learn | None = None  # None while nothing is learned
+    schedule: Schedule | None = None
+    draw: Draw | None = None  # what `learn` draws
+    calibrate: Callable[..., base.AgentState] | None = None  # before the agent is saved
+    mesh: devices.Mesh = None  # on which all states lie
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
-    sample: Sample | None = None  # what the updates draw, once there are any
     # On a CPU emulators and updates want the same cores: measured in docs/performance.md.
     overlaps: bool = dataclasses.field(
         default_factory=lambda: jax.default_backend() != "cpu"
     )
-    mesh: devices.Mesh = None  # on which all states lie
     _flag: jax.Array | None = None  # of an update some iterations ago
 
     @property
@@ -556,6 +557,7 @@ class Session:
     @property
     def num_finished(self) -> int:
         """Games that ended at the last step, in all processes."""
+        assert self.timestep is not None
         is_last = self.timestep.terminated | self.timestep.truncated
         if devices.num_processes(self.mesh) > 1:
             is_last = devices.get(
@@ -563,15 +565,8 @@ class Session:
             )
         return int(np.sum(is_last))
 
-    def step(
-        self, act: Act, learn: Learn | None = None, schedule: Schedule | None = None
-    ) -> None:
+    def step(self) -> None:
         """Makes one agent step in every environment and enqueues the updates due.
-
-        Args:
-          act: From `make_act`.
-          learn: From `make_pretrain_learn` or `make_finetune_learn`; none by default.
-          schedule: When to call it.
 
         Raises:
           EnvironmentFailure: The environments raised. The session can be saved, and
@@ -579,47 +574,62 @@ class Session:
           NonFinite: A loss or reward is not finite.
         """
         if self.timestep is None:
-            with blaming_environment():
+            with environment_errors():
                 self.timestep = self.pool.reset()
         timestep = devices.put(self.timestep, self.mesh, devices.SHARDED)
-        self.memory, action = act(self.state.params, self.memory, timestep)
+        self.rollout, action = self.act(self.state, self.rollout, timestep)
         action = devices.own(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
         try:
-            with blaming_environment():
+            with environment_errors():
                 self.pool.send(action)
                 if not self.overlaps:
                     reached = self.pool.recv()
-        finally:  # The step is in the replay: its updates are made, come what may.
-            if learn is not None and self.agent_steps > self.learn_from:
-                start = max(before, self.learn_from)
-                due = schedule.num_due(self.agent_steps) - schedule.num_due(start)
-                for _ in range(due):
-                    self.state, self.sums = learn(
-                        self.state, self.sums, self.memory.replay
-                    )
-        if learn is not None and self.iteration % _LOOK_EVERY == 0:
+        finally:
+            # Even if the environment raised: the step is in the replay, and the
+            # counters of steps and updates must agree.
+            self._make_updates(before)
+        if self.learn is not None and self.iteration % _LOOK_EVERY == 0:
             self._look()
-        with blaming_environment():
+        with environment_errors():
             self.timestep = self.pool.recv() if reached is None else reached
         self._check_rewards(action, self.timestep)
+
+    def _make_updates(self, before: int) -> None:
+        """Enqueues the updates that are due since `before` agent steps."""
+        if self.learn is None or self.agent_steps <= self.learn_from:
+            return
+        assert self.schedule is not None
+        start = max(before, self.learn_from)
+        due = self.schedule.num_due(self.agent_steps) - self.schedule.num_due(start)
+        for _ in range(due):
+            self.state, self.sums = self.learn(
+                self.state, self.sums, self.rollout.replay
+            )
 
     def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
         """Raises a `NonFinite` that names the environment, unless rewards are finite."""
         if not np.isfinite(timestep.reward).all():
-            (places,) = np.nonzero(~np.isfinite(timestep.reward))
+            (indices,) = np.nonzero(~np.isfinite(timestep.reward))
             message = (
-                f"The game's reward of environment {places[0]} is "
-                f"{timestep.reward[places[0]]} at agent step {self.agent_steps}."
+                f"The game's reward of environment {indices[0]} is "
+                f"{timestep.reward[indices[0]]} at agent step {self.agent_steps}."
             )
             if devices.num_processes(self.mesh) > 1:  # The others know nothing of it.
                 raise EnvironmentFailure(message)
             raise NonFinite(message, {"action": action, **timestep._asdict()})
 
-    def forget_replay(self) -> None:
-        """Frees the replay's place for one that is restored."""
-        self.memory = self.memory._replace(replay=None)
+    def prepare_save(self) -> None:
+        """Brings the agent's statistics up to date, once it has begun to learn."""
+        if self.calibrate is None or self.schedule is None:
+            return
+        if self.agent_steps >= self.schedule.start:
+            self.state = self.calibrate(self.state, self.rollout.replay)
+
+    def free_replay(self) -> None:
+        """Frees the replay's memory for one that is restored."""
+        self.rollout = self.rollout._replace(replay=None)  # type: ignore[arg-type]
 
     def _look(self) -> None:
         """Looks whether an update was not finite, without waiting for the device."""
@@ -658,19 +668,23 @@ class Session:
             few = ", ".join(params[:3])
             rest = f" and {len(params) - 3} more" if len(params) > 3 else ""
             message += f" Parameters that are not finite by now: {few}{rest}."
-        batch: dict[str, np.ndarray] = {}
-        if self.sample is not None:
-            # The replay as it stood then; the newest rows may be of later steps.
-            then = self.memory.replay.replace(
-                current_index=devices.put(bad.replay_index, self.mesh),
-                is_full=devices.put(bad.replay_is_full, self.mesh),
-            )
-            number = devices.put(np.int32(update), self.mesh)
-            drawn = devices.get(jax.jit(self.sample.drawn)(then, number), self.mesh)
-            for part, window in drawn.items():
-                for name, value in window._asdict().items():
-                    batch[f"{part}.{name}"] = value
-        raise NonFinite(message, batch)
+        raise NonFinite(message, self._batch_of(update, bad))
+
+    def _batch_of(self, update: int, bad: metrics.FirstBad) -> dict[str, np.ndarray]:
+        """Draws the batch of an update again, as arrays by name."""
+        if self.draw is None:
+            return {}
+        # The replay as it stood then; the newest rows may be of later steps.
+        then = self.rollout.replay._replace(
+            current_index=devices.put(bad.replay_index, self.mesh),
+            is_full=devices.put(bad.replay_is_full, self.mesh),
+        )
+        number = devices.put(np.int32(update), self.mesh)
+        drawn = devices.get(jax.jit(self.draw)(self.state, then, number), self.mesh)
+        return {
+            jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value)
+            for path, value in jax.tree_util.tree_leaves_with_path(drawn)
+        }
 
     def row(self) -> dict[str, float]:
         """Reads a row of metrics, empties the sums, and checks that all is finite.
@@ -679,13 +693,13 @@ class Session:
           NonFinite: As `check_finite`.
         """
         self.check_finite()
-        episodes = devices.get(self.memory.episodes, self.mesh)
+        episodes = devices.get(self.rollout.episodes, self.mesh)
         values = metrics.means(self.sums)
-        self.sums = devices.put(metrics.init_sums(values), self.mesh)
+        self.sums = devices.put(metrics.init_sums(list(values)), self.mesh)
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
-            "frames": self.agent_steps * config_lib.FRAME_SKIP,
+            "frames": self.agent_steps * types.FRAME_SKIP,
             "updates": int(jax.device_get(self.state.num_updates)),
             "episodes": int(episodes.num_episodes.sum()),
             "episode_return": _mean_known(episodes.last_return),
@@ -708,122 +722,142 @@ def without_nan(values: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def names_of(group: Sequence[metrics.Metric]) -> list[str]:
+def names_of(group: Sequence[types.Metric]) -> list[str]:
     """Returns the names of a group of metrics."""
     return [metric.name for metric in group]
 
 
-# States from which the features' moments are measured: their means are then known to
-# 3 % of a standard deviation.
-_CALIBRATION_STATES = 1024
+class Plan(NamedTuple):
+    """What a stage is made of, read from the run's config and the agent once."""
+
+    phase: base.Phase
+    num_envs: int
+    replay_size: int
+    samples_per_step: float
+    warmup_agent_steps: int
+    act_stream: Stream
+    learn_stream: Stream
+    reward_free: bool
+
+    def schedule(self, start: int = 0) -> Schedule:
+        """Returns when updates are due, from `start` agent steps on at the earliest."""
+        spec = self.phase.learner.batch
+        window_length = types.STACK_SIZE - 1 + spec.num_states
+        return Schedule(
+            start=max(self.warmup_agent_steps, start, window_length * self.num_envs),
+            samples_per_step=self.samples_per_step,
+            batch_size=spec.num_samples,
+        )
 
 
-def make_calibrate(
-    agent: agent_lib.Agent,
-    ring: buffer.Replay,
-    key: types.PRNGKey,
-    mesh: devices.Mesh = None,
-) -> Callable[[types.Params, buffer.ReplayState], types.Params]:
-    """Makes the jitted measurement of the features' moments over the replay.
+def pretrain_plan(config: config_lib.Config, agent: base.Agent) -> Plan:
+    """Returns what the reward-free stage is made of.
 
-    Args:
-      agent: The agent's functions.
-      ring: The replay's; it must hold a window by the time of the measurement.
-      key: Key of the stream of measurements; every one draws the same places.
-      mesh: The devices that hold it.
-
-    Returns:
-      `calibrate(params, replay_state) -> params`, whose features are white.
+    Raises:
+      ValueError: The agent has no such stage.
     """
-    draw = make_draw(
-        ring,
-        num_windows=devices.round_up(_CALIBRATION_STATES, mesh),
-        num_states=1,
-        mesh=mesh,
-    )
-    measure = devices.spread(
-        agent.calibrate,
-        mesh,
-        in_specs=(devices.EVERYWHERE, devices.SHARDED),
-        out_specs=devices.EVERYWHERE,
-    )
-
-    def calibrate(
-        params: types.Params, replay_state: buffer.ReplayState
-    ) -> types.Params:
-        windows = draw(replay_state, key)
-        return measure(params, windows.observation[:, 0])
-
-    return jax.jit(calibrate, out_shardings=devices.sharding(mesh))
-
-
-def pretrain_schedule(config: config_lib.Config) -> Schedule:
-    """Returns when the updates of pretraining are due."""
-    values, learner = config.pretrain, config.learner
-    return Schedule(
-        start=max(values.warmup_agent_steps, learner.window_length * values.num_envs),
+    if agent.pretrain is None:
+        raise ValueError(
+            f"Agent {config.agent} learns from reward alone: it has no pretraining."
+        )
+    values = config.pretrain
+    return Plan(
+        phase=agent.pretrain,
+        num_envs=values.num_envs,
+        replay_size=values.replay_size,
         samples_per_step=values.samples_per_step,
-        batch_size=learner.batch_size,
+        warmup_agent_steps=values.warmup_agent_steps,
+        act_stream=Stream.PRETRAIN_ACT,
+        learn_stream=Stream.PRETRAIN_LEARN,
+        reward_free=True,
     )
 
 
-class Pretraining(NamedTuple):
-    """All that the loop of pretraining needs."""
+def finetune_plan(config: config_lib.Config, agent: base.Agent) -> Plan:
+    """Returns what the stage with reward is made of."""
+    values = config.finetune
+    num_envs = values.finetune_num_envs
+    return Plan(
+        phase=agent.finetune,
+        num_envs=num_envs,
+        # Rounded up, so that nothing is overwritten.
+        replay_size=-(-values.finetune_agent_steps // num_envs) * num_envs,
+        samples_per_step=values.finetune_samples_per_step,
+        warmup_agent_steps=0,
+        act_stream=Stream.FINETUNE_ACT,
+        learn_stream=Stream.FINETUNE_LEARN,
+        reward_free=False,
+    )
 
-    agent: agent_lib.Agent
-    ring: buffer.Replay
-    session: Session
-    act: Act
-    learn: Learn
-    schedule: Schedule
 
-
-def make_pretraining(
-    config: config_lib.Config, pool: Pool, mesh: devices.Mesh = None
-) -> Pretraining:
-    """Makes a new session of pretraining, and its jitted steps.
+def start(
+    config: config_lib.Config,
+    plan: Plan,
+    pool: Pool,
+    state: base.AgentState,
+    *,
+    mesh: devices.Mesh = None,
+) -> Session:
+    """Makes a new session of a stage.
 
     Args:
       config: The run's values.
-      pool: Environments, not yet reset, as many as the config says.
+      plan: The stage's.
+      pool: Environments, not yet reset.
+      state: The agent at the start, on the mesh.
       mesh: The devices that share the work.
     """
-    values, learner = config.pretrain, config.learner
-    num_envs = values.num_envs
-    agent = agent_lib.make_agent(learner, config.finetune, num_actions=pool.num_actions)
-    ring = buffer.make_replay(
-        num_envs=num_envs, size=values.replay_size, feature_dim=learner.feature_dim
-    )
-    sample = make_sample(
-        ring,
-        learner,
-        stream_key(config.seed, Stream.PRETRAIN_LEARN),
-        with_particles=True,
-        mesh=mesh,
-    )
-    session = Session(
+    policy, learner = plan.phase
+    learn_key = stream_key(config.seed, plan.learn_stream)
+    draw = make_draw(learner, learn_key, reward_free=plan.reward_free, mesh=mesh)
+    return Session(
         pool=pool,
-        state=init_state(agent, config.seed, mesh),
-        memory=init_memory(
-            agent,
-            ring,
-            num_envs=num_envs,
-            feature_dim=learner.feature_dim,
+        state=state,
+        rollout=init_rollout(
+            policy,
+            state,
+            num_envs=plan.num_envs,
+            replay_size=plan.replay_size,
             mesh=mesh,
         ),
-        sums=devices.put(
-            metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING)), mesh
-        ),
-        sample=sample,
+        sums=devices.put(metrics.init_sums(names_of(learner.metrics)), mesh),
+        act=jit_act(make_act(policy, stream_key(config.seed, plan.act_stream)), mesh),
+        learn=jit_learn(make_learn(learner, draw, learn_key), mesh),
+        schedule=plan.schedule(),
+        draw=draw,
         mesh=mesh,
     )
-    act = make_act(
-        agent,
-        ring,
-        stream_key(config.seed, Stream.PRETRAIN_ACT),
-        epsilon=values.pretrain_epsilon,
-        explore=True,
-        mesh=mesh,
-    )
-    learn = make_pretrain_learn(agent, sample, mesh)
-    return Pretraining(agent, ring, session, act, learn, pretrain_schedule(config))
+
+
+def init_state(
+    agent: base.Agent, seed: int, mesh: devices.Mesh = None
+) -> base.AgentState:
+    """Returns the state of an untrained agent, on every device."""
+    return devices.put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
+
+
+def play_rollouts(session: Session) -> base.Rollouts:
+    """Returns all that a session has played, for an agent to adapt to.
+
+    Every process gets the same; the replay must hold the whole session.
+    """
+    steps, mesh = session.iteration, session.mesh
+    replay = session.rollout.replay
+
+    @jax.jit
+    def rewards_of(replay: buffer_lib.Buffer) -> tuple[jax.Array, jax.Array]:
+        held = replay.experience
+        return held.reward[:, :steps].T, held.is_first[:, :steps].T
+
+    reward, is_first = devices.get(rewards_of(replay), mesh)
+
+    def encode(function: Callable[..., Any], state: base.AgentState) -> Any:
+        def of_all(state: base.AgentState, replay: buffer_lib.Buffer) -> Any:
+            return buffer_lib.map_all(
+                functools.partial(function, state), replay, num_steps=steps
+            )
+
+        encoded = devices.get(jax.jit(of_all)(state, replay), mesh)
+        return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
+
+    return base.Rollouts(reward.reshape(-1), is_first.reshape(-1), encode)

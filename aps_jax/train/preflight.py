@@ -9,18 +9,15 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax.agents import aps as agent_lib
-from aps_jax.config import FRAME_SKIP
 from aps_jax.envs import atari
 from aps_jax.parallel import devices, hosts
-from aps_jax.replay import buffer
-from aps_jax.runs import machine, metrics
+from aps_jax.runs import machine
 from aps_jax.train import loop, seeds, stages
+from aps_jax.types import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -112,19 +109,15 @@ def _devices(config: config_lib.Config) -> Check:
 
 def _share(config: config_lib.Config, name: str) -> Check:
     """Says what lies on each of several devices."""
-    is_pretraining = name == stages.PRETRAIN
-    learner, count = config.learner, config.num_devices
-    ring = machine.replay_bytes(config, is_pretraining=is_pretraining)
-    num_envs = config.finetune.finetune_num_envs
-    if is_pretraining:
-        num_envs = config.pretrain.num_envs
+    count, plan = config.num_devices, _plan(config, name)
+    batch = plan.phase.learner.batch
+    ring = machine.replay_bytes(config, is_pretraining=name == stages.PRETRAIN)
     text = (
-        f"{num_envs // count} environments and their replay "
-        f"({machine.size_text(ring / count)}); "
-        f"{learner.batch_size // count} targets"
+        f"{plan.num_envs // count} environments and their replay "
+        f"({machine.size_text(ring / count)}); {batch.num_samples // count} targets"
     )
-    if is_pretraining:
-        text += f" and {learner.num_particles // count} particles"
+    if batch.num_particles:
+        text += f" and {batch.num_particles // count} particles"
     return Check(f"each device, {name}", f"{text} of a batch; the whole agent")
 
 
@@ -159,9 +152,7 @@ def _disk(
     warnings: list[str] = []
     replay_bytes = machine.replay_bytes(config, is_pretraining=name == stages.PRETRAIN)
     size = replay_bytes if config.report.checkpoint_replay else 0
-    agent = agent_lib.make_agent(
-        config.learner, config.finetune, num_actions=_MOST_ACTIONS
-    )
+    agent = config.make_agent(_MOST_ACTIONS)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     try:
@@ -188,10 +179,9 @@ def _rate(
     num_seeds: int,
 ) -> Check:
     is_pretraining = name == stages.PRETRAIN
-    if is_pretraining and num_seeds > 1:
-        frames_per_second = measure_seeds_rate(config, num_seeds, seconds, constructor)
-    else:
-        frames_per_second = measure_rate(config, name, seconds, constructor)
+    frames_per_second = measure_rate(
+        config, name, seconds, constructor, num_seeds if is_pretraining else 1
+    )
     frames = num_seeds * (
         config.pretrain.pretrain_frames
         if is_pretraining
@@ -212,6 +202,7 @@ def measure_rate(
     name: str,
     seconds: float,
     constructor: loop.MakePool = atari.AtariPool,
+    num_seeds: int = 1,
 ) -> float:
     """Runs a stage's loop for some seconds, from nothing and saving nothing.
 
@@ -219,113 +210,58 @@ def measure_rate(
     but the warm-up.
 
     Returns:
-      Emulator frames per second.
+      Emulator frames per second, of all seeds together that pretrain at once.
     """
-    is_pretraining = name == stages.PRETRAIN
-    learner, values = config.learner, config.finetune
-    if is_pretraining:
-        num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size
-        samples_per_step = config.pretrain.samples_per_step
-        act_stream, stream = loop.Stream.PRETRAIN_ACT, loop.Stream.PRETRAIN_LEARN
-    else:
-        num_envs, size = values.finetune_num_envs, values.finetune_agent_steps
-        samples_per_step = values.finetune_samples_per_step
-        act_stream, stream = loop.Stream.FINETUNE_ACT, loop.Stream.FINETUNE_LEARN
     mesh = devices.make_mesh(config.num_devices)
-    pool = loop.make_pool(config, num_envs, act_stream, constructor, mesh)
-    try:
-        agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
-        ring = buffer.make_replay(
-            num_envs=num_envs, size=size, feature_dim=learner.feature_dim
-        )
-        key = loop.stream_key(config.seed, stream)
-        sample = loop.make_sample(
-            ring, learner, key, with_particles=is_pretraining, mesh=mesh
-        )
-        state, group = loop.init_state(agent, config.seed, mesh), metrics.LEARNING
-        if is_pretraining:
-            group = group + metrics.PRETRAINING
-            learn = loop.make_pretrain_learn(agent, sample, mesh)
-        else:
-            state = devices.put(jax.jit(agent.init_finetune)(state), mesh)
-            task = jnp.zeros((learner.feature_dim,)).at[0].set(1.0)
-            learn = loop.make_finetune_learn(
-                agent, sample, task=task, reward_scale=jnp.float32(1.0), mesh=mesh
-            )
-        session = loop.Session(
-            pool=pool,
-            state=state,
-            memory=loop.init_memory(
-                agent,
-                ring,
-                num_envs=num_envs,
-                feature_dim=learner.feature_dim,
-                mesh=mesh,
-            ),
-            sums=devices.put(metrics.init_sums(loop.names_of(group)), mesh),
-            mesh=mesh,
-        )
-        act = loop.make_act(
-            agent,
-            ring,
-            loop.stream_key(config.seed, act_stream),
-            epsilon=config.pretrain.pretrain_epsilon,
-            explore=is_pretraining,
-            mesh=mesh,
-        )
-        schedule = loop.Schedule(
-            start=learner.window_length * num_envs,
-            samples_per_step=samples_per_step,
-            batch_size=learner.batch_size,
-        )
-        return _play(session, act, learn, schedule, seconds)
-    finally:
-        pool.close()
-
-
-def measure_seeds_rate(
-    config: config_lib.Config,
-    num_seeds: int,
-    seconds: float,
-    constructor: loop.MakePool = atari.AtariPool,
-) -> float:
-    """Does what `measure_rate` does for the pretraining of many seeds at once.
-
-    Returns:
-      Emulator frames per second of all seeds together.
-    """
-    num_envs = config.pretrain.num_envs
+    plan = _plan(config, name)
     run_seeds = range(config.seed, config.seed + num_seeds)
-    stream = loop.Stream.PRETRAIN_ACT
-    pool = loop.make_pool(config, num_envs, stream, constructor, run_seeds=run_seeds)
+    pool = loop.make_pool(
+        config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=run_seeds
+    )
     try:
-        parts = seeds.make_pretraining(config, run_seeds, pool)
-        start = config.learner.window_length * num_envs
-        schedule = parts.schedule._replace(start=start)
-        session = parts.session
-        return num_seeds * _play(session, parts.act, parts.learn, schedule, seconds)
+        if num_seeds > 1:
+            session, _ = seeds.start_pretraining(config, run_seeds, pool)
+        else:
+            agent = config.make_agent(pool.num_actions)
+            state = loop.init_state(agent, config.seed, mesh)
+            if name == stages.FINETUNE:
+                key = loop.stream_key(config.seed, loop.Stream.ADAPT)
+                state, _ = agent.adapt(key, agent.start_finetune(state), None)
+                state = devices.put(state, mesh)
+            plan = _plan(config, name, pool.num_actions)
+            session = loop.start(config, plan, pool, state, mesh=mesh)
+        session.schedule = plan._replace(warmup_agent_steps=0).schedule()
+        return num_seeds * _play(session, seconds)
     finally:
         pool.close()
 
 
-def _play(
-    session: loop.Session,
-    act: loop.Act,
-    learn: loop.Learn,
-    schedule: loop.Schedule,
-    seconds: float,
-) -> float:
+def _plan(
+    config: config_lib.Config, name: str, num_actions: int = _MOST_ACTIONS
+) -> loop.Plan:
+    agent = config.make_agent(num_actions)
+    if name == stages.PRETRAIN:
+        return loop.pretrain_plan(config, agent)
+    return loop.finetune_plan(config, agent)
+
+
+def _play(session: loop.Session, seconds: float) -> float:
     """Returns the frames per second of a new session, without what compiling takes."""
+    learn, schedule = session.learn, session.schedule
+    assert learn is not None and schedule is not None
+    session.learn = None
     while session.agent_steps <= schedule.start + session.num_envs:
-        session.step(act)
+        session.step()
+    session.learn = learn
     if schedule.samples_per_step > 0:
-        state, sums = learn(session.state, session.sums, session.memory.replay)
-        session.state, session.sums = state, sums
+        session.state, session.sums = learn(
+            session.state, session.sums, session.rollout.replay
+        )
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
     is_over = devices.Vote(session.mesh)  # Several processes end at the same step.
     while not is_over.ask(time.monotonic() - started >= seconds):
-        session.step(act, learn, schedule)
+        session.step()
     jax.block_until_ready(session.state)
     played = session.agent_steps - before
     return played * FRAME_SKIP / (time.monotonic() - started)

@@ -1,4 +1,4 @@
-"""Writes a stage's rows and checkpoints, and takes the stage up from the last of them."""
+"""Writes metrics and checkpoints of a stage, and resumes from the newest checkpoint."""
 
 import contextlib
 import math
@@ -11,19 +11,18 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax.config import FRAME_SKIP
 from aps_jax.parallel import devices, hosts, interrupts
-from aps_jax.replay import buffer
-from aps_jax.runs import checkpoints, folders, machine, metrics, tracking
+from aps_jax.runs import checkpoints, folders, machine, metrics, snapshots, tracking
 from aps_jax.runs import progress as progress_lib
-from aps_jax.train import loop, snapshots
+from aps_jax.train import loop
 from aps_jax.train import seeds as seeds_lib
+from aps_jax.types import FRAME_SKIP
 
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
 
 
 class Recorder:
-    """Writes a stage's rows and checkpoints, and takes the stage up from the last.
+    """Writes metrics and checkpoints of a stage, and resumes from the newest checkpoint.
 
     A disk that cannot be written is no reason to end a stage that runs: it is warned of
     and tried again with every row.
@@ -53,6 +52,7 @@ class Recorder:
             "config": config_lib.to_dict(config),
             "versions": folders.versions(),
             "git_commit": folders.git_commit(),
+            "num_actions": session.pool.num_actions,
         }
         self._checkpointer = checkpoints.Checkpointer(
             workdir / folders.CHECKPOINTS_NAME,
@@ -112,7 +112,7 @@ class Recorder:
         Raises:
           ValueError: The folder cannot be written, or has not room for a checkpoint.
         """
-        parts, ring = self._parts(), self._session.memory.replay
+        parts, ring = self._parts(), self._session.rollout.replay
         machine.check_disk(
             self._workdir,
             fixed_bytes=num_seeds
@@ -122,11 +122,8 @@ class Recorder:
             warn=self._warn,
         )
 
-    def resume(self, ring: buffer.Replay) -> dict[str, Any]:
+    def resume(self) -> dict[str, Any]:
         """Takes the session to the newest checkpoint, if there is one.
-
-        Args:
-          ring: Makes the replay, where the checkpoint has none.
 
         Returns:
           The facts of that checkpoint; empty for a new run.
@@ -137,25 +134,25 @@ class Recorder:
         """
         hosts.set_last_words(self._last_words)
         hosts.by_first(self.check_disk)
-        return self.go_on(ring)
+        return self.restore()
 
-    def go_on(self, ring: buffer.Replay) -> dict[str, Any]:
+    def restore(self) -> dict[str, Any]:
         """Does what `resume` does, in a folder with room enough."""
         session = self._session
         parts = self._parts()
         templates = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            {**parts, "replay": session.memory.replay},
+            {**parts, "replay": session.rollout.replay},
         )
         if hosts.by_first(self.numbers):
             # Not both at once: the one on disk needs the place.
-            session.forget_replay()
+            session.free_replay()
         del parts
         found = self._checkpointer.restore_newest(
             templates, optional=("replay",), set_damaged_aside=True
         )
         if found is not None:
-            self._take_up(*found, ring)
+            self._restore(*found, templates["replay"])
         if hosts.is_first():
             self._writer = metrics.MetricsWriter(
                 self._workdir,
@@ -184,6 +181,14 @@ class Recorder:
             )
             self._checkpointer.delete(newer)
 
+    @property
+    def is_save_due(self) -> bool:
+        """Whether a checkpoint belongs to the last step."""
+        session = self._session
+        return loop.is_due(
+            self.report.checkpoint_agent_steps, session.agent_steps, session.num_envs
+        )
+
     def is_row_due(self, values: config_lib.ReportConfig) -> bool:
         """Returns whether a row of metrics belongs to the last step."""
         session = self._session
@@ -193,26 +198,26 @@ class Recorder:
 
     def _parts(self) -> dict[str, Any]:
         session = self._session
-        memory = session.memory
+        rollout = session.rollout
         return {
             "agent": session.state,
-            "loop": (memory.actor, memory.episodes, memory.regression, session.sums),
+            "loop": (rollout.actor, rollout.episodes, session.sums),
         }
 
-    def _take_up(
-        self, facts: dict[str, Any], parts: dict[str, Any], ring: buffer.Replay
+    def _restore(
+        self, facts: dict[str, Any], parts: dict[str, Any], replay: Any
     ) -> None:
         session = self._session
         self.facts = facts
         session.state = parts["agent"]
-        actor, episodes, regression, session.sums = parts["loop"]
+        actor, episodes, session.sums = parts["loop"]
         session.iteration = facts["agent_steps"] // session.num_envs
         self._saved = session.agent_steps
         self.last_row = facts["last_row"]
         if "replay" not in parts:
-            parts["replay"] = loop.init_replay(ring, session.mesh)
+            parts["replay"] = _zeros(replay)
             facts["replay_since"] = session.agent_steps
-        session.memory = loop.Memory(actor, parts["replay"], episodes, regression)
+        session.rollout = loop.RolloutState(actor, parts["replay"], episodes)
         if isinstance(session.pool, loop.ResumablePool) and facts["environment"]:
             session.timestep = session.pool.set_state(facts["environment"])
         else:
@@ -265,7 +270,6 @@ class Recorder:
 
     def write_due(self, values: config_lib.ReportConfig, *, is_last: bool) -> None:
         """Writes a row and a checkpoint where they are due."""
-        steps, num_envs = self._session.agent_steps, self._session.num_envs
         is_row = self.is_row_due(values) or is_last
         if is_row:
             self.write(self._session.row())
@@ -273,11 +277,10 @@ class Recorder:
         failure = self._checkpointer.failure()
         if failure is not None:
             self._complain(failure)
-        is_save = loop.is_due(values.checkpoint_agent_steps, steps, num_envs) or is_last
-        if is_save or (is_row and self._is_behind):
+        if self.is_save_due or is_last or (is_row and self._is_behind):
             self.save()
 
-    def write_snapshot(self, visited: np.ndarray) -> None:
+    def write_snapshot(self, visited: dict[str, np.ndarray]) -> None:
         """Writes where the features are, or warns: pictures are no reason to end."""
         if not hosts.is_first():
             return
@@ -339,6 +342,7 @@ class Recorder:
         if self._saved == session.agent_steps and not self._is_behind:
             return
         session.check_finite()
+        session.prepare_save()
         self.facts["agent_steps"] = session.agent_steps
         if (
             self.facts.get("is_evaluated")
@@ -356,7 +360,7 @@ class Recorder:
         )
         parts = self._parts()
         if self._has_replay:
-            parts["replay"] = session.memory.replay
+            parts["replay"] = session.rollout.replay
         self._is_behind = False
         if not hosts.by_first(self._sync):
             return
@@ -488,11 +492,8 @@ class SeedsRecorder:
         """How many runs are recorded."""
         return len(self._recorders)
 
-    def resume(self, ring: buffer.Replay) -> None:
+    def resume(self) -> None:
         """Takes all seeds to the newest checkpoint that each of them has.
-
-        Args:
-          ring: Makes a seed's replay, where checkpoints have none.
 
         Raises:
           ValueError: As `Recorder.resume`; or the seeds stand further apart than a
@@ -502,7 +503,7 @@ class SeedsRecorder:
         self._recorders[0].check_disk(self.num_seeds)
         self._meet()
         for recorder in self._recorders:
-            recorder.go_on(ring)
+            recorder.restore()
         # What each checkpoint is of, and since when its replay has been filled.
         found = [
             (r.facts.get("agent_steps", 0), r.facts.get("replay_since", 0))
@@ -546,10 +547,10 @@ class SeedsRecorder:
         """Returns whether a row of metrics belongs to the last step."""
         return self._recorders[0].is_row_due(values)
 
-    def write_snapshot(self, visited: np.ndarray) -> None:
+    def write_snapshot(self, visited: dict[str, np.ndarray]) -> None:
         """Writes where the features of each seed are."""
-        for recorder, of_seed in zip(self._recorders, visited, strict=True):
-            recorder.write_snapshot(of_seed)
+        for index, recorder in enumerate(self._recorders):
+            recorder.write_snapshot({name: x[index] for name, x in visited.items()})
 
     def record(
         self,
@@ -565,6 +566,8 @@ class SeedsRecorder:
           loop.NonFinite: A seed is not finite; the others have their rows.
         """
         bad: loop.NonFinite | None = None
+        if is_last or self._recorders[0].is_save_due:
+            self._session.prepare_save()
         for recorder in self._recorders:
             try:
                 recorder.write_due(values, is_last=is_last)
@@ -593,6 +596,7 @@ class SeedsRecorder:
         """
         if isinstance(error, loop.EnvironmentFailure):
             self._session.timestep = None
+        self._session.prepare_save()
         done: dict[str, list[str]] = {}
         others: list[loop.NonFinite] = []
         for seed, recorder in zip(self._session.seeds, self._recorders, strict=True):
@@ -610,6 +614,14 @@ class SeedsRecorder:
         if others and not isinstance(error, loop.NonFinite):
             others[0].args = error.args
             raise others[0]
+
+
+def _zeros(templates: Any) -> Any:
+    """Allocates zeros of the templates' shapes, types and shardings."""
+    return jax.jit(
+        lambda: jax.tree.map(lambda x: jax.numpy.zeros(x.shape, x.dtype), templates),
+        out_shardings=jax.tree.map(lambda x: x.sharding, templates),
+    )()
 
 
 def _num_bytes(tree: Any) -> int:

@@ -9,7 +9,6 @@ each.
 import contextlib
 import dataclasses
 import functools
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -18,9 +17,8 @@ import numpy as np
 
 from aps_jax import config as config_lib
 from aps_jax import types
-from aps_jax.agents import aps as agent_lib
+from aps_jax.agents import base
 from aps_jax.parallel import devices, hosts
-from aps_jax.replay import buffer
 from aps_jax.runs import metrics
 from aps_jax.train import loop
 
@@ -80,8 +78,7 @@ def over_seeds(
     """
 
     def step(key: types.PRNGKey, args: tuple[Any, ...]) -> Any:
-        # The function under the step's own jit, which is of one seed.
-        return inspect.unwrap(make(key))(*args)
+        return make(key)(*args)
 
     def all_steps(*args: Any) -> Any:
         axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
@@ -214,18 +211,18 @@ class ResumableSeedPool(SeedPool):
         return slice(start, start + self.num_envs)
 
 
-class _SeedMemory:
-    """A `loop.Memory` of one seed, whose parts are copied out when they are asked for.
+class _SeedRollout:
+    """A rollout of one seed, whose parts are copied out when they are asked for.
 
     A row of metrics needs no copy of a replay.
     """
 
-    def __init__(self, memory: loop.Memory, index: jax.Array):
-        self._memory = memory
+    def __init__(self, rollout: loop.RolloutState, index: jax.Array):
+        self._rollout = rollout
         self._index = index
 
     def __getattr__(self, name: str) -> Any:
-        return _take(getattr(self._memory, name), self._index)
+        return _take(getattr(self._rollout, name), self._index)
 
 
 class SeedSession(loop.Session):
@@ -234,20 +231,22 @@ class SeedSession(loop.Session):
     It is what rows and checkpoints are made of; only the session of all can step.
     """
 
-    def __init__(self, everyone: "SeedsSession", index: int, sample: loop.Sample):
+    def __init__(self, everyone: "SeedsSession", index: int, draw: loop.Draw):
         """Shows the seed at place `index`.
 
         Args:
           everyone: The session of all.
           index: The place of the seed in it.
-          sample: What the seed's updates draw from its replay.
+          draw: Draws the batches of the seed's updates from its replay.
         """
         self._everyone = everyone
         self._index = devices.put(np.int32(index))
         self._place = index
         self._flag = None
         self.pool = everyone.pool.of_seed(index)
-        self.sample = sample
+        self.draw = draw
+        self.calibrate = None  # The session of all does it for every seed.
+        self.schedule = everyone.schedule
         self.mesh = None
 
     @property
@@ -256,11 +255,11 @@ class SeedSession(loop.Session):
         return self._everyone.seeds[self._place]
 
     @property
-    def state(self) -> agent_lib.AgentState:
+    def state(self) -> base.AgentState:
         return _take(self._everyone.state, self._index)
 
     @state.setter
-    def state(self, value: agent_lib.AgentState) -> None:
+    def state(self, value: base.AgentState) -> None:
         self._everyone.state = _put(self._everyone.state, value, self._index)
 
     @property
@@ -272,12 +271,12 @@ class SeedSession(loop.Session):
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
     @property
-    def memory(self) -> _SeedMemory:
-        return _SeedMemory(self._everyone.memory, self._index)
+    def rollout(self) -> _SeedRollout:
+        return _SeedRollout(self._everyone.rollout, self._index)
 
-    @memory.setter
-    def memory(self, value: loop.Memory) -> None:
-        self._everyone.memory = _put(self._everyone.memory, value, self._index)
+    @rollout.setter
+    def rollout(self, value: loop.RolloutState) -> None:
+        self._everyone.rollout = _put(self._everyone.rollout, value, self._index)
 
     @property
     def iteration(self) -> int:
@@ -306,7 +305,7 @@ class SeedSession(loop.Session):
     def timestep(self, value: types.TimeStep) -> None:
         self._everyone.take_up(self._place, value)
 
-    def forget_replay(self) -> None:
+    def free_replay(self) -> None:
         """Frees nothing: its place is among those of the other seeds."""
 
     def check_finite(self) -> None:
@@ -335,12 +334,13 @@ class SeedsSession(loop.Session):
     """
 
     seeds: tuple[int, ...] = ()
-    samples: tuple[loop.Sample, ...] = ()  # what the updates of each seed draw
+    draws: tuple[loop.Draw, ...] = ()  # of the updates of each seed
+    metrics: tuple[types.Metric, ...] = ()
     _resumed: dict[int, types.TimeStep] = dataclasses.field(default_factory=dict)
 
     def of_seeds(self) -> list[SeedSession]:
         """Returns each seed's part."""
-        return [SeedSession(self, i, sample) for i, sample in enumerate(self.samples)]
+        return [SeedSession(self, i, draw) for i, draw in enumerate(self.draws)]
 
     def take_up(self, place: int, timestep: types.TimeStep) -> None:
         """Goes on from a resumed seed's time step, as soon as every seed has one."""
@@ -366,56 +366,61 @@ class SeedsSession(loop.Session):
                 one._check_rewards(action[place], one.timestep)
 
 
-def make_pretraining(
+def start_pretraining(
     config: config_lib.Config, seeds: Sequence[int], pool: loop.Pool
-) -> loop.Pretraining:
-    """Makes a new session of the pretraining of many seeds, and its jitted steps.
+) -> tuple[SeedsSession, Callable[..., dict[str, jax.Array]]]:
+    """Makes a new session of the pretraining of many seeds.
 
     Args:
       config: The runs' values; its own seed plays no part.
       seeds: `S` seeds.
       pool: Environments, not yet reset, from `loop.make_pool` with these seeds.
+
+    Returns:
+      The session, and the function that embeds states of every seed (`loop.make_embed`).
     """
-    values, learner = config.pretrain, config.learner
-    agent = agent_lib.make_agent(learner, config.finetune, num_actions=pool.num_actions)
-    ring = buffer.make_replay(
-        num_envs=values.num_envs,
-        size=values.replay_size,
-        feature_dim=learner.feature_dim,
+    agent = config.make_agent(pool.num_actions)
+    plan = loop.pretrain_plan(config, agent)
+    policy, learner = plan.phase
+    make_draw = functools.partial(loop.make_draw, learner, reward_free=True)
+    keys = functools.partial(stream_keys, seeds)
+    # Each by the function that a single run calls, so that it is the same.
+    states = [loop.init_state(agent, seed) for seed in seeds]
+    rollout = loop.init_rollout(
+        policy, states[0], num_envs=plan.num_envs, replay_size=plan.replay_size
     )
-    make_sample = functools.partial(
-        loop.make_sample, ring, learner, with_particles=True
-    )
-    stream = loop.Stream.PRETRAIN_LEARN
-    names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+    sums = devices.put(metrics.init_sums(loop.names_of(learner.metrics)))
     session = SeedsSession(
         pool=SeedsPool(pool, len(seeds)),
-        # Each by the function that a single run calls, so that it is the same.
-        state=_stack([loop.init_state(agent, seed) for seed in seeds]),
-        memory=_repeat(
-            loop.init_memory(
-                agent,
-                ring,
-                num_envs=values.num_envs,
-                feature_dim=learner.feature_dim,
-            ),
-            len(seeds),
+        state=_stack(states),
+        rollout=_repeat(rollout, len(seeds)),
+        sums=_repeat(sums, len(seeds)),
+        act=over_seeds(
+            functools.partial(loop.make_act, policy),
+            keys(loop.Stream.PRETRAIN_ACT),
+            donate_argnums=(1,),
         ),
-        sums=_repeat(devices.put(metrics.init_sums(names)), len(seeds)),
+        learn=over_seeds(
+            lambda key: loop.make_learn(learner, make_draw(key), key),
+            keys(loop.Stream.PRETRAIN_LEARN),
+            donate_argnums=(0, 1),
+        ),
+        schedule=plan.schedule(),
+        calibrate=over_seeds(
+            functools.partial(loop.make_calibrate, agent),
+            keys(loop.Stream.CALIBRATE),
+            donate_argnums=(0,),
+        ),
         seeds=tuple(seeds),
-        samples=tuple(make_sample(loop.stream_key(seed, stream)) for seed in seeds),
-    )
-    act = over_seeds(
-        lambda key: loop.make_act(
-            agent, ring, key, epsilon=values.pretrain_epsilon, explore=True
+        draws=tuple(
+            make_draw(loop.stream_key(seed, loop.Stream.PRETRAIN_LEARN))
+            for seed in seeds
         ),
-        stream_keys(seeds, loop.Stream.PRETRAIN_ACT),
-        donate_argnums=(1,),
+        metrics=learner.metrics,
     )
-    learn = over_seeds(
-        lambda key: loop.make_pretrain_learn(agent, make_sample(key)),
-        stream_keys(seeds, stream),
-        donate_argnums=(0, 1),
+    embed = over_seeds(
+        functools.partial(loop.make_embed, agent),
+        keys(loop.Stream.EMBED),
+        in_axes=(0, 0, None),
     )
-    schedule = loop.pretrain_schedule(config)
-    return loop.Pretraining(agent, ring, session, act, learn, schedule)
+    return session, embed

@@ -1,41 +1,39 @@
-"""The stages of a run: pretraining without reward, and fine-tuning with it."""
+"""The stages of a run: pretraining without reward, and fine-tuning with it.
+
+They know no agent: see `agents.base`.
+"""
 
 import contextlib
-import dataclasses
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from absl import logging
 
 from aps_jax import config as config_lib
-from aps_jax import types
-from aps_jax.agents import aps as agent_lib
-from aps_jax.config import FRAME_SKIP
+from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
-from aps_jax.ops import tasks
 from aps_jax.parallel import devices, hosts, interrupts
-from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
-from aps_jax.train import evaluation, loop, recorders, snapshots
+from aps_jax.train import evaluation, loop, recorders
 from aps_jax.train import seeds as seeds_lib
+from aps_jax.types import FRAME_SKIP
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
 
 
 class Trained(NamedTuple):
-    """An agent out of a folder, with all that is needed to use it."""
+    """An agent restored from a run's folder."""
 
     config: config_lib.Config
-    agent: agent_lib.Agent
-    state: agent_lib.AgentState
+    agent: base.Agent
+    state: base.AgentState
     num_actions: int
     facts: dict[str, Any]  # of the checkpoint
 
@@ -50,13 +48,13 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pretrains an agent on a game whose reward it never sees.
 
-    APS, Alg. 1, https://arxiv.org/abs/2108.13956. The same call continues a run that was
-    interrupted, and returns at once if the run is finished.
+    The same call continues a run that was interrupted, and returns at once if the run is
+    finished.
 
     Args:
       config: The run's values.
       workdir: Folder of this stage; made if it does not exist.
-      constructor: Makes the environments, as `envs.AtariPool`.
+      constructor: Makes the environments, as `atari.AtariPool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -64,51 +62,54 @@ def pretrain(
       What `result.json` holds. The newest checkpoint holds the agent.
 
     Raises:
-      ValueError: The folder holds another run.
+      ValueError: The folder holds another run, or the agent has no reward-free phase.
       loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
         batch that it was computed from.
       loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
-    mesh = devices.make_mesh(config.num_devices)
-    machine.check_memory(config, is_pretraining=True)
-    warn = _warning(progress)
-    machine.check_cores(config, warn)
-    values = config.pretrain
-    num_envs = values.num_envs
+    _check_has_pretraining(config)
+    facts = {"stage": PRETRAIN, "config": config}
+    result = _find_finished(workdir, **facts)
+    if result is not None:
+        return result
+    mesh, warn = _check_machine(config, progress, is_pretraining=True)
     with contextlib.ExitStack() as held:
         pool = loop.make_pool(
-            config, num_envs, loop.Stream.PRETRAIN_ACT, constructor, mesh
+            config,
+            config.pretrain.num_envs,
+            loop.Stream.PRETRAIN_ACT,
+            constructor,
+            mesh,
         )
         held.callback(pool.close)
-        result = _open(
-            workdir, stage=PRETRAIN, config=config, num_actions=pool.num_actions
+        lock = _open(held, workdir, **facts)
+        agent = config.make_agent(pool.num_actions)
+        plan = loop.pretrain_plan(config, agent)
+        state = loop.init_state(agent, config.seed, mesh)
+        session = loop.start(config, plan, pool, state, mesh=mesh)
+        stream = functools.partial(loop.stream_key, config.seed)
+        session.calibrate = jax.jit(
+            loop.make_calibrate(agent, stream(loop.Stream.CALIBRATE), mesh),
+            donate_argnums=0,
+            out_shardings=devices.sharding(mesh),
         )
-        if result is not None:
-            return result
-        lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+        embed = jax.jit(
+            loop.make_embed(agent, stream(loop.Stream.EMBED), mesh),
+            out_shardings=devices.sharding(mesh),
         )
-        parts = loop.make_pretraining(config, pool, mesh)
-        agent, ring, session = parts.agent, parts.ring, parts.session
         with recorders.Recorder(
-            workdir, metrics.PRETRAIN_COLUMNS, session, config, lock, warn, stop
+            workdir,
+            metrics.pretrain_columns(plan.phase.learner.metrics),
+            session,
+            config,
+            lock,
+            warn,
+            stop,
         ) as recorder:
-            recorder.resume(ring)
-            stream = functools.partial(loop.stream_key, config.seed)
-            _explore(
-                config,
-                parts,
-                recorder,
-                calibrate=loop.make_calibrate(
-                    agent, ring, stream(loop.Stream.CALIBRATE), mesh
-                ),
-                visit=snapshots.make_visit(
-                    agent, ring, stream(loop.Stream.SNAPSHOT), mesh
-                ),
-                progress=progress,
-            )
+            recorder.resume()
+            _explore(config, session, recorder, embed, progress)
             result = _pretrain_result(config, session, recorder, started)
         recorders.write_result(workdir, result, warn, stop)
     return result
@@ -129,7 +130,7 @@ def pretrain_seeds(
 
     Args:
       configs: The runs' values by folder; they differ in the seed alone.
-      constructor: Makes the environments, as `envs.AtariPool`.
+      constructor: Makes the environments, as `atari.AtariPool`.
       progress: Where to show progress, of all seeds together; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -147,112 +148,101 @@ def pretrain_seeds(
     started = time.monotonic()
     config = next(iter(configs.values()))
     seeds_lib.check_configs(list(configs.values()))
-    machine.check_memory(config, is_pretraining=True, num_seeds=len(configs))
-    warn = _warning(progress)
-    machine.check_cores(config, warn)
+    _check_has_pretraining(config)
+    results = {
+        workdir: _find_finished(workdir, stage=PRETRAIN, config=one)
+        for workdir, one in configs.items()
+    }
+    left = {w: one for w, one in configs.items() if results[w] is None}
+    if not left:
+        return [result for result in results.values() if result is not None]
+    _, warn = _check_machine(
+        config, progress, is_pretraining=True, num_seeds=len(configs)
+    )
+    run_seeds = [one.seed for one in left.values()]
     with contextlib.ExitStack() as held:
-
-        def make_pool(run_seeds: Sequence[int]) -> loop.Pool:
-            pool = loop.make_pool(
-                config,
-                config.pretrain.num_envs,
-                loop.Stream.PRETRAIN_ACT,
-                constructor,
-                run_seeds=run_seeds,
-            )
-            held.callback(pool.close)
-            return pool
-
-        pool = make_pool([one.seed for one in configs.values()])
-        results = {
-            workdir: _open(
-                workdir, stage=PRETRAIN, config=one, num_actions=pool.num_actions
-            )
-            for workdir, one in configs.items()
-        }
-        left = {w: one for w, one in configs.items() if results[w] is None}
-        if not left:
-            return list(results.values())
-        run_seeds = [one.seed for one in left.values()]
-        if len(left) < len(configs):
-            held.close()  # These environments are too many.
-            pool = make_pool(run_seeds)
-        locks = [held.enter_context(folders.RunLock(workdir)) for workdir in left]
-        parts = seeds_lib.make_pretraining(config, run_seeds, pool)
+        pool = loop.make_pool(
+            config,
+            config.pretrain.num_envs,
+            loop.Stream.PRETRAIN_ACT,
+            constructor,
+            run_seeds=run_seeds,
+        )
+        held.callback(pool.close)
+        locks = [
+            _open(held, workdir, stage=PRETRAIN, config=one)
+            for workdir, one in left.items()
+        ]
+        session, embed = seeds_lib.start_pretraining(config, run_seeds, pool)
         written = [
             recorders.Recorder(
                 workdir,
-                metrics.PRETRAIN_COLUMNS,
-                session,
+                metrics.pretrain_columns(session.metrics),
+                of_seed,
                 one,
                 lock,
                 functools.partial(_warn_of_seed, warn, one.seed),
                 stop,
             )
-            for (workdir, one), session, lock in zip(
-                left.items(), parts.session.of_seeds(), locks, strict=True
+            for (workdir, one), of_seed, lock in zip(
+                left.items(), session.of_seeds(), locks, strict=True
             )
         ]
-        with recorders.SeedsRecorder(written, parts.session, stop) as recorder:
-            recorder.resume(parts.ring)
-            keys = functools.partial(seeds_lib.stream_keys, run_seeds)
-            _explore(
-                config,
-                parts,
-                recorder,
-                calibrate=seeds_lib.over_seeds(
-                    lambda key: loop.make_calibrate(parts.agent, parts.ring, key),
-                    keys(loop.Stream.CALIBRATE),
-                ),
-                visit=seeds_lib.over_seeds(
-                    lambda key: snapshots.make_visit(parts.agent, parts.ring, key),
-                    keys(loop.Stream.SNAPSHOT),
-                    in_axes=(0, 0, None),
-                ),
-                progress=progress,
-            )
-            for (workdir, one), session, of_seed in zip(
-                left.items(), parts.session.of_seeds(), written, strict=True
+        with recorders.SeedsRecorder(written, session, stop) as recorder:
+            recorder.resume()
+            _explore(config, session, recorder, embed, progress)
+            for (workdir, one), of_seed, its_recorder in zip(
+                left.items(), session.of_seeds(), written, strict=True
             ):
-                results[workdir] = _pretrain_result(one, session, of_seed, started)
+                results[workdir] = _pretrain_result(one, of_seed, its_recorder, started)
         for workdir in left:
-            recorders.write_result(workdir, results[workdir], warn, stop)
-    return list(results.values())
+            recorders.write_result(workdir, results[workdir] or {}, warn, stop)
+    return [result for result in results.values() if result is not None]
+
+
+def _check_has_pretraining(config: config_lib.Config) -> None:
+    """Raises a `ValueError` unless the agent has a reward-free phase."""
+    loop.pretrain_plan(config, config.make_agent(num_actions=2))
+
+
+def _check_machine(
+    config: config_lib.Config,
+    progress: progress_lib.Progress | None,
+    **of_stage: Any,
+) -> tuple[devices.Mesh, Callable[[str], None]]:
+    """Checks devices, memory and cores; returns the mesh and where warnings go."""
+    mesh = devices.make_mesh(config.num_devices)
+    machine.check_memory(config, **of_stage)
+    warn = _warning(progress)
+    machine.check_cores(config, warn)
+    return mesh, warn
 
 
 def _explore(
     config: config_lib.Config,
-    parts: loop.Pretraining,
+    session: loop.Session,
     recorder: recorders.Recorder | recorders.SeedsRecorder,
-    *,
-    calibrate: Callable[[types.Params, buffer.ReplayState], types.Params],
-    visit: snapshots.Visit,
+    embed: Callable[..., dict[str, jax.Array]],
     progress: progress_lib.Progress | None,
 ) -> None:
-    """Pretrains from where the session stands to the end, of one seed or of many."""
-    session, schedule, num_envs = (
-        parts.session,
-        parts.schedule,
-        parts.session.num_envs,
-    )
+    """Pretrains from where the session stands to the end, one seed or many."""
+    num_envs, schedule = session.num_envs, session.schedule
+    assert schedule is not None
     total = -(-config.pretrain.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
     if progress is not None:
         frames = num_envs * FRAME_SKIP * recorder.num_seeds
         progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
-        session.step(parts.act, parts.learn, schedule)
+        session.step()
         is_last = session.iteration == total
         if session.agent_steps >= schedule.start and (
             is_last or recorder.is_row_due(config.report)
         ):
-            params = calibrate(session.state.params, session.memory.replay)
+            session.prepare_save()
             steps = devices.put(np.int32(session.agent_steps), session.mesh)
-            recorder.write_snapshot(
-                jax.device_get(visit(params, session.memory.replay, steps))
-            )
-            if is_last:  # Learning has ended: for good.
-                session.state = session.state._replace(params=params)
+            visited = embed(session.state, session.rollout.replay, steps)
+            recorder.write_snapshot(jax.device_get(visited))
         recorder.record(config.report, is_last=is_last, progress=progress)
 
 
@@ -280,19 +270,18 @@ def finetune(
     progress: progress_lib.Progress | None = None,
     stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
-    """Infers the task from rewards, adapts at once, then learns from the reward.
+    """Shows the reward: the agent adapts at once, then learns from it.
 
-    The agent plays under random tasks, `w` is found by linear regression of the
-    rewards on the features of the states reached, and TD learning goes on with `w` and
-    the features fixed (APS, Sec. 4.4, https://arxiv.org/abs/2108.13956). The same call
-    continues a run that was interrupted.
+    A pretrained agent first plays as it did while pretraining, and adapts to the rewards
+    of that play; what it played stays in the replay. An untrained agent learns from its
+    first steps. The same call continues a run that was interrupted.
 
     Args:
       config: The run's values.
       workdir: Folder of this stage; made if it does not exist.
       init: Folder of a pretraining whose agent is taken over whole; None starts from
         an untrained agent with the same budget.
-      constructor: Makes the environments, as `envs.AtariPool`.
+      constructor: Makes the environments, as `atari.AtariPool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -308,89 +297,82 @@ def finetune(
     """
     started = time.monotonic()
     constructor = reward_functions.constructor_for(config.finetune.task, constructor)
-    mesh = devices.make_mesh(config.num_devices)
-    machine.check_memory(config, is_pretraining=False)
-    warn = _warning(progress)
-    machine.check_cores(config, warn)
-    values, learner = config.finetune, config.learner
-    num_envs = values.finetune_num_envs
+    trained = None
+    if init is not None:
+        _check_fits_config(init, config)
+    facts = {
+        "stage": FINETUNE,
+        "config": config,
+        "init": None if init is None else str(init),
+    }
+    result = _find_finished(workdir, **facts)
+    if result is not None:
+        return result
+    mesh, warn = _check_machine(config, progress, is_pretraining=False)
+    values = config.finetune
     with contextlib.ExitStack() as held:
         pool = loop.make_pool(
-            config, num_envs, loop.Stream.FINETUNE_ACT, constructor, mesh
+            config,
+            values.finetune_num_envs,
+            loop.Stream.FINETUNE_ACT,
+            constructor,
+            mesh,
         )
         held.callback(pool.close)
-        agent = agent_lib.make_agent(learner, values, num_actions=pool.num_actions)
-        pretrain_frames = 0
+        agent = config.make_agent(pool.num_actions)
         if init is None:
             state = loop.init_state(agent, config.seed, mesh)
         else:
             trained = load_pretrained(init)
             check_fits(trained, init, config, pool.num_actions)
             state = trained.state
-            pretrain_frames = trained.facts["agent_steps"] * FRAME_SKIP
-        result = _open(
-            workdir,
-            stage=FINETUNE,
-            config=config,
-            num_actions=pool.num_actions,
-            init=None if init is None else str(init),
-        )
-        if result is not None:
-            return result
-        lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
-        )
-        ring = buffer.make_replay(
-            num_envs=num_envs,
-            # Rounded up, so that nothing is overwritten.
-            size=-(-values.finetune_agent_steps // num_envs) * num_envs,
-            feature_dim=learner.feature_dim,
-        )
-        session = loop.Session(
-            pool=pool,
-            state=devices.put(jax.jit(agent.init_finetune)(state), mesh),
-            memory=loop.init_memory(
-                agent,
-                ring,
-                num_envs=num_envs,
-                feature_dim=learner.feature_dim,
-                mesh=mesh,
-            ),
-            sums=devices.put(metrics.init_sums(loop.names_of(metrics.LEARNING)), mesh),
-            mesh=mesh,
-        )
+        lock = _open(held, workdir, **facts)
+        state = devices.put(jax.jit(agent.start_finetune)(state), mesh)
+        plan = loop.finetune_plan(config, agent)
+        session = loop.start(config, plan, pool, state, mesh=mesh)
         with recorders.Recorder(
-            workdir, metrics.FINETUNE_COLUMNS, session, config, lock, warn, stop
+            workdir,
+            metrics.finetune_columns(plan.phase.learner.metrics),
+            session,
+            config,
+            lock,
+            warn,
+            stop,
         ) as recorder:
-            facts = recorder.resume(ring)
-            inferred = (
-                Inferred.from_facts(facts["inferred"])
-                if facts.get("inferred")
-                else _infer(config, agent, ring, session, recorder, progress)
-            )
-            recorder.facts["inferred"] = inferred.to_facts()
+            if not recorder.resume().get("adapted"):
+                rollouts = None
+                if trained is not None:
+                    rollouts = roll_out(
+                        config, agent, session, recorder=recorder, progress=progress
+                    )
+                session.state, adapted = adapt(config, agent, session, rollouts)
+                recorder.facts["adapted"] = adapted
+            adapted = recorder.facts["adapted"]
             if progress is not None:
-                progress.say(inferred.text())
-            played, evaluations = _learn_task(
+                progress.say(adapted["summary"])
+            played, evaluations = _learn(
                 config,
                 agent,
-                ring,
                 session,
                 recorder,
-                inferred,
-                is_pretrained=init is not None,
+                plan,
                 constructor=constructor,
                 progress=progress,
                 stop=stop,
             )
         result = {
             **_describe(config, FINETUNE),
-            "pretrain_frames": pretrain_frames,
+            "pretrain_frames": (
+                0 if trained is None else trained.facts["agent_steps"] * FRAME_SKIP
+            ),
             "finetune_agent_steps": session.agent_steps,
             "init": None if init is None else str(init),
             **_score(config, played),
             "evaluations": evaluations,
-            "task": {"name": values.task, **inferred.to_facts()},
+            "task": {
+                "name": values.task,
+                **{name: x for name, x in adapted.items() if name != "summary"},
+            },
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
@@ -398,172 +380,121 @@ def finetune(
     return result
 
 
-def _open(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None:
-    """Makes a folder this run's own, or finds it so; returns its result if there is one.
+def _find_finished(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None:
+    """Returns the result of a finished run; asked before emulators start.
 
     Raises:
-      ValueError: As `rundir.open_run`; or not all processes see the folder.
+      ValueError: The folder holds another run.
     """
-    result = hosts.by_first(
-        lambda: (
-            folders.find_result(workdir) if folders.open_run(workdir, **facts) else None
-        )
-    )
-    if result is None:
-        hosts.check_shared(workdir)
-    return result
+
+    def find() -> dict[str, Any] | None:
+        if not (workdir / folders.CONFIG_NAME).exists():
+            return None
+        folders.open_run(workdir, **facts)
+        return folders.find_result(workdir)
+
+    return hosts.by_first(find)
 
 
-@dataclasses.dataclass(frozen=True)
-class Inferred:
-    """An inferred task as plain values; float32 survives JSON bit for bit."""
+def _open(
+    held: contextlib.ExitStack, workdir: pathlib.Path, **facts: Any
+) -> folders.RunLock | None:
+    """Claims the run's folder, and locks it in the first process.
 
-    task: list[float]
-    scale: float
-    intercept: float
-    r_squared: float
-    num_samples: int
-    num_nonzero: int
-    is_fallback: bool
-    agent_steps: int  # after which it was inferred
-
-    def to_facts(self) -> dict[str, Any]:
-        return dataclasses.asdict(self)
-
-    @classmethod
-    def from_facts(cls, facts: dict[str, Any]) -> "Inferred":
-        return cls(**facts)
-
-    def text(self) -> str:
-        seen = f"{self.num_samples:,} rewards, {self.num_nonzero:,} of them not 0"
-        if self.is_fallback:
-            return f"No task could be inferred from {seen}: a random task is used."
-        return (
-            f"Task inferred from {seen}: R^2 {self.r_squared:.3f}, norm of w "
-            f"{self.scale:.3g}."
-        )
+    Raises:
+      ValueError: As `folders.open_run`; or not all processes see the folder.
+    """
+    hosts.by_first(lambda: folders.open_run(workdir, **facts))
+    hosts.check_shared(workdir)
+    return held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
 
 
-def _infer(
+def roll_out(
     config: config_lib.Config,
-    agent: agent_lib.Agent,
-    ring: buffer.Replay,
+    agent: base.Agent,
     session: loop.Session,
-    recorder: recorders.Recorder,
-    progress: progress_lib.Progress | None,
-) -> Inferred:
-    """Plays under random tasks until the budget or the games are used up; regresses."""
-    values = config.finetune
-    act = loop.make_act(
-        agent,
-        ring,
-        loop.stream_key(config.seed, loop.Stream.INFER_ACT),
-        epsilon=config.pretrain.pretrain_epsilon,
-        explore=True,
-        regress_clip=values.reward_clip,
-        mesh=session.mesh,
-    )
-    total = -(-values.infer_agent_steps // session.num_envs)
-    if progress is not None:
-        progress.start(
-            "infer",
-            total=total * session.num_envs * FRAME_SKIP,
-            done=session.agent_steps * FRAME_SKIP,
-        )
-    num_games = recorder.facts.get("infer_games", 0)
-    while session.iteration < total and num_games < values.infer_episodes:
-        session.step(act)
-        num_games += session.num_finished
-        recorder.facts["infer_games"] = num_games
-        recorder.record(config.report, is_last=False, progress=progress)
-
-    return infer_from(config, session.memory.regression, session.agent_steps)
-
-
-def infer_from(
-    config: config_lib.Config, moments: tasks.RegressionMoments, agent_steps: int
-) -> Inferred:
-    """Infers a task from the moments of rewards and features, after `agent_steps`."""
-    values = config.finetune
-    fallback_key = loop.stream_key(config.seed, loop.Stream.FALLBACK_TASK)
-    found = jax.device_get(
-        tasks.infer_task(
-            jax.device_get(moments),  # Each process infers the same by itself.
-            fallback_task=jax.random.normal(
-                fallback_key, (config.learner.feature_dim,)
-            ),
-            ridge=values.ridge,
-        )
-    )
-    return Inferred(
-        task=[float(value) for value in found.task],
-        scale=float(found.scale),
-        intercept=float(found.intercept),
-        r_squared=float(found.r_squared),
-        num_samples=int(found.num_samples),
-        num_nonzero=int(found.num_nonzero),
-        is_fallback=bool(found.is_fallback),
-        agent_steps=agent_steps,
-    )
-
-
-def _learn_task(
-    config: config_lib.Config,
-    agent: agent_lib.Agent,
-    ring: buffer.Replay,
-    session: loop.Session,
-    recorder: recorders.Recorder,
-    inferred: Inferred,
     *,
-    is_pretrained: bool,
+    recorder: recorders.Recorder | None = None,
+    progress: progress_lib.Progress | None = None,
+    check: Callable[[], None] | None = None,
+) -> base.Rollouts:
+    """Plays as in pretraining until the budget or the games are used up.
+
+    Args:
+      config: The run's values; `config.finetune` has the budget.
+      agent: The agent.
+      session: Of fine-tuning; what is played stays in its replay.
+      recorder: Writes rows and checkpoints meanwhile; none by default.
+      progress: Where to show progress; nowhere by default.
+      check: Called in every step; may raise.
+    """
+    values, mesh = config.finetune, session.mesh
+    key = loop.stream_key(config.seed, loop.Stream.INFER_ACT)
+    policy = loop.pretrain_plan(config, agent).phase.policy
+    total = -(-values.infer_agent_steps // session.num_envs)
+    frames = session.num_envs * FRAME_SKIP
+    if progress is not None:
+        progress.start("infer", total=total * frames, done=session.iteration * frames)
+    facts: dict[str, Any] = {} if recorder is None else recorder.facts
+    num_games = facts.get("infer_games", 0)
+    act, learn = session.act, session.learn
+    session.act, session.learn = loop.jit_act(loop.make_act(policy, key), mesh), None
+    while session.iteration < total and num_games < values.infer_episodes:
+        session.step()
+        num_games += session.num_finished
+        facts["infer_games"] = num_games
+        if recorder is not None:
+            recorder.record(config.report, is_last=False, progress=progress)
+        elif progress is not None:
+            progress.tick(session.iteration * frames)
+        if check is not None:
+            check()
+    session.act, session.learn = act, learn
+    return loop.play_rollouts(session)
+
+
+def adapt(
+    config: config_lib.Config,
+    agent: base.Agent,
+    session: loop.Session,
+    rollouts: base.Rollouts | None,
+) -> tuple[base.AgentState, dict[str, Any]]:
+    """Adapts an agent to the rewards of what a session has played.
+
+    Returns:
+      The new state, on the session's devices, and facts for `result.json`.
+    """
+    key = loop.stream_key(config.seed, loop.Stream.ADAPT)
+    state, facts = agent.adapt(key, session.state, rollouts)
+    facts["agent_steps"] = session.agent_steps
+    return devices.put(state, session.mesh), facts
+
+
+def _learn(
+    config: config_lib.Config,
+    agent: base.Agent,
+    session: loop.Session,
+    recorder: recorders.Recorder,
+    plan: loop.Plan,
+    *,
     constructor: loop.MakePool,
     progress: progress_lib.Progress | None,
     stop: interrupts.StopRequests | None,
 ) -> tuple[evaluation.Evaluation, list[dict[str, Any]]]:
-    """Learns the inferred task and evaluates on the way.
+    """Learns from reward and evaluates on the way.
 
     Returns:
       The last evaluation, and a summary of each.
     """
-    values = config.finetune
     num_envs = session.num_envs
-    task = np.asarray(inferred.task, np.float32)
-    # An untrained psi is in no unit, so the scratch arm learns in the reward's own.
-    scale = inferred.scale if is_pretrained else config.learner.value_unit
-    act = loop.make_act(
-        agent,
-        ring,
-        loop.stream_key(config.seed, loop.Stream.FINETUNE_ACT),
-        epsilon=values.finetune_epsilon,
-        explore=False,
-        mesh=session.mesh,
-    )
-    session.sample = loop.make_sample(
-        ring,
-        config.learner,
-        loop.stream_key(config.seed, loop.Stream.FINETUNE_LEARN),
-        with_particles=False,
-        mesh=session.mesh,
-    )
-    learn = loop.make_finetune_learn(
-        agent,
-        session.sample,
-        task=task,
-        reward_scale=np.float32(scale),
-        mesh=session.mesh,
-    )
-    schedule = loop.Schedule(
-        start=max(inferred.agent_steps, config.learner.window_length * num_envs),
-        samples_per_step=values.finetune_samples_per_step,
-        batch_size=config.learner.batch_size,
-    )
-    if session.agent_steps == inferred.agent_steps:  # Else it is pinned already.
-        session.memory = loop.pin_task(session.memory, task, session.mesh)
-    first = -(-inferred.agent_steps // num_envs)
-    total = -(-values.finetune_agent_steps // num_envs)
-    recorder.wait_for_refill(schedule, total)
+    adapted_at = recorder.facts["adapted"]["agent_steps"]
+    session.schedule = plan.schedule(adapted_at)
+    first = -(-adapted_at // num_envs)
+    total = -(-config.finetune.finetune_agent_steps // num_envs)
+    recorder.wait_for_refill(session.schedule, total)
     points = _evaluation_points(config.evaluation, first, total, num_envs)
     evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
+    player = evaluation.make_player(config, agent)
     played: evaluation.Evaluation | None = None
 
     def evaluate_if_due() -> None:
@@ -571,16 +502,17 @@ def _learn_task(
         is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
         if session.iteration not in points or is_done:
             return
-        params = devices.local(session.state.params)
+        state = devices.local(session.state)
+        # Before learning, what was pretrained may be used as a whole.
+        chosen = player
+        if session.iteration == first:
+            chosen = evaluation.make_player(config, agent, adapted=True)
 
         def play() -> dict[str, list[float]]:
             return evaluation.evaluate(  # On one device, of the first process.
                 config,
-                agent,
-                params,
-                jnp.asarray(task),
-                # psi of other tasks is as good as that of w before learning, not after.
-                use_gpi=session.iteration == first,
+                chosen,
+                state,
                 constructor=constructor,
                 progress=progress,
                 stop=stop,
@@ -601,13 +533,14 @@ def _learn_task(
 
     evaluate_if_due()
     while session.iteration < total:
-        session.step(act, learn, schedule)
+        session.step()
         is_last = session.iteration == total
         if is_last:
             recorder.save()
         else:
             recorder.record(config.report, is_last=False, progress=progress)
         evaluate_if_due()
+    assert played is not None
     return played, evaluations
 
 
@@ -652,29 +585,30 @@ def load_pretrained(workdir: pathlib.Path) -> Trained:
 
 
 def load_finetuned(workdir: pathlib.Path) -> Trained:
-    """Loads the newest agent of a fine-tuning, whose facts hold the inferred task.
+    """Loads the newest agent of a fine-tuning, which has adapted to its reward.
 
     Raises:
       ValueError: There is none, or its checkpoint does not fit its own config.
     """
     trained = _load(folders.find_stage(workdir, FINETUNE), is_finetuned=True)
-    if not trained.facts.get("inferred"):
-        raise ValueError(f"The run in {workdir} has not inferred a task yet.")
+    if not trained.facts.get("adapted"):
+        raise ValueError(f"The run in {workdir} has not adapted to its reward yet.")
     return trained
 
 
 def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
-    facts, config = folders.read_run(folder)
-    num_actions = facts["num_actions"]
+    _, config = folders.read_run(folder)
     checkpointer = checkpoints.Checkpointer(folder / folders.CHECKPOINTS_NAME)
     try:
-        agent = agent_lib.make_agent(
-            config.learner, config.finetune, num_actions=num_actions
-        )
+        steps = checkpointer.numbers()
+        if not steps:
+            raise ValueError(f"The run in {folder} has no checkpoint yet.")
+        num_actions = checkpointer.read_facts(steps[-1])["num_actions"]
+        agent = config.make_agent(num_actions)
 
         def init(key):
             state = agent.init(key)
-            return agent.init_finetune(state) if is_finetuned else state
+            return agent.start_finetune(state) if is_finetuned else state
 
         template = jax.eval_shape(init, jax.random.key(0))
         found = checkpointer.restore_newest({"agent": template})
@@ -686,8 +620,10 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
         checkpointer.close()
 
 
-# What a pretrained agent must share with the run that takes it over.
-_SHARED = ("encoder", "hidden_units", "feature_dim", "td_form", "unit_values")
+def _check_fits_config(init: pathlib.Path, config: config_lib.Config) -> None:
+    """Checks that a run can take over the agent of a folder, by its config alone."""
+    folder = folders.find_stage(init, PRETRAIN)
+    _raise_differences(init, folders.read_run(folder)[1], config)
 
 
 def check_fits(
@@ -701,15 +637,26 @@ def check_fits(
     Raises:
       ValueError: Game, actions or network differ; the message shows both sides.
     """
-    there = {"game": trained.config.game, "num_actions": trained.num_actions}
-    here = {"game": config.game, "num_actions": num_actions}
-    for name in _SHARED:
-        there[name] = getattr(trained.config.learner, name)
-        here[name] = getattr(config.learner, name)
+    sizes = {"num_actions": (trained.num_actions, num_actions)}
+    _raise_differences(folder, trained.config, config, **sizes)
+
+
+def _raise_differences(
+    folder: pathlib.Path,
+    there: config_lib.Config,
+    here: config_lib.Config,
+    **more: tuple[Any, Any],
+) -> None:
+    pairs = {"game": (there.game, here.game), **more}
+    if type(there.learner) is type(here.learner):
+        for name in here.entry.transferred:
+            pairs[name] = (getattr(there.learner, name), getattr(here.learner, name))
+    else:
+        pairs["agent"] = (there.agent, here.agent)
     differences = [
-        f"{name} is {there[name]!r} there and {here[name]!r} here"
-        for name in there
-        if there[name] != here[name]
+        f"{name} is {left!r} there and {right!r} here"
+        for name, (left, right) in pairs.items()
+        if left != right
     ]
     if differences:
         raise ValueError(

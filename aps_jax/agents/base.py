@@ -1,0 +1,339 @@
+"""What an agent is: the types that every agent file fills and the loop calls.
+
+An agent sees plain, global arrays. It knows no device, file, flag or stage. Letters: `E`
+environments, `B` windows, `T` states of a window, `P` particles.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from aps_jax import options
+from aps_jax.networks import modules
+from aps_jax.options import option
+from aps_jax.replay.buffer import Extras, Window
+from aps_jax.types import STACK_SIZE, Metric, Params, PRNGKey
+
+ENCODERS = {
+    "small": modules.SmallEncoder,
+    "nature": modules.NatureEncoder,
+    "paper": modules.PaperEncoder,
+}
+
+LEARNING = (
+    Metric("loss_td", "-", "Half the squared TD error, summed over its components."),
+    Metric("td_error", "-", "Norm of the TD error of a replayed target."),
+    Metric("q_value", "-", "Value of replayed actions under the learned policy."),
+    Metric("gradient_norm", "-", "Norm of the whole gradient before clipping."),
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Options that all agents share; an agent's own config adds to them."""
+
+    encoder: str = option(
+        "paper", "Convolutional encoder of the networks.", choices=tuple(ENCODERS)
+    )
+    hidden_units: int = option(
+        512, "Units of the hidden layer of each head.", low=1, high=65536
+    )
+    bfloat16: bool = option(
+        False, "Whether the networks compute in bfloat16 (parameters stay float32)."
+    )
+    n_steps: int = option(
+        10, "Agent steps summed before a target bootstraps.", low=1, high=1000
+    )
+    discount: float = option(
+        0.99, "Discount gamma of one agent step.", low=0.0, high=1.0
+    )
+    batch_size: int = option(32, "TD targets in one update (replayed samples).", low=1)
+    window_targets: int = option(
+        1,
+        "Consecutive TD targets taken from one replayed window; more share the "
+        "encoding of their states, fewer are less correlated.",
+        low=1,
+    )
+    learning_rate: float = option(1e-4, "Adam's rate for the values' network.", low=0.0)
+    adam_epsilon: float = option(
+        1.5e-4,
+        "Added to the denominator of Adam's step, in the unit of the values.",
+        low=0.0,
+    )
+    max_gradient_norm: float = option(
+        10.0, "Norm to which each network's gradient is clipped.", low=1e-12
+    )
+    target_period: int = option(
+        100, "Updates between copies of the network to its target.", low=1
+    )
+    reward_clip: float = option(
+        1.0,
+        "Bound of the reward of one agent step for learning and inference; 0 leaves "
+        "it unclipped. Scores are never clipped.",
+        low=0.0,
+    )
+    cut_at_life_loss: bool = option(
+        True, "Whether a lost life cuts bootstrapping when learning from reward."
+    )
+    finetune_epsilon: float = option(
+        0.05,
+        "Probability of a random action while learning from reward.",
+        low=0.0,
+        high=1.0,
+    )
+
+    def __post_init__(self) -> None:
+        options.check(self)
+        if self.batch_size % self.window_targets:
+            raise ValueError(
+                "batch_size must be a multiple of window_targets, got "
+                f"{self.batch_size} and {self.window_targets}."
+            )
+
+    @property
+    def window_states(self) -> int:
+        """States of one window: its targets and the steps that the last one sums."""
+        return self.window_targets + self.n_steps
+
+    @property
+    def window_length(self) -> int:
+        """Frames of one window: its states and the history of the first."""
+        return STACK_SIZE - 1 + self.window_states
+
+    def sharded_sizes(self) -> dict[str, int]:
+        """Returns what every device gets an equal part of, by the option's name."""
+        return {
+            "batch_size / window_targets (replayed windows)": (
+                self.batch_size // self.window_targets
+            )
+        }
+
+
+class AgentState(NamedTuple):
+    """All that an agent has learned; the same type for every agent."""
+
+    params: dict[str, Params]  # what gradients train, by network
+    target_params: Params  # slow copies; {} where there are none
+    opt_state: optax.OptState
+    stats: Any  # what no gradient trains: moments, queues, the inferred task
+    num_updates: jax.Array  # [] int32, since this stage began
+
+
+class Observation(NamedTuple):
+    """What an agent sees of `E` environments."""
+
+    frames: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    is_first: jax.Array  # [E] bool, the first observation of an episode
+
+
+class Decision(NamedTuple):
+    """What an agent does in `E` environments, and what it wants replayed with it."""
+
+    action: jax.Array  # [E] int32
+    extras: Extras  # each [E, ...]
+
+
+class Policy(NamedTuple):
+    """How an agent acts."""
+
+    # Number of environments E -> memory, a pytree with leading axis E.
+    init: Callable[[int], Any]
+    # state, memory, observation, key (consumed) -> memory, decision
+    act: Callable[[AgentState, Any, Observation, PRNGKey], tuple[Any, Decision]]
+
+
+class BatchSpec(NamedTuple):
+    """What `Learner.update` wants; the loop draws it."""
+
+    num_samples: int  # TD targets in the batch, by which updates are scheduled
+    num_windows: int  # B
+    num_states: int  # T
+    num_particles: int = 0  # P, further states drawn from the whole replay
+
+
+class Batch(NamedTuple):
+    """What an update learns from: global arrays, however many devices there are."""
+
+    windows: Window  # [B, T, ...]; its reward is None in a reward-free phase
+    particles: Any  # what `Learner.encode` returns of [P] states; None without any
+
+
+class Learner(NamedTuple):
+    """How an agent learns."""
+
+    batch: BatchSpec
+    # state, batch, key (consumed) -> state, metrics: exactly those declared, each []
+    update: Callable[
+        [AgentState, Batch, PRNGKey], tuple[AgentState, dict[str, jax.Array]]
+    ]
+    metrics: tuple[Metric, ...]
+    # Reduces particles to what the update needs of them: state, windows of one state
+    # [P, 1, ...] -> a pytree [P, ...]. It must treat each by itself.
+    encode: Callable[[AgentState, Window], Any] | None = None
+
+
+class Phase(NamedTuple):
+    """An agent's policy and learner in one stage."""
+
+    policy: Policy
+    learner: Learner
+
+
+class Rollouts(NamedTuple):
+    """What was played before an agent adapts: all that the replay holds, in order."""
+
+    reward: np.ndarray  # [N] float32, unclipped
+    is_first: np.ndarray  # [N] bool
+    # Maps a function of windows of one state [C, 1, ...] over all, chunk by chunk;
+    # returns its results as host arrays [N, ...].
+    encode: Callable[[Callable[[AgentState, Window], Any], AgentState], Any]
+
+
+class Agent(NamedTuple):
+    """An agent's pure functions.
+
+    The policies of both phases have memories of the same structure, so that a session
+    can pass from one to the other.
+    """
+
+    init: Callable[[PRNGKey], AgentState]
+    pretrain: Phase | None  # None: it learns from reward alone
+    finetune: Phase
+    # Makes a policy to be evaluated, from a probability of random actions.
+    play: Callable[[float], Policy]
+    # The same right after `adapt`, before anything is learned from reward.
+    play_adapted: Callable[[float], Policy]
+    # The same for a random skill in each environment, told by the decision's extras;
+    # None where there are no skills.
+    play_skills: Callable[[float], Policy] | None
+    # Takes statistics of states [N, 1, ...] drawn from the replay of pretraining; called
+    # before the agent is saved. It must not change what is learned.
+    calibrate: Callable[[AgentState, Window], AgentState]
+    # Starts learning from reward: fresh optimiser and counter, a state of the same type.
+    start_finetune: Callable[[AgentState], AgentState]
+    # On the host, after `start_finetune`: key, state, rollouts (None: from scratch) ->
+    # state, facts for `result.json`; facts["summary"] is a sentence for the user.
+    adapt: Callable[
+        [PRNGKey, AgentState, Rollouts | None], tuple[AgentState, dict[str, Any]]
+    ]
+    # What a picture of visited states shows, of windows of one state: by name [N, D].
+    embed: Callable[[AgentState, Window], dict[str, jax.Array]] | None = None
+
+
+class MakeAgent(Protocol):
+    """Binds a config to an agent's pure functions."""
+
+    def __call__(self, config: Any, num_actions: int) -> Agent:
+        """Makes the agent; `config` is of the agent's own class."""
+
+
+class Entry(NamedTuple):
+    """An agent's entry in the table of agents."""
+
+    make: MakeAgent
+    config: type[Config]
+    about: str  # one line, for help and tables
+    options: Mapping[str, Any]  # what makes it this agent, by option
+    presets: Mapping[str, Mapping[str, Any]]  # values of its options by preset
+    transferred: tuple[str, ...]  # options that a fine-tuning shares with its init
+
+
+def make_encoder(config: Config) -> Any:
+    """Returns the encoder module that a config names."""
+    dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
+    return ENCODERS[config.encoder](dtype=dtype)
+
+
+def adam(
+    config: Config, learning_rate: float, *, unit: float = 1.0
+) -> optax.GradientTransformation:
+    """Returns Adam after clipping by the global norm.
+
+    Args:
+      config: Has the norm and Adam's epsilon.
+      learning_rate: The rate.
+      unit: Unit of the values that are learned. A TD error's gradient has it; so has
+        epsilon, else it would swallow the small gradients of small values.
+    """
+    return optax.chain(
+        optax.clip_by_global_norm(config.max_gradient_norm),
+        optax.adam(learning_rate, eps=config.adam_epsilon * unit),
+    )
+
+
+def clip_rewards(r_t: jax.Array, bound: float) -> jax.Array:
+    """Clips rewards of any shape to [-bound, bound]; a bound of 0 leaves them alone."""
+    return jnp.clip(r_t, -bound, bound) if bound else r_t
+
+
+def apply_gradients(
+    optimizer: optax.GradientTransformation,
+    grads: dict[str, Params],
+    state: AgentState,
+    *,
+    target: str,
+    target_period: int,
+) -> AgentState:
+    """Makes one step of the optimiser, and copies a network to its target when due.
+
+    Args:
+      optimizer: Whose state is `state.opt_state`.
+      grads: Of `state.params`.
+      state: The state before.
+      target: The network of `params` whose slow copy `state.target_params` is.
+      target_period: Updates between two copies.
+    """
+    # Optax raises a Python float to the power of an integer array, which strict
+    # promotion refuses.
+    with jax.numpy_dtype_promotion("standard"):
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    num_updates = state.num_updates + 1
+    return state._replace(
+        params=params,
+        target_params=optax.periodic_update(
+            params[target], state.target_params, num_updates, target_period
+        ),
+        opt_state=opt_state,
+        num_updates=num_updates,
+    )
+
+
+def take_states(x: jax.Array, indices: jax.Array) -> jax.Array:
+    """Picks states of each window: `[B, T, ...]`, `[B, ...]` int -> `[B, ..., ...]`."""
+    return jax.vmap(lambda of_window, i: of_window[i])(x, indices)
+
+
+def from_reward_alone(
+    init: Callable[[PRNGKey], AgentState],
+    policy: Callable[[float], Policy],
+    epsilon: float,
+    learner: Learner,
+) -> Agent:
+    """Makes an agent that has no reward-free phase, and nothing to adapt.
+
+    Args:
+      init: Creates an untrained state.
+      policy: Makes a policy from a probability of random actions.
+      epsilon: That probability while learning.
+      learner: Learns from reward.
+    """
+    return Agent(
+        init=init,
+        pretrain=None,
+        finetune=Phase(policy(epsilon), learner),
+        play=policy,
+        play_adapted=policy,
+        play_skills=None,
+        calibrate=lambda state, windows: state,
+        start_finetune=lambda state: state,
+        adapt=lambda key, state, rollouts: (
+            state,
+            {"summary": "Learns from reward alone."},
+        ),
+    )

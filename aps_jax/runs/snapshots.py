@@ -1,0 +1,72 @@
+"""States visited over pretraining, as the agent embeds them, kept for pictures.
+
+At every row of metrics a file of states drawn from the replay is written. Letters: `N`
+states, `D` dimensions.
+"""
+
+import pathlib
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+
+FOLDER_NAME = "features"
+
+
+class Snapshot(NamedTuple):
+    """Visited states of one moment of pretraining."""
+
+    agent_steps: int
+    arrays: dict[str, np.ndarray]  # each [N, D] float32, as `Agent.embed` names them
+
+
+def write_snapshot(
+    workdir: pathlib.Path, agent_steps: int, visited: Mapping[str, np.ndarray]
+) -> None:
+    """Writes `features/STEPS.npz`; nothing where the agent embeds nothing.
+
+    Args:
+      workdir: Folder of the pretraining, which exists.
+      agent_steps: When it was drawn.
+      visited: Each `[N, D]` float16, from `loop.make_embed`.
+
+    Raises:
+      OSError: It cannot be written.
+    """
+    if not visited:
+        return
+    folder = workdir / FOLDER_NAME
+    folder.mkdir(exist_ok=True)
+    np.savez(folder / f"{agent_steps:012d}.npz", **visited)
+
+
+def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:
+    """Reads a pretraining's snapshots in the order of training; none if it has none."""
+    snapshots = []
+    for path in sorted((workdir / FOLDER_NAME).glob("*.npz")):
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name].astype(np.float32) for name in arrays}
+        snapshots.append(Snapshot(int(path.stem), found))
+    return snapshots
+
+
+def plane_of(phi: np.ndarray) -> np.ndarray:
+    """Finds the plane in which features vary most: their first principal directions.
+
+    Points of the unit sphere, projected onto it at right angles, lie in the unit disc;
+    its edge is the sphere's outline. With 2 dimensions nothing is lost.
+
+    Args:
+      phi: `[N, D]` float, `D` at least 1.
+
+    Returns:
+      `[D, 2]` float64, orthonormal columns (the second is 0 where `D` is 1), with their
+      largest component positive, so that the same data give the same picture.
+    """
+    centred = np.float64(phi) - np.mean(phi, axis=0, dtype=np.float64)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    plane = np.zeros((phi.shape[1], 2))
+    for index, direction in enumerate(directions[:2]):
+        largest = direction[np.argmax(np.abs(direction))]
+        plane[:, index] = direction * np.sign(largest)
+    return plane
