@@ -3,14 +3,14 @@
 import numpy as np
 
 
-def walk_target(window, start, *, n_steps, discount, task_cut, life_cut):
-    """Follows one n-step target from its start.
+def walk_target(window, start, *, n_steps, discount, task, life_cut):
+    """Follows one n-step target from its start, cut where the task changes if there is.
 
     Returns:
       The places of the states summed, the discount before each, the place to bootstrap
       from and the discount of that value; None if the start is no transition.
     """
-    num_states = len(window.action)
+    num_states = len(window.is_first)
     if start + 1 < num_states and window.is_first[start + 1]:
         return None
     places, discounts, product = [], [], 1.0
@@ -21,7 +21,7 @@ def walk_target(window, start, *, n_steps, discount, task_cut, life_cut):
         over = window.terminated[place] or (life_cut and window.life_lost[place])
         product *= 0.0 if over else discount
         ended = place + 1 < num_states and window.is_first[place + 1]
-        switched = task_cut and np.any(window.task[place] != window.task[start])
+        switched = task is not None and np.any(task[place] != task[start])
         if over or ended or switched:
             break
     return places, discounts, places[-1], product

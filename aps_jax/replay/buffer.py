@@ -236,9 +236,10 @@ def _read(buffer: Buffer, indices: Indices, num_states: int) -> Window:
 
 
 def _map_in_chunks(
-    function: Callable[[Any], Any], items: Any, *, size: int = CHUNK_SIZE
+    function: Callable[[Any], Any], items: Any, *, size: int | None = None
 ) -> Any:
     """Returns `function(items)`, computed for at most `size` items at a time."""
+    size = CHUNK_SIZE if size is None else size
     num_items = jax.tree.leaves(items)[0].shape[0]
     num_chunks = math.ceil(num_items / size)
     if num_chunks <= 1:

@@ -1,8 +1,7 @@
-"""Tests of aps_jax.agents.aps: acting, the layout of targets, and both updates."""
+"""Tests of aps_jax.agents.aps: acting, adapting, and both updates."""
 
 import functools
 
-import distrax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,9 +9,9 @@ import pytest
 import references_agent
 
 from aps_jax import config as config_lib
-from aps_jax import types
-from aps_jax.agents import aps as agent_lib
+from aps_jax.agents import base
 from aps_jax.networks import modules
+from aps_jax.ops import whitening
 from aps_jax.replay import buffer
 
 NUM_ACTIONS = 3
@@ -39,9 +38,7 @@ def make_config(**options):
 
 @functools.cache
 def make_agent(config):
-    return agent_lib.make_agent(
-        config.learner, config.finetune, num_actions=NUM_ACTIONS
-    )
+    return config.make_agent(NUM_ACTIONS)
 
 
 @functools.cache
@@ -50,14 +47,27 @@ def make_update(config):
 
     It takes particles as windows of one state, and encodes them.
     """
-    agent = make_agent(config)
+    return jax.jit(functools.partial(apply_update, make_agent(config)))
+
+
+def apply_update(agent, state, windows, particles):
+    learner = agent.pretrain.learner
+    batch = base.Batch(windows._replace(reward=None), learner.encode(state, particles))
+    return learner.update(state, batch, jax.random.key(9))
+
+
+@functools.cache
+def make_finetune_update(config):
+    """The jitted update from reward, for a task and a scale of the reward."""
+    update = make_agent(config).finetune.learner.update
 
     @jax.jit
-    def update(state, windows, particles):
-        encoded = agent.particles(state.params, particles)
-        return agent.update(state, windows, encoded)
+    def of_task(state, windows, task, reward_scale):
+        stats = state.stats._replace(task=task, reward_scale=reward_scale)
+        state = state._replace(stats=stats)
+        return update(state, base.Batch(windows, None), jax.random.key(9))
 
-    return update
+    return of_task
 
 
 def make_windows(rng, num_windows, num_states, *, first_id=0):
@@ -77,22 +87,36 @@ def make_windows(rng, num_windows, num_states, *, first_id=0):
         terminated=terminated,
         is_first=is_first,
         life_lost=rng.random(shape) < 0.2,
-        task=np.where(changes[..., None], task[:, 1:], task[:, :1]).astype(np.float32),
         id=(first_id + np.arange(num_windows * num_states, dtype=np.int32)).reshape(
             shape
         ),
+        extras={
+            "task": np.where(changes[..., None], task[:, 1:], task[:, :1]).astype(
+                np.float32
+            )
+        },
     )
 
 
 def make_batch(config, seed=0):
     rng = np.random.default_rng(seed)
     learner = config.learner
-    windows = make_windows(rng, learner.num_windows, learner.window_states)
+    num_windows = learner.batch_size // learner.window_targets
+    windows = make_windows(rng, num_windows, learner.window_states)
     particles = make_windows(rng, learner.num_particles, 1, first_id=1000)
     # One particle is a state of the first window: it is no neighbour of itself.
     particles.observation[0, 0] = windows.observation[0, 1]
     particles.id[0, 0] = windows.id[0, 1]
     return windows, particles
+
+
+def with_task(windows, task):
+    return windows._replace(extras={"task": task})
+
+
+def features_of(config, state, observation):
+    network = modules.FeatureNetwork(base.make_encoder(config.learner), DIM)
+    return jax.device_get(network.apply(state.params["features"], observation))
 
 
 def pick(tree, *index):
@@ -104,97 +128,6 @@ def trained_state(agent, seed=0):
     state = agent.init(jax.random.key(seed))
     other = agent.init(jax.random.key(seed + 1))
     return state._replace(target_params=other.params["successor"])
-
-
-# The layout of targets.
-
-
-def lay_out(window, *, task_cut=True, life_cut=False, m=2, n=3):
-    return agent_lib.lay_out_targets(
-        window,
-        num_targets=m,
-        n_steps=n,
-        discount=0.9,
-        cut_at_task_change=task_cut,
-        cut_at_life_loss=life_cut,
-    )
-
-
-@pytest.mark.parametrize("seed", range(40))
-@pytest.mark.parametrize("task_cut", [True, False])
-@pytest.mark.parametrize("life_cut", [True, False])
-def test_targets_follow_the_walk(seed, task_cut, life_cut):
-    window = pick(make_windows(np.random.default_rng(seed), 1, 5), 0)
-    targets = jax.device_get(lay_out(window, task_cut=task_cut, life_cut=life_cut))
-    for start in range(2):
-        walk = references_agent.walk_target(
-            window, start, n_steps=3, discount=0.9, task_cut=task_cut, life_cut=life_cut
-        )
-        assert targets.is_valid[start] == (walk is not None)
-        if walk is None:
-            continue
-        places, discounts, bootstrap, product = walk
-        weights = targets.weight[start]
-        np.testing.assert_array_equal(
-            weights, [1.0] * len(places) + [0.0] * (3 - len(places))
-        )
-        np.testing.assert_array_equal(targets.rewarded[start][weights > 0], places)
-        products = np.cumprod(targets.discount[start])
-        np.testing.assert_allclose(
-            products[: len(places) - 1], discounts[1:], rtol=1e-6
-        )
-        np.testing.assert_allclose(products[-1], product, rtol=1e-6)
-        assert targets.bootstrap[start] == bootstrap
-
-
-def quiet_window(**fields):
-    """Five states of one episode and task, but for `fields`."""
-    window = buffer.Window(
-        observation=np.zeros((5, 84, 84, 4), np.uint8),
-        action=np.zeros(5, np.int32),
-        reward=np.arange(5, dtype=np.float32),
-        terminated=np.zeros(5, bool),
-        is_first=np.zeros(5, bool),
-        life_lost=np.zeros(5, bool),
-        task=np.tile(np.float32([[1.0, 0.0]]), (5, 1)),
-        id=np.arange(5, dtype=np.int32),
-    )
-    return window._replace(**fields)
-
-
-def test_a_whole_window_bootstraps_with_the_power_of_the_discount():
-    targets = lay_out(quiet_window())
-    np.testing.assert_array_equal(targets.rewarded, [[1, 2, 3], [2, 3, 4]])
-    np.testing.assert_allclose(np.prod(targets.discount, axis=1), 0.9**3, rtol=1e-6)
-    np.testing.assert_array_equal(targets.bootstrap, [3, 4])
-    np.testing.assert_array_equal(targets.is_valid, [1, 1])
-
-
-def test_after_game_over_nothing_is_bootstrapped():
-    # State 2 is game over, state 3 the reset frame.
-    window = quiet_window(terminated=np.arange(5) == 2, is_first=np.arange(5) == 3)
-    targets = lay_out(window)
-    np.testing.assert_array_equal(targets.weight, [[1, 1, 0], [1, 0, 0]])
-    np.testing.assert_array_equal(np.prod(targets.discount, axis=1), [0, 0])
-
-
-def test_the_time_limit_cuts_the_sum_but_bootstraps():
-    window = quiet_window(is_first=np.arange(5) == 3)
-    targets = lay_out(window)
-    np.testing.assert_array_equal(targets.weight, [[1, 1, 0], [1, 0, 0]])
-    np.testing.assert_allclose(np.prod(targets.discount, axis=1), [0.81, 0.9], 1e-6)
-    np.testing.assert_array_equal(targets.bootstrap, [2, 2])
-
-
-def test_the_pair_across_a_reset_is_no_transition():
-    window = quiet_window(is_first=np.arange(5) == 1)
-    np.testing.assert_array_equal(lay_out(window).is_valid, [0, 1])
-
-
-def test_a_game_over_on_the_last_state_of_a_window_counts():
-    window = quiet_window(terminated=np.arange(5) == 4)
-    targets = lay_out(window)
-    np.testing.assert_allclose(np.prod(targets.discount, axis=1), [0.9**3, 0], 1e-6)
 
 
 # The reward-free update.
@@ -231,8 +164,8 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     windows, particles = make_batch(config)
     _, metrics = make_update(config)(state, windows, particles)
 
-    features = jax.device_get(agent.features(state.params, windows.observation))
-    particle_h = jax.device_get(agent.features(state.params, particles.observation)).h
+    features = features_of(config, state, windows.observation)
+    particle_h = features_of(config, state, particles.observation).h
     if learner.whiten_features:
         white = references_agent.whitened(features.h, particle_h[:, 0])
         features = features._replace(
@@ -242,7 +175,7 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     # Features that differ by little lose digits when their mean is subtracted.
     rtol = 1e-3 if learner.whiten_features else 2e-5
     successor = modules.SuccessorNetwork(
-        agent_lib.make_encoder(learner),
+        base.make_encoder(learner),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -268,15 +201,15 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
             start,
             n_steps=3,
             discount=0.9,
-            task_cut=True,
+            task=windows.extras["task"][b],
             life_cut=False,
         )
-        for b in range(learner.num_windows)
+        for b in range(windows.action.shape[0])
         for start in range(learner.window_targets)
     }
     # The states that targets sum, and no others, have a reward and count in its scale.
     states = sorted({(b, p) for (b, _), walk in walks.items() if walk for p in walk[0]})
-    assert len(states) < learner.num_windows * (learner.window_states - 1)
+    assert len(states) < windows.action.shape[0] * (learner.window_states - 1)
     distances = [rewarder(features.h[i], windows.id[i], sigma=1.0)[1] for i in states]
     sigma = np.mean(distances)
     r_entropy = {
@@ -286,18 +219,18 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     mean_entropy = np.mean(list(r_entropy.values()))
 
     td_losses, feature_losses, skills = [], [], []
-    for b in range(learner.num_windows):
+    for b in range(windows.action.shape[0]):
         window = pick(windows, b)
         for start in range(learner.window_targets):
             reached = start + 1
             if not window.is_first[reached]:
-                cosine = features.phi[b, reached] @ window.task[start]
+                cosine = features.phi[b, reached] @ window.extras["task"][start]
                 feature_losses.append(-np.float64(cosine))
             walk = walks[b, start]
             if walk is None:
                 continue
             places, discounts, bootstrap, product = walk
-            w = window.task[start]
+            w = window.extras["task"][start]
             before = predict(state.params["successor"], window.observation[start], w)
             after = predict(state.target_params, window.observation[bootstrap], w)
             skills += [features.phi[b, p] @ w for p in places]
@@ -347,18 +280,6 @@ def changed(before, after):
     )
 
 
-def test_pretraining_never_sees_the_reward():
-    config = make_config()
-    agent = make_agent(config)
-    state = trained_state(agent)
-    windows, particles = make_batch(config)
-    update = make_update(config)
-    one, _ = update(state, windows, particles)
-    other, _ = update(state, windows._replace(reward=windows.reward * 7), particles)
-    assert not changed(one, other)
-    assert changed(one.params, state.params)
-
-
 def test_the_entropy_agent_ignores_the_task_in_its_scalar_target():
     """With weights (0, 1) the reward of a target is the same for every task."""
     config = make_config(td_form="scalar", skill_weight=0.0, entropy_weight=1.0)
@@ -370,7 +291,7 @@ def test_the_entropy_agent_ignores_the_task_in_its_scalar_target():
         params={**state.params, "successor": zeros}, target_params=zeros
     )
     windows, particles = make_batch(config)
-    turned = windows._replace(task=windows.task[..., ::-1].copy())
+    turned = with_task(windows, windows.extras["task"][..., ::-1].copy())
     update = make_update(config)
     _, one = update(state, windows, particles)
     _, other = update(state, turned, particles)
@@ -402,28 +323,41 @@ def test_white_features_do_not_move_all_together():
     now = after.params["features"]["params"]["h"]
     assert np.max(np.abs(now["bias"] - before["bias"])) < 1e-6
     assert np.max(np.abs(now["kernel"] - before["kernel"])) > 3e-5
-    # The moments that acting and inference use are those of the particles.
-    moments = after.params["whitening"]
+    # The moments are those of the particles.
+    moments = after.stats.whitening
     assert moments.weight == 1.0 and np.any(moments.mean != 0.0)
 
 
 def test_calibrated_features_are_white_over_the_states_given():
     rng = np.random.default_rng(3)
-    agent = make_agent(make_config())
-    params = agent.init(jax.random.key(0)).params
-    states = np.uint8(rng.integers(0, 256, (200, 84, 84, 4)))
-    white = agent.features(agent.calibrate(params, states), states).h
+    config = make_config()
+    agent = make_agent(config)
+    state = agent.init(jax.random.key(0))
+    windows = make_windows(rng, 200, 1)
+    calibrated = agent.calibrate(state, windows)
+    h = features_of(config, state, windows.observation[:, 0]).h
+    white = np.asarray(whitening.whiten(calibrated.stats.calibrated, h))
     np.testing.assert_allclose(np.mean(white, axis=0), np.zeros(DIM), atol=1e-3)
     np.testing.assert_allclose(np.cov(white.T, ddof=0), np.eye(DIM), atol=1e-2)
+    embedded = agent.embed(calibrated, windows)
+    np.testing.assert_allclose(
+        embedded["phi"],
+        white / np.linalg.norm(white, axis=-1, keepdims=True),
+        rtol=1e-3,
+        atol=1e-5,
+    )
+    np.testing.assert_array_equal(embedded["task"], windows.extras["task"][:, 0])
+    # What is learned does not change, and plain features stay as they are.
+    assert calibrated._replace(stats=state.stats) == state
     plain = make_agent(make_config(whiten_features=False))
-    assert plain.calibrate(params, states) is params
+    assert plain.calibrate(state, windows) is state
 
 
 def test_features_stay_raw_unless_they_are_whitened():
     config = make_config(whiten_features=False)
     state = trained_state(make_agent(config))
     after, _ = make_update(config)(state, *make_batch(config))
-    assert not changed(state.params["whitening"], after.params["whitening"])
+    assert not changed(state.stats.whitening, after.stats.whitening)
 
 
 def test_the_share_of_actions_that_depend_on_the_task():
@@ -431,16 +365,17 @@ def test_the_share_of_actions_that_depend_on_the_task():
     agent = make_agent(config)
     state = trained_state(agent)
     windows, particles = make_batch(config)
-    same = windows._replace(task=np.ones_like(windows.task) / np.sqrt(np.float32(DIM)))
+    ones = np.ones_like(windows.extras["task"])
+    same = with_task(windows, ones / np.sqrt(np.float32(DIM)))
     _, metrics = make_update(config)(state, same, particles)
     assert metrics["task_dependence"] == 0.0
     # Opposite tasks never share a greedy action, if there is no tie.
     sign = np.where(np.arange(3) % 2, -1, 1).astype(np.float32)[:, None, None]
-    opposite = same._replace(task=same.task * sign)
+    opposite = with_task(windows, same.extras["task"] * sign)
     _, metrics = make_update(config)(state, opposite, particles)
     # Three windows with signs +, -, + and the window before them -- +, +, -.
     successor = modules.SuccessorNetwork(
-        agent_lib.make_encoder(config.learner),
+        base.make_encoder(config.learner),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -448,7 +383,7 @@ def test_the_share_of_actions_that_depend_on_the_task():
     )
     differ = []
     for b in range(3):
-        tasks = opposite.task[np.array([b, b - 1])][:, :2].swapaxes(0, 1)
+        tasks = opposite.extras["task"][np.array([b, b - 1])][:, :2].swapaxes(0, 1)
         psi = successor.apply(
             state.params["successor"], opposite.observation[b, :2], tasks
         ).psi
@@ -497,8 +432,7 @@ def test_update_is_traced_once():
     @jax.jit
     def update(state, windows, particles):
         traces.append(1)
-        encoded = agent.particles(state.params, particles)
-        return agent.update(state, windows, encoded)
+        return apply_update(agent, state, windows, particles)
 
     state = agent.init(jax.random.key(0))
     for seed in range(3):
@@ -517,12 +451,12 @@ def test_finetuning_minimises_the_td_error_of_the_reward(unit_values):
     unit = 0.1 if unit_values else 1.0
     learner = config.learner
     agent = make_agent(config)
-    state = agent.init_finetune(trained_state(agent))
+    state = agent.start_finetune(trained_state(agent))
     windows, _ = make_batch(config)
     w, scale = np.float32([0.6, -0.8]), np.float32(0.25)
-    _, metrics = jax.jit(agent.finetune_update)(state, windows, w, scale)
+    _, metrics = make_finetune_update(config)(state, windows, w, scale)
     successor = modules.SuccessorNetwork(
-        agent_lib.make_encoder(learner),
+        base.make_encoder(learner),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -534,11 +468,11 @@ def test_finetuning_minimises_the_td_error_of_the_reward(unit_values):
         return np.float64(output.psi[0, 0]) @ np.float64(w)
 
     td_errors = []
-    for b in range(learner.num_windows):
+    for b in range(windows.action.shape[0]):
         window = pick(windows, b)
         for start in range(learner.window_targets):
             walk = references_agent.walk_target(
-                window, start, n_steps=3, discount=0.9, task_cut=False, life_cut=True
+                window, start, n_steps=3, discount=0.9, task=None, life_cut=True
             )
             if walk is None:
                 continue
@@ -560,12 +494,12 @@ def test_finetuning_minimises_the_td_error_of_the_reward(unit_values):
 def test_finetuning_leaves_the_features_and_their_scale_alone():
     config = make_config(target_period=1000)
     agent = make_agent(config)
-    state = agent.init_finetune(trained_state(agent))
+    state = agent.start_finetune(trained_state(agent))
     windows, _ = make_batch(config)
     w = np.float32([1.0, 0.0])
-    after, _ = jax.jit(agent.finetune_update)(state, windows, w, np.float32(1))
+    after, _ = make_finetune_update(config)(state, windows, w, np.float32(1))
     assert not changed(state.params["features"], after.params["features"])
-    assert not changed(state.distance_scale, after.distance_scale)
+    assert not changed(state.stats.distance_scale, after.stats.distance_scale)
     assert not changed(state.target_params, after.target_params)
     assert changed(state.params["successor"], after.params["successor"])
 
@@ -584,10 +518,10 @@ def test_the_epsilon_of_adam_is_in_the_unit_of_the_values():
             max_gradient_norm=1e9,
         )
         agent = make_agent(config)
-        state = agent.init_finetune(trained_state(agent))
+        state = agent.start_finetune(trained_state(agent))
         windows, _ = make_batch(config)
         w = np.float32([1.0, 0.0])
-        after, _ = jax.jit(agent.finetune_update)(state, windows, w, np.float32(scale))
+        after, _ = make_finetune_update(config)(state, windows, w, np.float32(scale))
         kernels = [
             x.params["successor"]["params"]["psi"]["kernel"] for x in (after, state)
         ]
@@ -596,11 +530,11 @@ def test_the_epsilon_of_adam_is_in_the_unit_of_the_values():
     np.testing.assert_allclose(steps[0], 10 * steps[1], rtol=1e-2, atol=1e-5)
 
 
-def test_init_finetune_keeps_all_that_was_learned():
+def test_start_finetune_keeps_all_that_was_learned():
     agent = make_agent(make_config())
     state = trained_state(agent)._replace(num_updates=jnp.int32(7))
-    kept = agent.init_finetune(state)
-    for name in ("params", "target_params", "distance_scale"):
+    kept = agent.start_finetune(state)
+    for name in ("params", "target_params", "stats"):
         assert not changed(getattr(state, name), getattr(kept, name))
     assert int(kept.num_updates) == 0
 
@@ -610,40 +544,92 @@ def test_init_finetune_keeps_all_that_was_learned():
 )
 def test_rewards_are_clipped_unless_the_bound_is_zero(bound, expected):
     rewards = jnp.float32([-9, -0.5, 0, 30])
-    np.testing.assert_array_equal(agent_lib.clip_rewards(rewards, bound), expected)
+    np.testing.assert_array_equal(base.clip_rewards(rewards, bound), expected)
+
+
+# Adapting.
+
+
+def make_rollouts(state, rng, *, num_steps=60, is_first=None):
+    """Rollouts of random states, with a reward along a direction of the features."""
+    windows = make_windows(rng, num_steps, 1)
+
+    def encode(function, state):
+        return np.asarray(function(state, windows))
+
+    agent = make_agent(make_config())
+    phi = encode(lambda s, w: agent.embed(s, w)["phi"], state)
+    reward = np.float32(0.5 * phi @ np.float32([0.6, -0.8]))
+    if is_first is None:
+        is_first = np.zeros(num_steps, bool)
+    return base.Rollouts(reward, is_first, encode)
+
+
+def calibrated_state(agent):
+    windows = make_windows(np.random.default_rng(4), 100, 1)
+    return agent.calibrate(agent.init(jax.random.key(0)), windows)
+
+
+def test_adapting_finds_the_direction_of_the_reward():
+    agent = make_agent(make_config(ridge=0.0))
+    state = calibrated_state(agent)
+    rollouts = make_rollouts(state, np.random.default_rng(5))
+    adapted, facts = agent.adapt(jax.random.key(1), state, rollouts)
+    np.testing.assert_allclose(adapted.stats.task, [0.6, -0.8], atol=1e-4)
+    np.testing.assert_allclose(adapted.stats.reward_scale, 0.5, rtol=1e-3)
+    assert facts["num_samples"] == 60 and not facts["is_fallback"]
+    np.testing.assert_allclose(facts["task"], adapted.stats.task)
+    assert facts["r_squared"] > 0.999
+    assert not changed(state.params, adapted.params)
+
+
+def test_adapting_leaves_reset_frames_out():
+    agent = make_agent(make_config(ridge=0.0))
+    state = calibrated_state(agent)
+    is_first = np.arange(60) % 7 == 0
+    rollouts = make_rollouts(state, np.random.default_rng(5), is_first=is_first)
+    # Had their rewards counted, they would decide everything.
+    reward = np.where(is_first, 1e3, rollouts.reward).astype(np.float32)
+    adapted, facts = agent.adapt(
+        jax.random.key(1), state, rollouts._replace(reward=reward)
+    )
+    np.testing.assert_allclose(adapted.stats.task, [0.6, -0.8], atol=1e-4)
+    assert facts["num_samples"] == 60 - int(is_first.sum())
+
+
+def test_an_untrained_agent_learns_in_the_unit_of_the_reward():
+    config = make_config()
+    agent = make_agent(config)
+    state = agent.init(jax.random.key(0))
+    adapted, facts = agent.adapt(jax.random.key(1), state, None)
+    np.testing.assert_allclose(np.linalg.norm(adapted.stats.task), 1.0, rtol=1e-6)
+    # So the reward is learned as it is: value_unit / reward_scale is 1.
+    assert facts["is_fallback"]
+    np.testing.assert_allclose(
+        adapted.stats.reward_scale, config.learner.value_unit, rtol=1e-6
+    )
 
 
 # Acting.
 
 
-def make_timestep(rng, num_envs, **fields):
-    timestep = types.TimeStep(
-        frame=rng.integers(0, 256, (num_envs, 84, 84), dtype=np.uint8),
-        reward=np.zeros(num_envs, np.float32),
-        terminated=np.zeros(num_envs, bool),
-        truncated=np.zeros(num_envs, bool),
-        is_first=np.zeros(num_envs, bool),
-        lives=np.full(num_envs, 3, np.int32),
-        ram=np.zeros((num_envs, 128), np.uint8),
-    )
-    return timestep._replace(**fields)
-
-
-def make_act(agent, *, epsilon=0.0, explore=True, use_gpi=False):
-    return jax.jit(
-        functools.partial(agent.act, epsilon=epsilon, explore=explore, use_gpi=use_gpi)
+def make_observation(rng, num_envs):
+    return base.Observation(
+        rng.integers(0, 256, (num_envs, 84, 84, 4), dtype=np.uint8),
+        np.zeros(num_envs, bool),
     )
 
 
 def test_a_task_is_held_for_its_steps_then_drawn_anew():
     agent = make_agent(make_config(task_steps=3))
-    state, actor = agent.init(jax.random.key(0)), agent.init_actor(4)
-    act, rng = make_act(agent), np.random.default_rng(0)
+    policy = agent.pretrain.policy
+    state, memory = agent.init(jax.random.key(0)), policy.init(4)
+    act, rng = jax.jit(policy.act), np.random.default_rng(0)
     drawn = []
-    for _ in range(9):
-        actor, step = act(state.params, actor, make_timestep(rng, 4), jax.random.key(5))
-        np.testing.assert_array_equal(step.task, actor.task)
-        drawn.append(np.asarray(step.task))
+    for key in jax.random.split(jax.random.key(5), 9):
+        memory, decision = act(state, memory, make_observation(rng, 4), key)
+        np.testing.assert_array_equal(decision.extras["task"], memory.task)
+        drawn.append(np.asarray(memory.task))
     drawn = np.stack(drawn)  # [9, 4, D]
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=-1), 1.0, rtol=1e-6)
     for block in range(3):
@@ -652,47 +638,56 @@ def test_a_task_is_held_for_its_steps_then_drawn_anew():
     assert len(np.unique(drawn[::3].reshape(-1, DIM), axis=0)) == 12
 
 
-def test_a_pinned_task_stays():
+def test_the_inferred_task_is_followed_and_a_skill_is_kept():
     agent = make_agent(make_config(task_steps=1))
-    state = agent.init(jax.random.key(0))
     w = jnp.float32([0.0, -1.0])
-    actor = agent_lib.pin_task(agent.init_actor(2), w)
-    act, rng = make_act(agent), np.random.default_rng(0)
-    for _ in range(4):
-        actor, step = act(state.params, actor, make_timestep(rng, 2), jax.random.key(5))
-        np.testing.assert_array_equal(step.task, [w, w])
-
-
-def values_of(agent_config, params, step, stack, tasks_per_env):
-    successor = modules.SuccessorNetwork(
-        agent_lib.make_encoder(agent_config),
-        NUM_ACTIONS,
-        DIM,
-        hidden=8,
-        exploration_head=agent_config.td_form in ("split", "off_policy"),
-    )
-    return successor.apply(params["successor"], stack, tasks_per_env)
+    state = agent.init(jax.random.key(0))
+    state = state._replace(stats=state.stats._replace(task=w))
+    rng, keys = np.random.default_rng(0), jax.random.split(jax.random.key(5), 4)
+    for make in (agent.play, agent.play_adapted, lambda _: agent.finetune.policy):
+        policy = make(0.0)
+        memory, decision = policy.act(
+            state, policy.init(2), make_observation(rng, 2), keys[0]
+        )
+        np.testing.assert_array_equal(decision.extras["task"], [w, w])
+    policy = agent.play_skills(0.0)
+    memory, drawn = policy.init(2), []
+    for key in keys:
+        memory, decision = policy.act(state, memory, make_observation(rng, 2), key)
+        drawn.append(np.asarray(decision.extras["task"]))
+    np.testing.assert_array_equal(np.stack(drawn), np.stack(drawn[:1] * 4))
+    assert np.any(drawn[0][0] != drawn[0][1])
 
 
 @pytest.mark.parametrize("form", ["off_policy", "split", "vector"])
 @pytest.mark.parametrize("explore", [True, False])
 def test_greedy_actions_maximise_the_value(form, explore):
-    config = make_config(td_form=form, skill_weight=0.5, entropy_weight=4.0)
-    agent = make_agent(config)
-    state, actor = agent.init(jax.random.key(3)), agent.init_actor(40)
-    timestep = make_timestep(np.random.default_rng(0), 40)
-    actor, step = make_act(agent, explore=explore)(
-        state.params, actor, timestep, jax.random.key(5)
+    config = make_config(
+        td_form=form, skill_weight=0.5, entropy_weight=4.0, pretrain_epsilon=0.0
     )
-    output = values_of(
-        config.learner, state.params, step, actor.stack, step.task[:, None]
+    agent = make_agent(config)
+    state = agent.init(jax.random.key(3))
+    policy = agent.pretrain.policy if explore else agent.play_skills(0.0)
+    observation = make_observation(np.random.default_rng(0), 40)
+    memory, decision = policy.act(
+        state, policy.init(40), observation, jax.random.key(5)
+    )
+    successor = modules.SuccessorNetwork(
+        base.make_encoder(config.learner),
+        NUM_ACTIONS,
+        DIM,
+        hidden=8,
+        exploration_head=form in ("split", "off_policy"),
+    )
+    output = successor.apply(
+        state.params["successor"], observation.frames, memory.task[:, None]
     )
     psi = np.float64(output.psi[:, 0])
-    values = np.einsum("ead,ed->ea", psi, np.float64(step.task))
+    values = np.einsum("ead,ed->ea", psi, np.float64(memory.task))
     if form != "vector" and explore:
         values = 0.5 * values + 4.0 * np.float64(output.exploration[:, 0])
-    np.testing.assert_array_equal(step.action, np.argmax(values, axis=1))
-    assert len(np.unique(step.action)) > 1
+    np.testing.assert_array_equal(decision.action, np.argmax(values, axis=1))
+    assert len(np.unique(decision.action)) > 1
 
 
 def test_improvement_over_policies_values_each_by_the_task_itself():
@@ -700,117 +695,20 @@ def test_improvement_over_policies_values_each_by_the_task_itself():
     same = make_agent(make_config(gpi_concentration=1e6))
     wide = make_agent(make_config(gpi_concentration=0.0, gpi_tasks=64))
     state = same.init(jax.random.key(3))
-    timestep = make_timestep(np.random.default_rng(0), 40)
-    actions = {}
-    for name, agent, use_gpi in (
-        ("plain", same, False),
-        ("same", same, True),
-        ("wide", wide, True),
-    ):
-        _, step = make_act(agent, explore=False, use_gpi=use_gpi)(
-            state.params, agent.init_actor(40), timestep, jax.random.key(5)
-        )
-        actions[name] = np.asarray(step.action)
-    assert np.mean(actions["plain"] == actions["same"]) > 0.9
-    assert np.any(actions["plain"] != actions["wide"])
-
-
-@pytest.mark.parametrize("epsilon", [0.0, 0.3, 1.0])
-def test_epsilon_greedy_draws_as_distrax_does(epsilon):
-    """Also where two actions are equally good: those of every other row here."""
-    values = np.random.default_rng(0).normal(size=(400, 5)).astype(np.float32)
-    values[::2, 1] = values[::2, 4] = 9.0
-    key = jax.random.key(7)
-    actions = agent_lib.epsilon_greedy(key, values, epsilon)
-    with jax.numpy_dtype_promotion("standard"):
-        policy = distrax.EpsilonGreedy(jnp.asarray(values), epsilon)
-    np.testing.assert_array_equal(actions, policy.sample(seed=key))
-    if epsilon == 0.0:
-        assert set(np.asarray(actions[::2])) == {1, 4}
-
-
-def test_random_actions_are_uniform_over_all_actions():
-    agent = make_agent(make_config())
-    state = agent.init(jax.random.key(0))
-    _, step = make_act(agent, epsilon=1.0)(
-        state.params,
-        agent.init_actor(900),
-        make_timestep(np.random.default_rng(0), 900),
-        jax.random.key(1),
-    )
-    counts = np.bincount(step.action, minlength=NUM_ACTIONS)
-    # 300 expected each; chi-square of 2 degrees below 13.8 with probability 0.999.
-    assert np.sum((counts - 300.0) ** 2 / 300.0) < 13.8
-
-
-def test_steps_say_what_was_seen():
-    agent = make_agent(make_config())
-    state, actor = agent.init(jax.random.key(0)), agent.init_actor(3)
-    act, rng = make_act(agent), np.random.default_rng(0)
-    first = make_timestep(rng, 3, is_first=np.ones(3, bool))
-    actor, step = act(state.params, actor, first, jax.random.key(1))
-    assert not np.any(step.life_lost)
-    np.testing.assert_array_equal(step.id, [0, 1, 2])
-    second = make_timestep(
-        rng,
-        3,
-        lives=np.int32([3, 2, 2]),
-        is_first=np.array([False, False, True]),
-        reward=np.float32([5, 0, -2]),
-        terminated=np.array([False, True, False]),
-    )
-    actor, step = act(state.params, actor, second, jax.random.key(1))
-    np.testing.assert_array_equal(step.life_lost, [False, True, False])
-    np.testing.assert_array_equal(step.id, [3, 4, 5])
-    for name in ("frame", "reward", "terminated", "is_first"):
-        np.testing.assert_array_equal(getattr(step, name), getattr(second, name))
-    np.testing.assert_array_equal(actor.lives, second.lives)
-    np.testing.assert_array_equal(actor.stack[..., -1], second.frame)
-
-
-@pytest.mark.parametrize("preset", config_lib.PRESETS)
-def test_every_preset_updates_a_state_of_its_own_shape(preset):
-    """Traced, not run: the networks of the large presets take long on a CPU."""
-    config = config_lib.preset_config(preset)
-    learner = config.learner
-    agent = make_agent(config)
-
-    def windows(num_windows, num_states):
-        shape = (num_windows, num_states)
-        window = make_windows(np.random.default_rng(0), 1, 1)
-        task = jax.ShapeDtypeStruct((*shape, learner.feature_dim), np.float32)
-        return jax.tree.map(
-            lambda x: jax.ShapeDtypeStruct((*shape, *x.shape[2:]), x.dtype), window
-        )._replace(task=task)
-
-    state = jax.eval_shape(agent.init, jax.random.key(0))
-    batch = windows(learner.num_windows, learner.window_states)
-    particles = jax.eval_shape(
-        agent.particles, state.params, windows(learner.num_particles, 1)
-    )
-    after, _ = jax.eval_shape(agent.update, state, batch, particles)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
-    state = jax.eval_shape(agent.init_finetune, state)
-    task = jax.ShapeDtypeStruct((learner.feature_dim,), np.float32)
-    scale = jax.ShapeDtypeStruct((), np.float32)
-    after, _ = jax.eval_shape(agent.finetune_update, state, batch, task, scale)
-    assert jax.tree.map(lambda x: (x.shape, x.dtype), after) == jax.tree.map(
-        lambda x: (x.shape, x.dtype), state
-    )
-
-
-@pytest.mark.parametrize("num_rows", [1, 16, 17, 40])
-@pytest.mark.parametrize("needed", ["none", "some", "all"])
-def test_rows_are_computed_where_they_are_needed(num_rows, needed):
-    share = {"none": 0.0, "some": 0.5, "all": 1.0}[needed]
-    is_needed = np.random.default_rng(num_rows).random(num_rows) < share
-    values = {"x": np.arange(1.0, num_rows + 1, dtype=np.float32) ** 2}
-
-    found = jax.jit(
-        lambda is_needed: agent_lib.apply_where(
-            lambda row: {"x": jnp.asarray(values["x"])[row]}, is_needed
-        )
-    )(is_needed)
-    np.testing.assert_array_equal(found["x"], np.where(is_needed, values["x"], 0.0))
+    observation = make_observation(np.random.default_rng(0), 40)
+    actions = {"plain": [], "same": [], "wide": []}
+    for angle in np.linspace(0.0, 6.0, 7):
+        task = jnp.float32([np.cos(angle), np.sin(angle)])
+        of_task = state._replace(stats=state.stats._replace(task=task))
+        for name, policy in (
+            ("plain", same.play(0.0)),
+            ("same", same.play_adapted(0.0)),
+            ("wide", wide.play_adapted(0.0)),
+        ):
+            _, decision = policy.act(
+                of_task, policy.init(40), observation, jax.random.key(5)
+            )
+            actions[name].append(np.asarray(decision.action))
+    plain, same_actions, wide_actions = map(np.stack, actions.values())
+    assert np.mean(plain == same_actions) > 0.9
+    assert np.any(plain != wide_actions)

@@ -1,14 +1,14 @@
 """Tests that nothing learned from EnvPool crosses a reset, over thousands of steps."""
 
+import functools
+
 import envpool
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from aps_jax import config as config_lib
-from aps_jax.agents import aps as agent_lib
 from aps_jax.envs import atari
+from aps_jax.ops import returns
 from aps_jax.replay import buffer
 
 NUM_ENVS = 8
@@ -32,11 +32,9 @@ def played():
         use_fire_reset=False,
         noop_max=30,
     )
-    ring = buffer.make_replay(
-        num_envs=NUM_ENVS, size=NUM_ENVS * NUM_STEPS, feature_dim=2
-    )
-    add = jax.jit(ring.add, donate_argnums=0)
-    state, rng = ring.init(), np.random.default_rng(0)
+    add = jax.jit(buffer.add, donate_argnums=0)
+    state = buffer.init({}, num_envs=NUM_ENVS, size=NUM_ENVS * NUM_STEPS)
+    rng = np.random.default_rng(0)
     timestep, stacks = pool.reset(), [stacking.reset()[0]]
     firsts, lives = [], timestep.lives
     for time in range(NUM_STEPS):
@@ -48,8 +46,8 @@ def played():
             terminated=timestep.terminated,
             is_first=timestep.is_first,
             life_lost=(timestep.lives < lives) & ~timestep.is_first,
-            task=np.zeros((NUM_ENVS, 2), np.float32),
             id=(time * NUM_ENVS + np.arange(NUM_ENVS)).astype(np.int32),
+            extras={},
         )
         lives = timestep.lives
         state = add(state, step)
@@ -58,13 +56,13 @@ def played():
         timestep = pool.recv()
         stacks.append(stacking.step(action)[0])
     pool.close()
-    return ring, state, np.stack(firsts), stacks
+    return state, np.stack(firsts), stacks
 
 
 def test_stacks_out_of_the_replay_equal_envpools_own(played):
-    ring, state, firsts, stacks = played
+    state, firsts, stacks = played
     assert firsts.sum() > 60
-    windows = ring.sample(state, jax.random.key(0), num_windows=150, num_states=12)
+    windows = buffer.sample(state, jax.random.key(0), num_windows=150, num_states=12)
     for observation, ids in zip(
         np.asarray(windows.observation), np.asarray(windows.id), strict=True
     ):
@@ -74,22 +72,14 @@ def test_stacks_out_of_the_replay_equal_envpools_own(played):
 
 
 def test_no_target_crosses_a_reset(played):
-    ring, state, firsts, _ = played
-    config = config_lib.AgentConfig(n_steps=10, window_targets=2)
+    state, firsts, _ = played
 
     def draw(key):
-        windows = ring.sample(state, key, num_windows=3000, num_states=12)
-        windows = windows._replace(observation=jnp.zeros((3000, 1)))
-        targets = jax.vmap(
-            lambda window: agent_lib.lay_out_targets(
-                window,
-                num_targets=2,
-                n_steps=config.n_steps,
-                discount=0.99,
-                cut_at_task_change=True,
-                cut_at_life_loss=False,
-            )
-        )(windows)
+        windows = buffer.sample(state, key, num_windows=3000, num_states=12)
+        lay_out = functools.partial(
+            returns.window_targets, num_targets=2, n_steps=10, discount=0.99
+        )
+        targets = jax.vmap(lay_out)(windows.is_first, windows.terminated)
         return windows.id, targets
 
     ids, targets = jax.device_get(jax.jit(draw)(jax.random.key(1)))

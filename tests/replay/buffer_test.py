@@ -24,32 +24,44 @@ def random_step(rng, num_envs, time, is_first=None):
         terminated=rng.random(num_envs) < 0.1,
         is_first=rng.random(num_envs) < 0.15 if is_first is None else is_first,
         life_lost=rng.random(num_envs) < 0.2,
-        task=rng.normal(size=(num_envs, 3)).astype(np.float32),
         id=number.astype(np.int32),
+        extras={"task": rng.normal(size=(num_envs, 3)).astype(np.float32)},
     )
 
 
+EXTRAS = {"task": jax.ShapeDtypeStruct((3,), np.float32)}
+
+
 def filled(num_envs, size, num_steps, seed=0):
-    """Adds steps to a ring and to a list."""
+    """Adds steps to a buffer and to a list."""
     rng = np.random.default_rng(seed)
-    ring = buffer.make_replay(num_envs=num_envs, size=size, feature_dim=3)
-    state, steps = ring.init(), []
-    add = jax.jit(ring.add, donate_argnums=0)
+    state, steps = buffer.init(EXTRAS, num_envs=num_envs, size=size), []
+    add = jax.jit(buffer.add, donate_argnums=0)
     for time in range(num_steps):
         first = np.ones(num_envs, bool) if time == 0 else None
         steps.append(random_step(rng, num_envs, time, first))
         state = add(state, steps[-1])
-    return ring, state, steps
+    return state, steps
 
 
-def sample(ring, state, seed, *, num_windows, num_states, pixels=False):
+def sample(state, seed, *, num_windows, num_states, pixels=False):
     """Samples jitted; without pixels XLA leaves the work of stacking out."""
 
     def draw(state, key):
-        window = ring.sample(state, key, num_windows=num_windows, num_states=num_states)
+        window = buffer.sample(
+            state, key, num_windows=num_windows, num_states=num_states
+        )
         return window if pixels else window._replace(observation=None)
 
     return jax.device_get(jax.jit(draw)(state, jax.random.key(seed)))
+
+
+FIELDS = ("action", "reward", "terminated", "is_first", "life_lost", "id")
+
+
+def field(steps, name):
+    """A field of a step or window, or one of its extras."""
+    return steps.extras[name] if name in steps.extras else getattr(steps, name)
 
 
 # Half full, exactly full, just past the end, and several times around.
@@ -57,8 +69,8 @@ def sample(ring, state, seed, *, num_windows, num_states, pixels=False):
 @pytest.mark.parametrize("num_states", [1, 5])
 def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
     num_envs, length = 2, 20
-    ring, state, steps = filled(num_envs, num_envs * length, num_steps)
-    windows = sample(ring, state, 1, num_windows=300, num_states=num_states)
+    state, steps = filled(num_envs, num_envs * length, num_steps)
+    windows = sample(state, 1, num_windows=300, num_states=num_states)
     ids = np.asarray(windows.id)
     envs, times = ids % num_envs, ids // num_envs
     np.testing.assert_array_equal(np.diff(times, axis=1), 1)
@@ -67,22 +79,19 @@ def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
     oldest = max(0, num_steps - length)
     starts = set(range(oldest + 3, num_steps - num_states + 1))
     assert set(times[:, 0]) == starts
-    for name in ("action", "reward", "terminated", "is_first", "life_lost", "task"):
+    for name in (*FIELDS, "task"):
         expected = [
-            [getattr(steps[t], name)[e] for t, e in zip(ts, es, strict=True)]
+            [field(steps[t], name)[e] for t, e in zip(ts, es, strict=True)]
             for ts, es in zip(times, envs, strict=True)
         ]
-        np.testing.assert_array_equal(getattr(windows, name), expected)
+        np.testing.assert_array_equal(field(windows, name), expected)
 
 
 # Compiled once for all examples.
 MODEL_ENVS, MODEL_LENGTH, MODEL_STATES = 2, 9, 3
-MODEL_RING = buffer.make_replay(
-    num_envs=MODEL_ENVS, size=MODEL_ENVS * MODEL_LENGTH, feature_dim=3
-)
-model_add = jax.jit(MODEL_RING.add, donate_argnums=0)
+model_add = jax.jit(buffer.add, donate_argnums=0)
 model_sample = jax.jit(
-    functools.partial(MODEL_RING.sample, num_windows=8, num_states=MODEL_STATES)
+    functools.partial(buffer.sample, num_windows=8, num_states=MODEL_STATES)
 )
 
 
@@ -94,7 +103,8 @@ model_sample = jax.jit(
 )
 def test_random_adds_and_samples_agree_with_a_list(seed, adds):
     rng = np.random.default_rng(seed)
-    state, steps = MODEL_RING.init(), []
+    state = buffer.init(EXTRAS, num_envs=MODEL_ENVS, size=MODEL_ENVS * MODEL_LENGTH)
+    steps = []
     for count, key in zip(adds, range(len(adds)), strict=True):
         for _ in range(count):
             steps.append(random_step(rng, MODEL_ENVS, len(steps)))
@@ -109,12 +119,11 @@ def test_random_adds_and_samples_agree_with_a_list(seed, adds):
             assert set(envs) == {envs[0]}
             assert max(0, len(steps) - MODEL_LENGTH) <= first - 3 and last < len(steps)
             for place, time in enumerate(times):
-                for name in buffer.Step._fields:
-                    if name != "frame":
-                        np.testing.assert_array_equal(
-                            getattr(window, name)[row, place],
-                            getattr(steps[time], name)[envs[0]],
-                        )
+                for name in (*FIELDS, "task"):
+                    np.testing.assert_array_equal(
+                        field(window, name)[row, place],
+                        field(steps[time], name)[envs[0]],
+                    )
                 np.testing.assert_array_equal(
                     window.observation[row, place, ..., -1], steps[time].frame[envs[0]]
                 )
@@ -122,12 +131,12 @@ def test_random_adds_and_samples_agree_with_a_list(seed, adds):
 
 def test_stacks_equal_those_that_acting_saw():
     num_envs, num_states = 2, 6
-    ring, state, steps = filled(num_envs, 60, 45)
+    state, steps = filled(num_envs, 60, 45)
     seen, stack = [], frames.init_stack(num_envs)
     for step in steps:
         stack = frames.push_frame(stack, step.frame, step.is_first)
         seen.append(np.asarray(stack))
-    windows = sample(ring, state, 0, num_windows=40, num_states=num_states, pixels=True)
+    windows = sample(state, 0, num_windows=40, num_states=num_states, pixels=True)
     assert windows.observation.shape == (40, num_states, 84, 84, 4)
     for observation, ids in zip(windows.observation, windows.id, strict=True):
         for pixels, number in zip(observation, ids, strict=True):
@@ -136,15 +145,15 @@ def test_stacks_equal_those_that_acting_saw():
 
 
 def test_sampling_is_uniform_and_follows_its_key():
-    ring, state, _ = filled(2, 40, 20)
-    windows = sample(ring, state, 3, num_windows=6800, num_states=1)
+    state, _ = filled(2, 40, 20)
+    windows = sample(state, 3, num_windows=6800, num_states=1)
     counts = np.bincount(np.asarray(windows.id)[:, 0], minlength=40)[6:]
     # 34 places, 200 expected in each: a chi-square of 33 degrees of freedom is below
     # 63.9 with probability 0.999.
     assert np.sum((counts - 200.0) ** 2 / 200.0) < 63.9
-    again = sample(ring, state, 3, num_windows=6800, num_states=1)
+    again = sample(state, 3, num_windows=6800, num_states=1)
     np.testing.assert_array_equal(windows.id, again.id)
-    other = sample(ring, state, 4, num_windows=6800, num_states=1)
+    other = sample(state, 4, num_windows=6800, num_states=1)
     assert np.any(np.asarray(windows.id) != np.asarray(other.id))
 
 
@@ -152,7 +161,7 @@ def test_sampling_is_uniform_and_follows_its_key():
 @pytest.mark.parametrize("chunk_size", [3, 10, 11, 1024])
 def test_mapping_in_chunks_is_mapping_what_is_sampled(monkeypatch, chunk_size):
     monkeypatch.setattr(buffer, "CHUNK_SIZE", chunk_size)
-    ring, state, _ = filled(2, 40, 33)
+    state, _ = filled(2, 40, 33)
     seen = []
 
     def function(window):
@@ -161,38 +170,62 @@ def test_mapping_in_chunks_is_mapping_what_is_sampled(monkeypatch, chunk_size):
 
     draw = {"num_windows": 11, "num_states": 4}
     key = jax.random.key(5)
-    found = jax.jit(lambda state, key: ring.map_sample(function, state, key, **draw))(
+    found = jax.jit(lambda state, key: buffer.map_sample(function, state, key, **draw))(
         state, key
     )
-    expected = function(ring.sample(state, key, **draw))
+    expected = function(buffer.sample(state, key, **draw))
     assert max(seen[:-1]) <= chunk_size
     jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
+@pytest.mark.parametrize("chunk_size", [1, 7, 1024])
+def test_mapping_over_all_keeps_the_order_and_rebuilds_each_stack(
+    monkeypatch, chunk_size
+):
+    monkeypatch.setattr(buffer, "CHUNK_SIZE", chunk_size)
+    state, steps = filled(2, 60, 25)
+    seen, stack = [], frames.init_stack(2)
+    for step in steps:
+        stack = frames.push_frame(stack, step.frame, step.is_first)
+        seen.append(np.asarray(stack))
+
+    def function(window):
+        assert window.id.shape[1] == 1
+        return window.id[:, 0], window.observation[:, 0]
+
+    ids, stacks = jax.jit(lambda state: buffer.map_all(function, state, num_steps=25))(
+        state
+    )
+    np.testing.assert_array_equal(ids, np.stack([step.id for step in steps]))
+    np.testing.assert_array_equal(stacks, np.stack(seen))
+
+
 def test_a_step_takes_one_percent_more_than_its_frame_at_most():
-    ring = buffer.make_replay(num_envs=8, size=1_000_000, feature_dim=5)
-    assert 7056 <= ring.num_bytes / 1_000_000 <= 1.01 * 7056
-    state = jax.eval_shape(ring.init)
+    extras = {"task": jax.ShapeDtypeStruct((5,), np.float32)}
+    num_bytes = buffer.num_bytes(extras, num_envs=8, size=1_000_000)
+    assert 7056 <= num_bytes / 1_000_000 <= 1.01 * 7056
+    make = functools.partial(buffer.init, num_envs=8, size=1_000_000)
+    state = jax.eval_shape(make, extras)
     stored = sum(
         np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state.experience)
     )
-    assert stored == ring.num_bytes
+    assert stored == num_bytes
 
 
 def test_adding_is_in_place():
-    ring = buffer.make_replay(num_envs=4, size=4000, feature_dim=5)
-    state = jax.eval_shape(ring.init)
+    make = functools.partial(buffer.init, num_envs=4, size=4000)
+    state = jax.eval_shape(make, EXTRAS)
     step = jax.eval_shape(lambda: random_step(np.random.default_rng(0), 4, 0))
-    step = step._replace(task=jax.ShapeDtypeStruct((4, 5), jnp.float32))
-    compiled = jax.jit(ring.add, donate_argnums=0).lower(state, step).compile()
+    compiled = jax.jit(buffer.add, donate_argnums=0).lower(state, step).compile()
     memory = compiled.memory_analysis()
-    assert memory.alias_size_in_bytes >= ring.num_bytes
-    assert memory.temp_size_in_bytes <= 0.01 * ring.num_bytes
+    num_bytes = buffer.num_bytes(EXTRAS, num_envs=4, size=4000)
+    assert memory.alias_size_in_bytes >= num_bytes
+    assert memory.temp_size_in_bytes <= 0.01 * num_bytes
 
 
 def test_size_is_rounded_down_to_whole_steps_of_all_environments():
-    ring = buffer.make_replay(num_envs=3, size=11, feature_dim=1)
-    assert ring.init().experience.id.shape == (3, 3)
+    state = buffer.init({}, num_envs=3, size=11)
+    assert state.experience.id.shape == (3, 3) and state.length == 3
     with pytest.raises(ValueError, match="at least num_envs, got 2 and 3"):
-        buffer.make_replay(num_envs=3, size=2, feature_dim=1)
+        buffer.init({}, num_envs=3, size=2)

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
-from aps_jax.agents import aps as agent_lib
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
 from aps_jax.runs import metrics
@@ -30,6 +29,7 @@ def make_config(**options):
         "batch_size": 8,
         "window_targets": 2,
         "gpi_tasks": 0,
+        "pretrain_epsilon": 0.5,
         **options,
     }
     return config_lib.replace_options(config_lib.Config(), **options)
@@ -37,31 +37,35 @@ def make_config(**options):
 
 @functools.cache
 def make_parts(config):
-    agent = agent_lib.make_agent(
-        config.learner, config.finetune, num_actions=fakes.ChainPool.num_actions
-    )
-    ring = buffer.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * 40, feature_dim=2)
+    agent = config.make_agent(fakes.ChainPool.num_actions)
+    plan = loop.pretrain_plan(config, agent)
     key = jax.random.key(7)
-    act = loop.make_act(agent, ring, key, epsilon=0.5, explore=True, regress_clip=0.5)
-    sample = loop.make_sample(ring, config.learner, key, with_particles=True)
-    learn = loop.make_pretrain_learn(agent, sample)
-    return agent, ring, act, learn, sample
+    draw = loop.make_draw(plan.phase.learner, key, reward_free=True)
+    act = loop.jit_act(loop.make_act(plan.phase.policy, key))
+    learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, key))
+    return agent, plan, act, learn, draw
 
 
-def make_session(config):
-    agent, ring, act, learn, sample = make_parts(config)
-    session = loop.Session(
+SCHEDULE = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+
+
+def make_session(config, *, learns=True):
+    agent, plan, act, learn, draw = make_parts(config)
+    state = loop.init_state(agent, 0)
+    return loop.Session(
         pool=loop.make_pool(
             config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
         ),
-        state=loop.init_state(agent, 0),
-        memory=loop.init_memory(agent, ring, num_envs=NUM_ENVS, feature_dim=2),
-        sums=devices.put(
-            metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
+        state=state,
+        rollout=loop.init_rollout(
+            plan.phase.policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * 40
         ),
-        sample=sample,
+        sums=devices.put(metrics.init_sums(loop.names_of(plan.phase.learner.metrics))),
+        act=act,
+        learn=learn if learns else None,
+        schedule=SCHEDULE,
+        draw=draw,
     )
-    return session, act, learn
 
 
 def test_schedule_replays_the_samples_asked_for():
@@ -114,13 +118,13 @@ def test_stages_play_different_games():
 
 
 def test_what_is_stored_is_what_was_played():
-    session, act, _ = make_session(make_config())
+    session = make_session(make_config(), learns=False)
     told = []
     for _ in range(35):
         before = session.timestep
-        session.step(act)
+        session.step()
         told.append(before)
-    stored = jax.device_get(session.memory.replay.experience)
+    stored = jax.device_get(session.rollout.replay.experience)
     assert session.agent_steps == 35 * NUM_ENVS
     for time, timestep in enumerate(told):
         if timestep is None:  # The reset that begins the run.
@@ -136,10 +140,10 @@ def test_what_is_stored_is_what_was_played():
 
 def test_each_action_leads_where_the_next_frame_shows():
     """Replays what was stored in a chain of its own, action by action."""
-    session, act, _ = make_session(make_config())
+    session = make_session(make_config(), learns=False)
     for _ in range(35):
-        session.step(act)
-    stored = jax.device_get(session.memory.replay.experience)
+        session.step()
+    stored = jax.device_get(session.rollout.replay.experience)
     twin = fakes.ChainPool("Chain", NUM_ENVS, seeds=[0] * NUM_ENVS)
     timestep = twin.reset()
     for time in range(34):
@@ -148,39 +152,56 @@ def test_each_action_leads_where_the_next_frame_shows():
         timestep = twin.recv()
 
 
-def test_regression_counts_every_transition_once():
-    session, act, _ = make_session(make_config())
-    rewards, num_first = 0.0, 0
-    for _ in range(40):
-        session.step(act)
-    stored = jax.device_get(session.memory.replay.experience)
-    rewards = np.sum(np.clip(stored.reward, -0.5, 0.5) * ~stored.is_first)
-    num_first = np.sum(stored.is_first)
-    regression = jax.device_get(session.memory.regression)
-    assert regression.num_samples == 40 * NUM_ENVS - num_first
-    np.testing.assert_allclose(regression.r_sum, rewards)
-    # Unit features: the trace of the Gram matrix counts the samples.
-    np.testing.assert_allclose(
-        np.trace(regression.gram), regression.num_samples, rtol=1e-5
+def test_rollouts_hold_every_step_with_its_stack():
+    """As an agent adapts to them: in order, from the first step on."""
+    session = make_session(make_config(), learns=False)
+    played = []
+    for _ in range(30):
+        session.step()
+        played.append(np.asarray(session.rollout.actor.stack))
+    rollouts = loop.play_rollouts(session)
+    stored = jax.device_get(session.rollout.replay.experience)
+    np.testing.assert_array_equal(rollouts.reward, stored.reward[:, :30].T.ravel())
+    np.testing.assert_array_equal(rollouts.is_first, stored.is_first[:, :30].T.ravel())
+    stacks = rollouts.encode(lambda state, w: w.observation[:, 0], session.state)
+    np.testing.assert_array_equal(stacks, np.concatenate(played))
+
+
+def test_a_reward_free_phase_is_traced_without_reward():
+    _, plan, *_ = make_parts(make_config())
+    agent, draw = make_parts(make_config())[0], make_parts(make_config())[-1]
+    state = agent.init(jax.random.key(0))
+    rollout = loop.init_rollout(
+        plan.phase.policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * 40
     )
+    batch = jax.eval_shape(draw, state, rollout.replay, np.int32(0))
+    assert batch.windows.reward is None
+    learner = plan.phase.learner._replace(
+        update=lambda state, batch, key: (
+            state,
+            {"loss": jnp.sum(batch.windows.reward)},
+        )
+    )
+    learn = loop.make_learn(learner, draw, jax.random.key(0))
+    with pytest.raises(TypeError, match="NoneType"):
+        jax.eval_shape(learn, state, metrics.init_sums(["loss"]), rollout.replay)
 
 
 def test_a_row_averages_the_updates_since_the_one_before():
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session = make_session(make_config())
     for _ in range(20):
-        session.step(act, learn, schedule)
+        session.step()
     assert np.isnan(session.row()["loss_td"])
     singles = []
     for _ in range(4):
-        session.step(act, learn, schedule)
+        session.step()
         row = session.row()
         singles.append(row["loss_td"])
         assert row["updates"] == len(singles)
     # The same four updates again, read at once.
-    again, act, learn = make_session(make_config())
+    again = make_session(make_config())
     for _ in range(24):
-        again.step(act, learn, schedule)
+        again.step()
     row = again.row()
     np.testing.assert_allclose(row["loss_td"], np.mean(singles), rtol=1e-5)
     assert row["agent_steps"] == 72
@@ -194,19 +215,21 @@ def spoil(session):
     )
 
 
+_OTHER = ("reward", "extras")  # hidden, and a dictionary
+
+
 def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session = make_session(make_config())
     for _ in range(23):
-        session.step(act, learn, schedule)
+        session.step()
     session.row()
-    session.step(act, learn, schedule)  # Update 3 is as it should be.
+    session.step()  # Update 3 is as it should be.
     spoil(session)
-    replay_then = jax.tree.map(np.array, session.memory.replay)
+    replay_then = jax.tree.map(np.array, session.rollout.replay)
     for number in range(3):
-        session.step(act, learn, schedule)
+        session.step()
         if number == 0:  # What update 4 learned from.
-            replay_then = jax.tree.map(np.array, session.memory.replay)
+            replay_then = jax.tree.map(np.array, session.rollout.replay)
     with pytest.raises(loop.NonFinite) as caught:
         session.row()
     words = str(caught.value)
@@ -214,12 +237,10 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/conv_0/bias" in words
-    drawn = session.sample.drawn(replay_then, np.int32(4))
-    windows, particles = drawn["windows"], drawn["particles"]
-    assert set(windows._fields) == {
-        name.removeprefix("windows.")
-        for name in caught.value.batch
-        if name.startswith("windows.")
+    windows, particles = session.draw(session.state, replay_then, np.int32(4))
+    assert {name for name in caught.value.batch if name.startswith("windows.")} == {
+        *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
+        "windows.extras.task",
     }
     np.testing.assert_array_equal(caught.value.batch["windows.id"], windows.id)
     np.testing.assert_array_equal(caught.value.batch["particles.id"], particles.id)
@@ -229,31 +250,30 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
 
 
 def test_a_loss_that_is_not_finite_is_noticed_soon_and_not_waited_for():
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session = make_session(make_config())
     for _ in range(25):
-        session.step(act, learn, schedule)
+        session.step()
     spoil(session)
     with pytest.raises(loop.NonFinite, match="in update 5"):
         for _ in range(3 * loop._LOOK_EVERY):
-            session.step(act, learn, schedule)
+            session.step()
     assert session.iteration < 25 + 2.5 * loop._LOOK_EVERY
 
 
 def test_a_game_whose_reward_is_not_finite_is_named():
-    session, act, _ = make_session(make_config())
-    session.step(act)
+    session = make_session(make_config(), learns=False)
+    session.step()
     session.pool.recv = lambda: session.timestep._replace(
         reward=np.float32([0.0, np.inf, 0.0])
     )
     with pytest.raises(loop.NonFinite, match="environment 1 is inf at agent step 6"):
-        session.step(act)
+        session.step()
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
 def test_updates_are_enqueued_before_or_after_the_environments_stepped(overlaps):
     """Beside the emulators where they have a device of their own, else after them."""
-    session, act, learn = make_session(make_config())
+    session = make_session(make_config())
     assert not session.overlaps  # These tests run on a CPU.
     session.overlaps = overlaps
     called = []
@@ -267,65 +287,68 @@ def test_updates_are_enqueued_before_or_after_the_environments_stepped(overlaps)
 
     session.pool.send = noting("send", session.pool.send)
     session.pool.recv = noting("recv", session.pool.recv)
-    schedule = loop.Schedule(start=0, samples_per_step=1.0, batch_size=NUM_ENVS)
-    session.step(act, noting("learn", learn), schedule)
+    session.schedule = loop.Schedule(0, samples_per_step=1.0, batch_size=NUM_ENVS)
+    session.learn = noting("learn", session.learn)
+    session.step()
     assert called == ["send", *(["learn", "recv"] if overlaps else ["recv", "learn"])]
 
 
 @pytest.mark.parametrize("overlaps", [False, True])
 @pytest.mark.parametrize("place", ["reset", "send", "recv"])
 def test_an_environment_that_raises_loses_no_step_and_no_update(place, overlaps):
-    session, act, learn = make_session(make_config())
+    session = make_session(make_config())
     session.overlaps = overlaps
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
     for _ in range(0 if place == "reset" else 25):
-        session.step(act, learn, schedule)
+        session.step()
 
     def broken(*arguments):
         raise KeyError("paddle")
 
     setattr(session.pool, place, broken)
     with pytest.raises(loop.EnvironmentFailure, match="raised KeyError: 'paddle'"):
-        session.step(act, learn, schedule)
+        session.step()
     expected = 0 if place == "reset" else 26
-    assert session.iteration == int(session.memory.actor.num_steps) == expected
-    assert int(session.state.num_updates) == schedule.num_due(session.agent_steps)
+    assert session.iteration == int(session.rollout.actor.num_steps) == expected
+    assert int(session.state.num_updates) == SCHEDULE.num_due(session.agent_steps)
 
 
 def test_after_a_checkpoint_without_replay_learning_waits():
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session = make_session(make_config())
     session.learn_from = 70
     for _ in range(24):
-        session.step(act, learn, schedule)
+        session.step()
     # Of agent steps 61 to 72 those from 71 on: one update of the due four.
     assert int(session.state.num_updates) == 1
 
 
 def test_the_loop_compiles_once_and_moves_nothing_unasked():
     """After warm-up: no tracing, and no transfer that the loop does not name."""
-    session, act, learn = make_session(make_config())
-    schedule = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
+    session = make_session(make_config())
     for _ in range(25):
-        session.step(act, learn, schedule)
+        session.step()
     session.row()
+    _, _, act, learn, _ = make_parts(make_config())
     sizes = act._cache_size(), learn._cache_size()
     with jax.transfer_guard("disallow"):
         for _ in range(300):
-            session.step(act, learn, schedule)
+            session.step()
     assert (act._cache_size(), learn._cache_size()) == sizes
     session.row()
-    session.step(act, learn, schedule)
+    session.step()
     assert (act._cache_size(), learn._cache_size()) == sizes
 
 
 def learn_shapes(config):
     """The update of a config, and the shapes that it takes."""
-    agent, ring, _, learn, _ = make_parts(config)
+    agent, plan, _, learn, _ = make_parts(config)
     state = jax.eval_shape(agent.init, jax.random.key(0))
-    names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+    names = loop.names_of(plan.phase.learner.metrics)
     sums = jax.eval_shape(lambda: metrics.init_sums(names))
-    return learn, (state, sums, jax.eval_shape(ring.init))
+    extras = loop.replayed_extras(plan.phase.policy, state)
+    replay = jax.eval_shape(
+        functools.partial(buffer.init, num_envs=NUM_ENVS, size=NUM_ENVS * 40), extras
+    )
+    return learn, (state, sums, replay)
 
 
 def test_memory_of_an_update_does_not_grow_with_the_particles():
@@ -342,19 +365,19 @@ def test_memory_of_an_update_does_not_grow_with_the_particles():
 
 def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
     config = make_config()
-    session, act, learn = make_session(config)
+    session = make_session(config)
     for _ in range(12):
-        session.step(act)
+        session.step()
     # Copies, because the update destroys what it is given.
     given = jax.tree.map(jnp.copy, (session.state, session.sums))
-    whole = learn(*given, session.memory.replay)
+    _, plan, _, learn, draw = make_parts(config)
+    whole = learn(*given, session.rollout.replay)
     monkeypatch.setattr(buffer, "CHUNK_SIZE", 3)  # Of 8 particles: 3, 3 and 2.
-    agent, _, _, _, sample = make_parts(config)
-    learn = loop.make_pretrain_learn(agent, sample)
-    chunked = learn(session.state, session.sums, session.memory.replay)
+    learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, jax.random.key(7)))
+    chunked = learn(session.state, session.sums, session.rollout.replay)
     assert float(whole[1].sums["knn_distance"]) > 0.0
     jax.tree.map(
-        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-7),
+        functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
         jax.device_get(whole),
         jax.device_get(chunked),
     )

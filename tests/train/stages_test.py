@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
-from aps_jax.agents import aps as agent_lib
+from aps_jax.agents import AGENTS, aps, base
 from aps_jax.runs import checkpoints, metrics
 from aps_jax.train import evaluation, loop, recorders, stages
 
@@ -36,7 +36,8 @@ def make_config(**options):
         "infer_episodes": 1000,
         **options,
     }
-    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    base = config_lib.preset_config("smoke", options.pop("agent", "aps"))
+    return config_lib.replace_options(base, **options)
 
 
 def assert_same(left, right):
@@ -57,8 +58,8 @@ def run(tmp_path_factory):
 def test_pretraining_ends_with_features_white_over_its_replay(run):
     """Measured at once over many states: a weight of 1, not that of the updates."""
     folder, _, _ = run
-    moments = stages.load_pretrained(folder / "pretrain").state.params["whitening"]
-    assert float(moments.weight) == 1.0
+    stats = stages.load_pretrained(folder / "pretrain").state.stats
+    assert float(stats.calibrated.weight) == 1.0
 
 
 def test_result_files_keep_their_contract(run):
@@ -97,7 +98,7 @@ def test_result_files_keep_their_contract(run):
 def test_metrics_rows_stand_where_they_are_due(run):
     folder, _, _ = run
     columns = metrics.read_metrics(folder / "pretrain" / "metrics.csv")
-    assert tuple(columns) == metrics.PRETRAIN_COLUMNS
+    assert tuple(columns) == metrics.pretrain_columns(base.LEARNING + aps.METRICS)
     assert columns["agent_steps"] == [80.0, 160.0, 240.0]
     assert columns["frames"] == [320.0, 640.0, 960.0]
     # (240 - 60) steps, half a sample each, 8 samples an update.
@@ -105,7 +106,7 @@ def test_metrics_rows_stand_where_they_are_due(run):
     assert all(math.isfinite(value) for value in columns["loss_td"])
     assert columns["episodes"][-1] >= 4 and math.isfinite(columns["episode_return"][-1])
     columns = metrics.read_metrics(folder / "finetune" / "metrics.csv")
-    assert tuple(columns) == metrics.FINETUNE_COLUMNS
+    assert tuple(columns) == metrics.finetune_columns(base.LEARNING)
     assert columns["agent_steps"] == [60.0, 80.0, 120.0]
     evaluated = [not math.isnan(value) for value in columns["eval_return_mean"]]
     assert evaluated == [True, False, True]
@@ -117,8 +118,10 @@ def test_finetuning_takes_over_all_that_was_learned(run):
     before = stages.load_pretrained(folder / "pretrain")
     after = stages.load_finetuned(folder / "finetune")
     assert_same(before.state.params["features"], after.state.params["features"])
-    assert_same(before.state.distance_scale, after.state.distance_scale)
-    assert float(before.state.distance_scale.mean) > 0.0
+    before_stats, after_stats = before.state.stats, after.state.stats
+    assert_same(before_stats.distance_scale, after_stats.distance_scale)
+    assert_same(before_stats.calibrated, after_stats.calibrated)
+    assert float(before_stats.distance_scale.mean) > 0.0
     config = make_config(finetune_learning_rate=0.0, target_period=10_000)
     finetune(config, folder / "frozen", folder / "pretrain")
     frozen = stages.load_finetuned(folder / "frozen")
@@ -139,15 +142,13 @@ def test_the_checkpoint_holds_the_agent_that_was_trained(run):
 def test_the_inferred_task_is_the_one_that_is_evaluated(run):
     folder, _, finetuned = run
     trained = stages.load_finetuned(folder / "finetune")
-    task = np.float32(trained.facts["inferred"]["task"])
+    task = np.asarray(trained.state.stats.task)
     np.testing.assert_array_equal(task, np.float32(finetuned["task"]["task"]))
     np.testing.assert_allclose(np.linalg.norm(task), 1.0, rtol=1e-6)
     played = evaluation.evaluate(
         trained.config,
-        trained.agent,
-        trained.state.params,
-        task,
-        use_gpi=False,
+        evaluation.make_player(trained.config, trained.agent),
+        trained.state,
         constructor=fakes.ChainPool,
     )
     np.testing.assert_array_equal(played.returns, finetuned["returns"])
@@ -162,12 +163,15 @@ def test_the_same_seed_gives_the_same_metrics_file(run, tmp_path):
     assert first != (tmp_path / "other" / "metrics.csv").read_bytes()
 
 
-def test_scratch_has_the_same_budget(run, tmp_path):
+def test_scratch_learns_from_reward_for_all_of_the_budget(run, tmp_path):
     _, _, finetuned = run
     scratch = finetune(make_config(), tmp_path / "scratch", None)
     assert scratch["init"] is None and scratch["pretrain_frames"] == 0
-    for name in ("finetune_agent_steps", "protocol", "updates"):
+    for name in ("finetune_agent_steps", "protocol"):
         assert scratch[name] == finetuned[name]
+    # From the first window on (8 frames of 4 environments), and no inference before.
+    assert scratch["updates"] == (120 - 32) // 16 and finetuned["updates"] == 3
+    assert [e["agent_steps"] for e in scratch["evaluations"]] == [0, 120]
 
 
 def test_a_finished_run_is_not_run_again(run):
@@ -266,20 +270,22 @@ def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
     tmp_path, monkeypatch
 ):
     """The loss of one update is spoilt on the device, as by an overflow."""
-    make_agent = agent_lib.make_agent
+    entry = AGENTS["aps"]
 
-    def spoilt(*arguments, **options):
-        agent = make_agent(*arguments, **options)
+    def spoilt(config, num_actions):
+        agent = entry.make(config, num_actions)
+        learner = agent.pretrain.learner
 
-        def update(state, windows, particles):
+        def update(state, batch, key):
             is_bad = state.num_updates == 7
-            state, values = agent.update(state, windows, particles)
+            state, values = learner.update(state, batch, key)
             values["loss_td"] = jax.numpy.where(is_bad, np.inf, values["loss_td"])
             return state, values
 
-        return agent._replace(update=update)
+        spoilt_learner = learner._replace(update=update)
+        return agent._replace(pretrain=agent.pretrain._replace(learner=spoilt_learner))
 
-    monkeypatch.setattr(agent_lib, "make_agent", spoilt)
+    monkeypatch.setitem(AGENTS, "aps", entry._replace(make=spoilt))
     config = make_config(report_agent_steps=240, checkpoint_agent_steps=80)
     with pytest.raises(loop.NonFinite) as caught:
         pretrain(config, tmp_path / "p")
@@ -291,7 +297,7 @@ def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
         # Windows of what had been played by then; ids count the steps.
         assert batch["windows.id"].max() < 192
         assert batch["windows.observation"].shape == (4, 5, 84, 84, 4)
-        assert batch["particles.id"].shape == (8, 1)
+        assert batch["particles.id"].shape == (8,)
 
 
 def test_without_the_replay_learning_waits_for_a_refill(tmp_path, caplog):
@@ -398,7 +404,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
             folder / "pretrain",
             constructor=interrupted(27),
         )
-    before = stages.load_finetuned(tmp_path / "f").facts["inferred"]
+    before = stages.load_finetuned(tmp_path / "f").facts["adapted"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
     assert resumed["task"] == {"name": "score", **before}
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
@@ -448,15 +454,21 @@ def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
             timestep = super().recv()
             return timestep._replace(reward=np.zeros_like(timestep.reward))
 
-    result = stages.finetune(make_config(), tmp_path / "f", None, constructor=Barren)
+    pretrain(make_config(), tmp_path / "p")
+    result = stages.finetune(
+        make_config(), tmp_path / "f", tmp_path / "p", constructor=Barren
+    )
     assert result["task"]["is_fallback"] and result["task"]["num_nonzero"] == 0
     np.testing.assert_allclose(np.linalg.norm(result["task"]["task"]), 1.0, rtol=1e-6)
     assert result["returns"] == [0.0, 0.0]
 
 
-def test_inference_ends_early_when_its_games_are_played(tmp_path):
+def test_inference_ends_early_when_its_games_are_played(run, tmp_path):
     # Chain games last at most 20 steps; 4 environments finish their first together.
-    result = finetune(make_config(infer_episodes=4), tmp_path / "f", None)
+    folder, _, _ = run
+    result = finetune(
+        make_config(infer_episodes=4), tmp_path / "f", folder / "pretrain"
+    )
     assert result["task"]["agent_steps"] <= 20 * 4 < 60 + 24
     assert result["finetune_agent_steps"] == 120
 
@@ -470,10 +482,8 @@ def test_evaluation_counts_the_first_game_of_each_environment(run):
     )
     played = evaluation.evaluate(
         config,
-        trained.agent,
-        trained.state.params,
-        np.float32([1, 0, 0, 0, 0]),
-        use_gpi=True,
+        evaluation.make_player(config, trained.agent, adapted=True),
+        trained.state,
         constructor=fakes.ChainPool,
     )
     expected = fakes.ChainPool("Chain", 1, seeds=[0]).random_return
@@ -489,10 +499,8 @@ def test_a_recorded_game_has_a_picture_per_step(run):
     trained = stages.load_finetuned(folder / "finetune")
     played = evaluation.evaluate(
         make_config(),
-        trained.agent,
-        trained.state.params,
-        np.float32([1, 0, 0, 0, 0]),
-        use_gpi=False,
+        evaluation.make_player(make_config(), trained.agent),
+        trained.state,
         record_games=1,
         constructor=fakes.ChainPool,
     )
@@ -505,13 +513,11 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     """Each game has its own task, and its own pictures until it ends."""
     folder, _, _ = run
     trained = stages.load_finetuned(folder / "finetune")
-    tasks = jax.numpy.eye(5)[:3]
+    config = make_config(eval_episodes=3)
     played = evaluation.evaluate(
-        make_config(eval_episodes=3),
-        trained.agent,
-        trained.state.params,
-        tasks,
-        use_gpi=False,
+        config,
+        evaluation.Player(config, trained.agent.play_skills(0.0)),
+        trained.state,
         record_games=2,
         record_agent_steps=4,
         only_record=True,
@@ -519,7 +525,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     )
     assert [len(pictures) for pictures in played.pictures] == [4, 4]
     np.testing.assert_array_equal(played.lengths, [4, 4, 4])
-    assert not tasks.is_deleted()  # The caller's array is not donated.
+    assert len(np.unique(played.extras["task"], axis=0)) == 3
 
 
 def test_evaluations_at_set_steps(run, tmp_path):
@@ -600,22 +606,31 @@ def test_only_whole_games_are_normalised(max_frames, expected):
     )
     scores = np.array([-20.7, -20.7])
     # Returns of another task do not count.
-    played = evaluation.Evaluation(np.array([3.0, 3.0]), scores, np.array([9, 9]), [])
+    played = evaluation.Evaluation(
+        np.array([3.0, 3.0]), scores, np.array([9, 9]), [], {}
+    )
     summary = evaluation.summary(config, played)
     np.testing.assert_allclose(summary["eval_human_normalized"], expected, atol=1e-6)
     assert summary["eval_return_mean"] == 3.0 and summary["eval_return_std"] == 0.0
 
 
-def test_agents_are_the_same_code_with_other_weights():
-    weights = {}
-    for name in config_lib.AGENTS:
-        config = make_config(agent=name)
-        weights[name] = (config.learner.skill_weight, config.learner.entropy_weight)
-        agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
-        assert (
-            agent.update.__code__
-            is agent_lib.make_agent(
-                make_config().learner, config.finetune, num_actions=3
-            ).update.__code__
+def test_evaluations_of_a_player_compile_once(run):
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    player = evaluation.make_player(trained.config, trained.agent)
+    counts = []
+    for _ in range(2):
+        evaluation.evaluate(
+            trained.config, player, trained.state, constructor=fakes.ChainPool
         )
-    assert weights == {"aps": (1, 1), "visr": (1, 0), "apt": (0, 1)}
+        counts.append((player.act._cache_size(), player.init._cache_size()))
+    assert counts == [(1, 1), (1, 1)]
+
+
+def test_an_unfinished_pretraining_is_calibrated_too(tmp_path):
+    """Every checkpoint that may be evaluated has its features' moments."""
+    with pytest.raises(Stop):
+        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
+    trained = stages.load_pretrained(tmp_path / "p")
+    assert trained.facts["agent_steps"] == 120
+    assert float(trained.state.stats.calibrated.weight) == 1.0

@@ -1,0 +1,197 @@
+"""The contract of every agent in `AGENTS`; see `aps_jax.agents.base`."""
+
+import functools
+import json
+
+import fakes
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from aps_jax import config as config_lib
+from aps_jax.agents import AGENTS, base
+from aps_jax.replay import buffer
+from aps_jax.train import loop
+
+NUM_ENVS, NUM_ACTIONS = 4, fakes.ChainPool.num_actions
+
+
+@functools.cache
+def make_agent(name):
+    return config_lib.preset_config("smoke", name).make_agent(NUM_ACTIONS)
+
+
+@functools.cache
+def initial_state(name):
+    return jax.jit(make_agent(name).init)(jax.random.key(0))
+
+
+def phases(name):
+    """The agent's phases, each with whether it is reward-free."""
+    agent = make_agent(name)
+    found = [(agent.finetune, False)]
+    return found if agent.pretrain is None else [*found, (agent.pretrain, True)]
+
+
+def observation(seed=0):
+    frames = np.random.default_rng(seed).integers(
+        0, 256, (NUM_ENVS, 84, 84, 4), dtype=np.uint8
+    )
+    return base.Observation(jnp.asarray(frames), jnp.zeros((NUM_ENVS,), bool))
+
+
+def filled_replay(policy, state):
+    """A replay of 30 random steps of each environment."""
+    rng = np.random.default_rng(1)
+    extras = loop.replayed_extras(policy, state)
+    replay = buffer.init(extras, num_envs=NUM_ENVS, size=NUM_ENVS * 40)
+    add = jax.jit(buffer.add)
+    for time in range(30):
+        step = buffer.Step(
+            frame=rng.integers(0, 256, (NUM_ENVS, 84, 84), dtype=np.uint8),
+            action=rng.integers(0, NUM_ACTIONS, NUM_ENVS).astype(np.int32),
+            reward=rng.normal(size=NUM_ENVS).astype(np.float32),
+            terminated=rng.random(NUM_ENVS) < 0.1,
+            is_first=np.full(NUM_ENVS, time == 0),
+            life_lost=rng.random(NUM_ENVS) < 0.1,
+            id=np.arange(NUM_ENVS, dtype=np.int32) + time * NUM_ENVS,
+            extras={
+                name: rng.normal(size=(NUM_ENVS, *x.shape)).astype(x.dtype)
+                for name, x in extras.items()
+            },
+        )
+        replay = add(replay, step)
+    return replay
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (jnp.shape(x), jnp.result_type(x)), tree)
+
+
+def assert_same(left, right):
+    jax.tree.map(np.testing.assert_array_equal, left, right)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_updates_keep_the_state_and_return_what_is_declared(name):
+    """Run twice: traced once, and the same for the same keys."""
+    state = initial_state(name)
+    for phase, reward_free in phases(name):
+        learner = phase.learner
+        replay = filled_replay(phase.policy, state)
+        start = state if reward_free else make_agent(name).start_finetune(state)
+        key = jax.random.key(3)
+        draw = loop.make_draw(learner, key, reward_free=reward_free)
+        traces = []
+
+        @jax.jit
+        def update(state, replay, draw=draw, learner=learner, traces=traces):
+            traces.append(1)
+            batch = draw(state, replay, state.num_updates)
+            return learner.update(state, batch, key)
+
+        after, metrics = update(start, replay)
+        again, _ = update(start, replay)
+        last, _ = update(after, replay)
+        assert len(traces) == 1
+        assert_same(after, again)
+        assert shapes(after) == shapes(start)
+        assert set(metrics) == set(loop.names_of(learner.metrics))
+        assert all(np.isfinite(value) for value in metrics.values())
+        assert [int(s.num_updates) for s in (start, after, last)] == [0, 1, 2]
+        moved = jax.tree.map(lambda x, y: bool(np.any(x != y)), start, after)
+        assert any(jax.tree.leaves(moved.params))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_all_policies_share_a_memory_and_what_is_replayed(name):
+    agent, state = make_agent(name), initial_state(name)
+    policies = [phase.policy for phase, _ in phases(name)]
+    policies += [agent.play(0.5), agent.play_adapted(0.5)]
+    if agent.play_skills is not None:
+        policies.append(agent.play_skills(0.5))
+    seen = []
+    for policy in policies:
+        memory = policy.init(NUM_ENVS)
+        act = jax.eval_shape(
+            policy.act, state, memory, observation(), jax.random.key(0)
+        )
+        assert shapes(act[0]) == shapes(memory)
+        assert act[1].action.shape == (NUM_ENVS,)
+        assert act[1].action.dtype == jnp.int32
+        seen.append((shapes(memory), shapes(act[1].extras)))
+    assert all(each == seen[0] for each in seen)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_random_actions_come_with_epsilon_one_alone(name):
+    agent, state = make_agent(name), initial_state(name)
+    actions = {}
+    for epsilon in (0.0, 1.0):
+        policy = agent.play(epsilon)
+        memory = policy.init(NUM_ENVS)
+        drawn = [
+            policy.act(state, memory, observation(), key)[1].action
+            for key in jax.random.split(jax.random.key(1), 8)
+        ]
+        actions[epsilon] = np.stack(drawn)
+    assert np.all(actions[0.0] == actions[0.0][:1])
+    assert set(actions[1.0].ravel()) == set(range(NUM_ACTIONS))
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(name):
+    agent, state = make_agent(name), initial_state(name)
+    policy = agent.finetune.policy
+    windows = loop.make_draw_states(16)(filled_replay(policy, state), jax.random.key(0))
+    calibrated = agent.calibrate(state, windows)
+    assert shapes(calibrated) == shapes(state)
+    assert_same(calibrated.params, state.params)
+    started = agent.start_finetune(calibrated)
+    assert int(started.num_updates) == 0
+    assert_same(started.params, state.params)
+
+    def encode(function, state):
+        return jax.tree.map(np.asarray, function(state, windows))
+
+    rollouts = base.Rollouts(
+        np.arange(16, dtype=np.float32), np.zeros(16, bool), encode
+    )
+    for given in (None, rollouts) if agent.pretrain else (None,):
+        adapted, facts = agent.adapt(jax.random.key(1), started, given)
+        assert shapes(adapted) == shapes(started)
+        assert_same(adapted.params, state.params)
+        assert isinstance(facts["summary"], str)
+        assert json.loads(json.dumps(facts, allow_nan=False)) == facts
+
+
+@pytest.mark.parametrize("name", AGENTS)
+@pytest.mark.parametrize("preset", config_lib.PRESETS)
+def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
+    """Traced, not run: the networks of the large presets take long on a CPU."""
+    agent = config_lib.preset_config(preset, name).make_agent(NUM_ACTIONS)
+    state = jax.eval_shape(agent.init, jax.random.key(0))
+    for phase, reward_free in [(agent.finetune, False), (agent.pretrain, True)]:
+        if phase is None:
+            continue
+        start = state if reward_free else jax.eval_shape(agent.start_finetune, state)
+        extras = loop.replayed_extras(phase.policy, state)
+        replay = jax.eval_shape(
+            functools.partial(buffer.init, num_envs=8, size=800), extras
+        )
+        draw = loop.make_draw(phase.learner, jax.random.key(0), reward_free=reward_free)
+        batch = jax.eval_shape(draw, start, replay, np.int32(0))
+        after, _ = jax.eval_shape(phase.learner.update, start, batch, jax.random.key(0))
+        assert shapes(after) == shapes(start)
+
+
+@pytest.mark.parametrize("name", AGENTS)
+def test_an_entry_names_options_that_exist(name):
+    entry = AGENTS[name]
+    fields = config_lib.option_fields(name)
+    assert set(entry.options) <= set(fields) and set(entry.transferred) <= set(fields)
+    assert set(entry.presets) <= set(config_lib.PRESETS)
+    for values in entry.presets.values():
+        assert set(values) <= set(fields)
+    assert entry.about
