@@ -70,7 +70,7 @@ def test_a_window_holds_its_targets_their_steps_and_its_history():
 )
 def test_a_wrong_value_is_named_with_its_number(options, message):
     with pytest.raises(ValueError, match=message):
-        config_lib.apply_options(config_lib.Config(), **options)
+        config_lib.replace_options(config_lib.Config(), **options)
 
 
 def test_the_unit_of_values_is_that_of_one_step():
@@ -93,8 +93,8 @@ def test_an_unknown_preset_names_the_known_ones():
 
 def test_naming_an_agent_sets_its_weights_unless_given():
     base = config_lib.Config()
-    assert config_lib.apply_options(base, agent="visr").learner.entropy_weight == 0.0
-    mixed = config_lib.apply_options(base, agent="visr", entropy_weight=0.5)
+    assert config_lib.replace_options(base, agent="visr").learner.entropy_weight == 0.0
+    mixed = config_lib.replace_options(base, agent="visr", entropy_weight=0.5)
     assert (mixed.learner.skill_weight, mixed.learner.entropy_weight) == (1.0, 0.5)
 
 

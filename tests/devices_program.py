@@ -198,7 +198,7 @@ def stages_on_two(folder, *, is_stopped):
         "infer_episodes": 1000,
         "evaluations": 1,
     }
-    config = config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    config = config_lib.replace_options(config_lib.preset_config("smoke"), **options)
     pretrain = functools.partial(
         stages.pretrain, workdir=folder / "pretrain", constructor=fakes.ChainPool
     )

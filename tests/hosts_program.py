@@ -58,7 +58,7 @@ class Pool(fakes.ChainPool):
 
 def main(argv):
     common_flags.reject_words(argv)
-    config = config_lib.apply_options(
+    config = config_lib.replace_options(
         config_lib.preset_config("smoke"), **{**OPTIONS, **json.loads(_OPTIONS.value)}
     )
     workdir = common_flags.workdir_from_flags()

@@ -160,7 +160,7 @@ def chain_config(**options):
         "pretrain_epsilon": 0.5,
         **options,
     }
-    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
 def go_left(before, after):

@@ -160,7 +160,7 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
 
 
 def test_results_of_another_task_are_not_shown_as_scores(capsys):
-    config = config_lib.apply_options(config_lib.preset_config("cpu"), task="survival")
+    config = config_lib.replace_options(config_lib.preset_config("cpu"), task="survival")
     result = {
         **fake_runs.result([100.0, 200.0]),
         "score_returns": [-20.0, -21.0],
@@ -282,7 +282,7 @@ def test_every_option_is_a_flag_of_its_type():
 def test_flags_change_the_preset_and_nothing_else():
     set_flags(preset="cpu", batch_size=64, game="Breakout", agent="apt")
     config = common_flags.config_from_flags()
-    expected = config_lib.apply_options(
+    expected = config_lib.replace_options(
         config_lib.preset_config("cpu"), batch_size=64, game="Breakout", agent="apt"
     )
     assert config == expected

@@ -39,7 +39,7 @@ OPTIONS = {
 
 def make_config(**options):
     """The smoke preset on the chain, smaller still."""
-    return config_lib.apply_options(
+    return config_lib.replace_options(
         config_lib.preset_config("smoke"), **{**OPTIONS, **options}
     )
 

@@ -34,7 +34,7 @@ def make_config(**options):
         "infer_episodes": 1000,
         **options,
     }
-    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
 def signalled(num_steps, number=signal.SIGTERM):

@@ -121,7 +121,7 @@ def test_features_that_are_all_the_same_have_a_plane_too(phi):
 
 def test_a_pretraining_leaves_snapshots_of_its_features(tmp_path):
     """Each row has one; they are unit vectors, the last of them the final agent's."""
-    config = config_lib.apply_options(
+    config = config_lib.replace_options(
         config_lib.preset_config("smoke"),
         game="Chain",
         pretrain_frames=4 * 160,

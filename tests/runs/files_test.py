@@ -632,7 +632,7 @@ def test_a_disk_without_room_is_refused_or_warned_of(tmp_path, monkeypatch):
 
 
 def test_preflight_measures_and_predicts(tmp_path, capsys):
-    config = config_lib.apply_options(
+    config = config_lib.replace_options(
         config_lib.preset_config("smoke"), game="Chain", pretrain_frames=7_200_000
     )
     checks = preflight.run_checks(

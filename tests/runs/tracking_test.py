@@ -52,7 +52,7 @@ def make_config(**options):
         "report_agent_steps": 40,
         **options,
     }
-    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
 pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)

@@ -44,7 +44,7 @@ def make_config(**options):
         "infer_agent_steps": 60,
         **options,
     }
-    return config_lib.apply_options(config_lib.preset_config("smoke"), **options)
+    return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
 def configs_of(folder, some=SEEDS, **options):
