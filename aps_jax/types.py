@@ -1,4 +1,4 @@
-"""Names that several modules share: array aliases and the environment's step."""
+"""Names that several modules share: array aliases, a metric, an environment's step."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
@@ -25,3 +25,11 @@ class TimeStep(NamedTuple):
     is_first: Array  # [E] bool, a reset frame, reached by no action.
     lives: Array  # [E] int32, lives left, 0 in games without lives.
     ram: Array  # [E, 128] uint8, the console's memory.
+
+
+class Metric(NamedTuple):
+    """A measured quantity, as the documentation explains it."""
+
+    name: str
+    unit: str
+    meaning: str

@@ -27,6 +27,7 @@ from aps_jax.ops import tasks
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
 from aps_jax.runs import metrics
+from aps_jax.train import sums as sums_lib
 
 
 class Stream(enum.IntEnum):
@@ -171,8 +172,8 @@ class Memory(NamedTuple):
 
 Act = Callable[[types.Params, Memory, types.TimeStep], tuple[Memory, jax.Array]]
 Learn = Callable[
-    [agent_lib.AgentState, metrics.RunningSums, buffer.ReplayState],
-    tuple[agent_lib.AgentState, metrics.RunningSums],
+    [agent_lib.AgentState, sums_lib.RunningSums, buffer.ReplayState],
+    tuple[agent_lib.AgentState, sums_lib.RunningSums],
 ]
 
 
@@ -408,15 +409,28 @@ def make_sample(
 
 
 def _add_to_sums(
-    sums: metrics.RunningSums,
+    sums: sums_lib.RunningSums,
     values: dict[str, jax.Array],
+    update: jax.Array,
     replay_state: buffer.ReplayState,
-) -> metrics.RunningSums:
-    return metrics.add_to_sums(
-        sums,
-        values,
-        replay_index=replay_state.current_index,
-        replay_is_full=replay_state.is_full,
+) -> sums_lib.RunningSums:
+    return sums_lib.add_to_sums(
+        sums, values, update=update, extras=_place(replay_state)
+    )
+
+
+def _place(replay_state: buffer.ReplayState) -> dict[str, jax.Array]:
+    """Returns what tells where the replay writes next, and whether it was filled."""
+    return {
+        "replay_index": replay_state.current_index,
+        "replay_is_full": replay_state.is_full,
+    }
+
+
+def init_sums(names: Sequence[str]) -> sums_lib.RunningSums:
+    """Returns sums of nothing, which remember the replay's place too."""
+    return sums_lib.init_sums(
+        names, {"replay_index": np.int32(0), "replay_is_full": np.bool_(False)}
     )
 
 
@@ -445,16 +459,16 @@ def make_pretrain_learn(
 
     def learn(
         state: agent_lib.AgentState,
-        sums: metrics.RunningSums,
+        sums: sums_lib.RunningSums,
         replay_state: buffer.ReplayState,
-    ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
+    ) -> tuple[agent_lib.AgentState, sums_lib.RunningSums]:
         number = state.num_updates
         windows = sample.windows(replay_state, number)
         particles = sample.map_particles(
             agent.particles, state.params, replay_state, number
         )
         state, values = update(state, windows, particles)
-        return state, _add_to_sums(sums, values, replay_state)
+        return state, _add_to_sums(sums, values, number, replay_state)
 
     return _jit_learn(learn, mesh)
 
@@ -486,12 +500,13 @@ def make_finetune_learn(
 
     def learn(
         state: agent_lib.AgentState,
-        sums: metrics.RunningSums,
+        sums: sums_lib.RunningSums,
         replay_state: buffer.ReplayState,
-    ) -> tuple[agent_lib.AgentState, metrics.RunningSums]:
-        windows = sample.windows(replay_state, state.num_updates)
+    ) -> tuple[agent_lib.AgentState, sums_lib.RunningSums]:
+        number = state.num_updates
+        windows = sample.windows(replay_state, number)
         state, values = update(state, windows, task, reward_scale)
-        return state, _add_to_sums(sums, values, replay_state)
+        return state, _add_to_sums(sums, values, number, replay_state)
 
     return _jit_learn(learn, mesh)
 
@@ -531,7 +546,7 @@ class Session:
     pool: Pool
     state: agent_lib.AgentState
     memory: Memory
-    sums: metrics.RunningSums
+    sums: sums_lib.RunningSums
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
@@ -630,7 +645,7 @@ class Session:
                 self.check_finite()
             self._flag = None
         if self._flag is None:
-            self._flag = _copy_of(self.sums.bad.count)
+            self._flag = _copy_of(self.sums.bad.update)
 
     def check_finite(self) -> None:
         """Checks that all updates since the last row were finite; waits for them.
@@ -640,10 +655,8 @@ class Session:
             parameters that are not now, and its batch.
         """
         bad = jax.device_get(self.sums.bad)
-        if bad.count < 0:
+        if bad.update < 0:
             return
-        made = int(jax.device_get(self.state.num_updates))
-        update = made - int(jax.device_get(self.sums.count)) + int(bad.count)
         names = [name for name, is_bad in bad.names.items() if is_bad]
         params = [
             jax.tree_util.keystr(path, simple=True, separator="/")
@@ -651,7 +664,7 @@ class Session:
             if not bool(jnp.all(jnp.isfinite(leaf)))
         ]
         message = (
-            f"Not finite in update {update}, noticed at agent step "
+            f"Not finite in update {bad.update}, noticed at agent step "
             f"{self.agent_steps}: {', '.join(names)}."
         )
         if params:
@@ -662,10 +675,10 @@ class Session:
         if self.sample is not None:
             # The replay as it stood then; the newest rows may be of later steps.
             then = self.memory.replay.replace(
-                current_index=devices.put(bad.replay_index, self.mesh),
-                is_full=devices.put(bad.replay_is_full, self.mesh),
+                current_index=devices.put(bad.extras["replay_index"], self.mesh),
+                is_full=devices.put(bad.extras["replay_is_full"], self.mesh),
             )
-            number = devices.put(np.int32(update), self.mesh)
+            number = devices.put(bad.update, self.mesh)
             drawn = devices.get(jax.jit(self.sample.drawn)(then, number), self.mesh)
             for part, window in drawn.items():
                 for name, value in window._asdict().items():
@@ -680,8 +693,8 @@ class Session:
         """
         self.check_finite()
         episodes = devices.get(self.memory.episodes, self.mesh)
-        values = metrics.means(self.sums)
-        self.sums = devices.put(metrics.init_sums(values), self.mesh)
+        values = sums_lib.means(self.sums)
+        self.sums = devices.put(init_sums(values), self.mesh)
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
@@ -812,7 +825,7 @@ def make_pretraining(
             mesh=mesh,
         ),
         sums=devices.put(
-            metrics.init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING)), mesh
+            init_sums(names_of(metrics.LEARNING + metrics.PRETRAINING)), mesh
         ),
         sample=sample,
         mesh=mesh,

@@ -262,7 +262,7 @@ def measure_rate(
                 feature_dim=learner.feature_dim,
                 mesh=mesh,
             ),
-            sums=devices.put(metrics.init_sums(loop.names_of(group)), mesh),
+            sums=devices.put(loop.init_sums(loop.names_of(group)), mesh),
             mesh=mesh,
         )
         act = loop.make_act(

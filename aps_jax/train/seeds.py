@@ -23,6 +23,7 @@ from aps_jax.parallel import devices, hosts
 from aps_jax.replay import buffer
 from aps_jax.runs import metrics
 from aps_jax.train import loop
+from aps_jax.train import sums as sums_lib
 
 
 def check_configs(configs: Sequence[config_lib.Config]) -> None:
@@ -264,11 +265,11 @@ class SeedSession(loop.Session):
         self._everyone.state = _put(self._everyone.state, value, self._index)
 
     @property
-    def sums(self) -> metrics.RunningSums:
+    def sums(self) -> sums_lib.RunningSums:
         return _take(self._everyone.sums, self._index)
 
     @sums.setter
-    def sums(self, value: metrics.RunningSums) -> None:
+    def sums(self, value: sums_lib.RunningSums) -> None:
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
     @property
@@ -401,7 +402,7 @@ def make_pretraining(
             ),
             len(seeds),
         ),
-        sums=_repeat(devices.put(metrics.init_sums(names)), len(seeds)),
+        sums=_repeat(devices.put(loop.init_sums(names)), len(seeds)),
         seeds=tuple(seeds),
         samples=tuple(make_sample(loop.stream_key(seed, stream)) for seed in seeds),
     )

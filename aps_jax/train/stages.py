@@ -356,7 +356,7 @@ def finetune(
                 feature_dim=learner.feature_dim,
                 mesh=mesh,
             ),
-            sums=devices.put(metrics.init_sums(loop.names_of(metrics.LEARNING)), mesh),
+            sums=devices.put(loop.init_sums(loop.names_of(metrics.LEARNING)), mesh),
             mesh=mesh,
         )
         with recorders.Recorder(

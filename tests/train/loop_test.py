@@ -57,7 +57,7 @@ def make_session(config):
         state=loop.init_state(agent, 0),
         memory=loop.init_memory(agent, ring, num_envs=NUM_ENVS, feature_dim=2),
         sums=devices.put(
-            metrics.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
+            loop.init_sums(loop.names_of(metrics.LEARNING + metrics.PRETRAINING))
         ),
         sample=sample,
     )
@@ -324,7 +324,7 @@ def learn_shapes(config):
     agent, ring, _, learn, _ = make_parts(config)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
-    sums = jax.eval_shape(lambda: metrics.init_sums(names))
+    sums = jax.eval_shape(lambda: loop.init_sums(names))
     return learn, (state, sums, jax.eval_shape(ring.init))
 
 
