@@ -271,7 +271,12 @@ class _EventFile:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # Files of one second, host and process would have one name without the last.
-        names = (int(time.time()), socket.gethostname(), os.getpid(), next(_FILE_NUMBERS))
+        names = (
+            int(time.time()),
+            socket.gethostname(),
+            os.getpid(),
+            next(_FILE_NUMBERS),
+        )
         # Absolute, since tensorboardX takes gs: and s3: before a path for a protocol.
         self.path = folder.absolute() / "events.out.tfevents.{}.{}.{}.{}".format(*names)
         self._writer = tensorboardX.RecordWriter(str(self.path))
