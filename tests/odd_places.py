@@ -18,6 +18,16 @@ import scripts
 _SECONDS = 900.0  # after which a script is taken for hanging
 Reader = Callable[[], str]
 
+# The least that scripts can do.
+PRETRAIN = (
+    *("experiments.pretrain", "--game=Pong", "--preset=smoke"),
+    *("--pretrain_frames=640", "--warmup_agent_steps=80"),
+)
+EVALUATE = (
+    *("experiments.evaluate", "--eval_episodes=1", "--max_frames=40"),
+    "--infer_agent_steps=20",
+)
+
 STREAMS = (
     *("files", "closed", "full", "stderr_full", "pipe_closed", "terminal"),
     *("terminal_dumb", "terminal_odd", "terminal_without_size", "terminal_lost"),

@@ -7,26 +7,16 @@ import random
 import odd_places
 import pytest
 
-RUN = (
-    *("experiments.pretrain", "--game=Pong", "--preset=smoke"),
-    *("--pretrain_frames=640", "--warmup_agent_steps=80"),
-)
-EVALUATE = (
-    *("experiments.evaluate", "--eval_episodes=1", "--max_frames=40"),
-    "--infer_agent_steps=20",
-)
 _SEED = 0  # Another one draws other combinations of the same places.
 
 
 def draws():
-    """Yields combinations in which each stream, folder and environment comes at least
-    once.
-    """
+    """Returns combinations in which everything of a kind comes at least once."""
     places = (odd_places.STREAMS, odd_places.PATHS, tuple(odd_places.ENVIRONMENTS))
     rng = random.Random(_SEED)
     shuffled = [rng.sample(place, len(place)) for place in places]
     number = max(map(len, places))
-    return itertools.islice(zip(*map(itertools.cycle, shuffled), strict=True), number)
+    return list(itertools.islice(zip(*map(itertools.cycle, shuffled)), number))
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +24,7 @@ def expected(tmp_path_factory):
     """Rows of a run in a place that is not odd."""
     root = tmp_path_factory.mktemp("plain")
     odd_places.make_folder(root)
-    done = odd_places.run(root, "files", "plain", *RUN, "--workdir=run")
+    done = odd_places.run(root, "files", "plain", *odd_places.PRETRAIN, "--workdir=run")
     assert done.code == 0, done.text
     return (root / "run" / "metrics.csv").read_bytes()
 
@@ -50,7 +40,9 @@ def assert_refused_in_one_line(done, stream):
 def test_a_whole_run_or_one_clear_line(tmp_path, expected, stream, path, environment):
     root = tmp_path / "root"
     odd_places.make_folder(root)
-    done = odd_places.run(root, stream, environment, *RUN, f"--workdir={path}")
+    done = odd_places.run(
+        root, stream, environment, *odd_places.PRETRAIN, f"--workdir={path}"
+    )
     assert "Traceback" not in done.text
     if done.code != 0:
         assert_refused_in_one_line(done, stream)
@@ -63,7 +55,7 @@ def test_a_whole_run_or_one_clear_line(tmp_path, expected, stream, path, environ
     assert json.loads((root / path / "result.json").read_text())
     # What is said to be saved can be read.
     words = (f"--checkpoint={path}", "--workdir=evaluated")
-    done = odd_places.run(root, stream, environment, *EVALUATE, *words)
+    done = odd_places.run(root, stream, environment, *odd_places.EVALUATE, *words)
     assert "Traceback" not in done.text
     assert done.code == 0, done.text
     result = json.loads((root / "evaluated" / "result.json").read_text())

@@ -4,7 +4,6 @@ import json
 
 import odd_places
 import pytest
-from faults import odd_places_test
 
 
 @pytest.fixture
@@ -15,7 +14,7 @@ def root(tmp_path):
 
 def test_a_run_without_home_or_output_in_an_odd_folder_is_whole(root):
     path = "a b#c"
-    words = (*odd_places_test.RUN, f"--workdir={path}")
+    words = (*odd_places.PRETRAIN, f"--workdir={path}")
     done = odd_places.run(root, "full", "no_home_64_bits", *words)
     assert done.code == 0
     result = json.loads((root / path / "result.json").read_text())
