@@ -1,9 +1,12 @@
 """The cheapest of what `tests/faults/odd_places_test.py` draws, all at once."""
 
 import json
+import subprocess
+import sys
 
 import odd_places
 import pytest
+import scripts
 
 
 @pytest.fixture
@@ -31,3 +34,12 @@ def test_an_error_that_cannot_be_shown_is_an_exit_code(root, stream):
     words = ("experiments.pretrain", "--batch_size=0", "--workdir=run")
     assert odd_places.run(root, stream, "plain", *words).code == 2
     assert not (root / "run").exists()
+
+
+def test_what_libraries_write_to_a_closed_output_is_in_no_file(root):
+    program = "import experiments, os, sys; f = open(sys.argv[1], 'w'); "
+    program += "[os.write(number, b'x') for number in (1, 2)]"
+    command = [sys.executable, "-c", program, root / "file"]
+    closing = ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh"]
+    subprocess.run([*closing, *command], cwd=scripts.ROOT, check=True)
+    assert (root / "file").read_text() == ""
