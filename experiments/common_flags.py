@@ -307,10 +307,12 @@ def use_compilation_cache() -> None:
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
         try:
-            folder = str(machine.cache_folder() / "xla")
-        except RuntimeError:
-            _note("this user has no home folder: compiled programs are not kept")
+            path = machine.cache_folder() / "xla"
+            path.mkdir(parents=True, exist_ok=True)
+        except (RuntimeError, OSError) as error:  # No home, or none to write to.
+            _note(f"compiled programs are not kept for the next start: {error}")
             return
+        folder = str(path)
     if not folder:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
