@@ -18,7 +18,6 @@ from aps_jax.agents import base
 from aps_jax.options import option
 from aps_jax.types import FRAME_SKIP
 
-
 DEFAULT_AGENT = "aps"
 
 

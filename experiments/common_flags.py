@@ -20,7 +20,7 @@ from absl import app, flags, logging
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import hosts, interrupts
-from aps_jax.runs import folders, machine, progress, tracking
+from aps_jax.runs import console, folders, machine, progress, tracking
 from aps_jax.train import loop, preflight
 from aps_jax.train import seeds as seeds_lib
 
@@ -307,7 +307,13 @@ def use_compilation_cache() -> None:
     if folder == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
-        folder = str(machine.cache_folder() / "xla")
+        try:
+            path = machine.cache_folder() / "xla"
+            path.mkdir(parents=True, exist_ok=True)
+        except (RuntimeError, OSError) as error:  # No home, or none to write to.
+            _note(f"compiled programs are not kept for the next start: {error}")
+            return
+        folder = str(path)
     if not folder:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -381,6 +387,7 @@ def run(
       short: Flags of this module that `--helpshort` shows for the script.
       is_for_several: Whether it can be one of the processes of a run on several hosts.
     """
+    console.protect()
     machine.tune_allocator()
     # Orbax reports every file it touches or cannot; a script's own lines are enough.
     logging.set_verbosity(logging.FATAL)
@@ -390,6 +397,7 @@ def run(
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv: Sequence[str]) -> None:
+        _use_32_bits()
         use_compilation_cache()
         try:
             _connect(pathlib.Path(argv[0]).stem, is_for_several=is_for_several)
@@ -420,6 +428,17 @@ def run(
             sys.exit(code)
 
     app.run(guarded)
+
+
+def _use_32_bits() -> None:
+    """Turns JAX's 64-bit mode off: a run is the same whatever the user's shell says."""
+    if jax.config.jax_enable_x64:
+        jax.config.update("jax_enable_x64", False)
+        _note("JAX_ENABLE_X64 is ignored: runs compute in 32 bits")
+
+
+def _note(text: str) -> None:
+    print(f"note: {text}", file=sys.stderr)
 
 
 def _explain(error: Exception) -> tuple[int, str | None]:

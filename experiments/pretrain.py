@@ -9,6 +9,7 @@ WORKDIR/checkpoints is what `experiments.finetune --init=WORKDIR` starts from; w
 that was interrupted.
 """
 
+import shlex
 from collections.abc import Sequence
 
 from aps_jax.train import stages
@@ -36,8 +37,8 @@ def main(argv: Sequence[str]) -> None:
     for folder, result in zip(runs, results, strict=True):
         print(
             f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
-            f"without reward.\nNext: python -m experiments.finetune --init={folder} "
-            "--workdir=DIR"
+            "without reward.\nNext: python -m experiments.finetune "
+            f"{shlex.quote(f'--init={folder}')} --workdir=DIR"
         )
 
 

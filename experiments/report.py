@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from absl import app, flags
 
 from aps_jax.report import aggregates, report, tables
+from aps_jax.runs import console
 from aps_jax.scores import estimates
 
 _OUT = flags.DEFINE_string(
@@ -70,4 +71,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
+    console.protect()
     app.run(main)

@@ -101,7 +101,7 @@ def learned(num_devices, *, is_pretraining):
         learn = loop.make_finetune_learn(
             AGENT, sample, task=task, reward_scale=np.float32(2.0), mesh=mesh
         )
-    sums = devices.put(metrics.init_sums(loop.names_of(names)), mesh)
+    sums = devices.put(loop.init_sums(loop.names_of(names)), mesh)
     ring = random_replay(mesh)
     drawn = jax.jit(sample.drawn)(ring, devices.put(np.int32(5), mesh))
     start = jax.device_get(state.params)
@@ -146,7 +146,7 @@ def acted(num_devices):
         memory=loop.init_memory(
             AGENT, RING, num_envs=NUM_ENVS, feature_dim=DIM, mesh=mesh
         ),
-        sums=devices.put(metrics.init_sums(["loss_td"]), mesh),
+        sums=devices.put(loop.init_sums(["loss_td"]), mesh),
         mesh=mesh,
     )
     act = loop.make_act(

@@ -159,7 +159,7 @@ def remembered(workdir):
                 agent.init_actor(num_envs),
                 atari.init_episode_stats(num_envs),
                 tasks.init_regression_moments(dim),
-                metrics.init_sums(names),
+                loop.init_sums(names),
             ),
             "replay": ring.init(),
         }

@@ -9,12 +9,10 @@ import itertools
 import math
 import os
 import pathlib
+import socket
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
-
-import jax
-import jax.numpy as jnp
+from typing import Any
 
 from aps_jax.runs import folders
 from aps_jax.types import Metric
@@ -81,78 +79,6 @@ def to_markdown(groups: Mapping[str, Sequence[Metric]]) -> str:
         lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
         lines.append("")
     return "\n".join(lines)
-
-
-class FirstBad(NamedTuple):
-    """The first update whose metrics were not all finite, if there was one."""
-
-    count: jax.Array  # [] int32, updates summed before it; -1 while all are finite.
-    names: dict[str, jax.Array]  # each [] bool, whether that metric was not.
-    replay_index: jax.Array  # [] int32, where the replay would have written next,
-    replay_is_full: jax.Array  # [] bool, and whether all of it was filled.
-
-
-class RunningSums(NamedTuple):
-    """Sums of metrics on the device, read and emptied when a row is written."""
-
-    sums: dict[str, jax.Array]  # each [] float32
-    count: jax.Array  # [] int32, updates summed.
-    bad: FirstBad
-
-
-def init_sums(names: Sequence[str]) -> RunningSums:
-    """Returns sums of nothing."""
-    return RunningSums(
-        sums={name: jnp.zeros((), jnp.float32) for name in names},
-        count=jnp.zeros((), jnp.int32),
-        bad=FirstBad(
-            count=jnp.full((), -1, jnp.int32),
-            names={name: jnp.zeros((), bool) for name in names},
-            replay_index=jnp.zeros((), jnp.int32),
-            replay_is_full=jnp.zeros((), bool),
-        ),
-    )
-
-
-def add_to_sums(
-    running: RunningSums,
-    values: Mapping[str, jax.Array],
-    *,
-    replay_index: jax.Array,
-    replay_is_full: jax.Array,
-) -> RunningSums:
-    """Adds the metrics of one update; `values` must hold exactly the same names.
-
-    Args:
-      running: The sums so far.
-      values: Each `[]` float.
-      replay_index: `[]` int32, place of the replay that the update sampled from;
-        remembered of the first update that is not finite.
-      replay_is_full: `[]` bool, the same.
-    """
-    if set(values) != set(running.sums):
-        raise ValueError(
-            f"Expected metrics {sorted(running.sums)}, got {sorted(values)}."
-        )
-    names = {name: ~jnp.isfinite(values[name]) for name in running.sums}
-    is_any = jnp.any(jnp.stack(list(names.values())))
-    here = FirstBad(running.count, names, replay_index, replay_is_full)
-    is_first = is_any & (running.bad.count < 0)
-    return RunningSums(
-        sums={name: running.sums[name] + values[name] for name in running.sums},
-        count=running.count + 1,
-        bad=jax.tree.map(lambda x, y: jnp.where(is_first, x, y), here, running.bad),
-    )
-
-
-def means(running: RunningSums) -> dict[str, float]:
-    """Returns the mean of each metric on the host; NaN where nothing was summed."""
-    running = jax.device_get(running)
-    count = int(running.count)
-    return {
-        name: float(value) / count if count else math.nan
-        for name, value in running.sums.items()
-    }
 
 
 class MetricsWriter:
@@ -236,7 +162,7 @@ class MetricsWriter:
                 for name, value in row.items()
                 if value is not None and not math.isnan(value)
             }
-            self._wandb_run.log(known, step=_step_of(line))
+            self._wandb_run.log(known)  # Of W&B's own steps none can come twice.
 
     def sync(self) -> None:
         """Brings to disk what is not there yet.
@@ -290,32 +216,46 @@ class MetricsWriter:
 
 
 class _EventFile:
-    """One TensorBoard file, written in the caller's thread: its errors are told."""
+    """One TensorBoard file, written in the caller's thread: its errors are told.
+
+    `tensorboardX.SummaryWriter` writes in a thread of its own, in which a full disk
+    ends the thread and then blocks the caller for good, and a kill loses what `flush`
+    left in its queue (`test_rows_that_could_not_be_written_come_with_the_next`, and the
+    events that `tests/faults/kill_test.py` compares).
+    """
 
     def __init__(self, folder: pathlib.Path, purge_step: int):
         """Creates a file that supersedes events of `purge_step` and later."""
         # Takes a second to import, and only runs write events.
-        from tensorboardX import event_file_writer
+        import tensorboardX
         from tensorboardX.proto import event_pb2, summary_pb2
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
-        # Files of one second would have one name.
-        suffix = f".{os.getpid()}.{next(_FILE_NUMBERS)}"
-        self._writer = event_file_writer.EventsWriter(str(folder / "events"), suffix)
-        self.path = pathlib.Path(self._writer._file_name)
+        # Files of one second, host and process would have one name without the last.
+        names = (
+            int(time.time()),
+            socket.gethostname(),
+            os.getpid(),
+            next(_FILE_NUMBERS),
+        )
+        # Absolute, since tensorboardX takes gs: and s3: before a path for a protocol.
+        self.path = folder.absolute() / "events.out.tfevents.{}.{}.{}.{}".format(*names)
+        self._writer = tensorboardX.RecordWriter(str(self.path))
+        self._write(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(self._event(step=purge_step, session_log=start))
+        self._write(step=purge_step, session_log=start)
+
+    def _write(self, **fields: Any) -> None:
+        event = self._event(wall_time=time.time(), **fields)
+        self._writer.write(event.SerializeToString())
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
-        values = [
+        known = [
             self._summary.Value(tag=name, simple_value=value)
             for name, value in values.items()
             if not math.isnan(value)
         ]
-        summary = self._summary(value=values)
-        self._writer.write_event(
-            self._event(step=step, wall_time=time.time(), summary=summary)
-        )
+        self._write(step=step, summary=self._summary(value=known))
 
     def flush(self) -> None:
         self._writer.flush()

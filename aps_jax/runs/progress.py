@@ -3,85 +3,121 @@
 import math
 import sys
 import time
-from typing import NamedTuple, Self, TextIO
+from typing import Self, TextIO
 
-import rich.console
-import rich.live
-import rich.text
+import rich.progress
+from absl import logging
 
-_TERMINAL_SECONDS = 0.25  # between redrawings of the line on a terminal
+from aps_jax.runs import console
+
+_SAMPLE_SECONDS = 0.25  # between looks at the rate, and at the line on a terminal
 _LOG_SECONDS = 10.0  # between lines where the output is a file or a pipe
 
 
-class _Mark(NamedTuple):
-    done: int
-    seconds: float
-
-
-class Progress:
-    """Shows progress on a terminal in place, elsewhere as a line every ten seconds.
-
-    Used as a context manager around one command; stages call `start` for each phase
-    and `tick` in their loops, which costs a clock reading.
-    """
-
-    def __init__(self, stream: TextIO | None = None):
-        """Writes to `stream`, standard error by default."""
-        self._console = rich.console.Console(file=stream or sys.stderr)
-        self._live: rich.live.Live | None = None
-        self._phase = ""
-        self._unit = ""
-        self._total = 0
-        self._last_return: float | None = None
-        self._started = self._shown = _Mark(0, time.monotonic())
+class Silent:
+    """Shows nothing, and is what functions use that are given nothing to show with."""
 
     def __enter__(self) -> Self:
-        if self._console.is_terminal:
-            self._live = rich.live.Live(console=self._console, auto_refresh=False)
-            self._live.start()
         return self
 
-    def __exit__(self, *exc_info) -> None:
-        if self._live is not None:
-            self._live.stop()
-            self._live = None
+    def __exit__(self, *exc_info: object) -> None:
+        pass
 
     def start(
         self, phase: str, *, total: int, done: int = 0, unit: str = "frames"
     ) -> None:
         """Begins a phase that counts from `done` to `total`."""
-        self._phase, self._total, self._unit = phase, total, unit
-        self._last_return = None
-        self._started = self._shown = _Mark(done, time.monotonic())
 
     def tick(self, done: int, last_return: float | None = None) -> None:
-        """Says how far the phase is; shown when the last line is old enough."""
-        if last_return is not None and not math.isnan(last_return):
-            self._last_return = last_return
-        now = time.monotonic()
-        interval = _TERMINAL_SECONDS if self._live is not None else _LOG_SECONDS
-        is_shown = self._shown.done == done
-        if is_shown or (now - self._shown.seconds < interval and done < self._total):
-            return
-        text = self._line(done, now)
-        self._shown = _Mark(done, now)
-        if self._live is not None:
-            self._live.update(rich.text.Text(text), refresh=True)
-        else:
-            self.say(text)
+        """Says how far the phase is; loops may call it in every step."""
 
     def say(self, text: str) -> None:
         """Prints a line of its own."""
-        self._console.print(rich.text.Text(text), soft_wrap=True)
 
-    def _line(self, done: int, now: float) -> str:
-        seconds = max(now - self._started.seconds, 1e-9)
-        rate = (done - self._started.done) / seconds
+    def warn(self, text: str) -> None:
+        """Prints a warning, or logs it where nothing is shown."""
+        logging.warning("%s", text)
+
+
+SILENT = Silent()
+
+
+class Progress(Silent):
+    """Shows progress in place on a terminal, elsewhere as a line every ten seconds.
+
+    Used as a context manager around one command. Whether the stream is a terminal
+    decides, and no environment variable but `TERM=dumb`.
+    """
+
+    def __init__(self, stream: TextIO | None = None):
+        """Writes to `stream`, standard error by default."""
+        self._stream = console.BestEffort(stream or sys.stderr)
+        self._is_live = self._stream.is_live
+        self._bar = rich.progress.Progress(
+            rich.progress.TextColumn("{task.description}", markup=False),
+            rich.progress.BarColumn(bar_width=20),
+            console=console.make_console(self._stream),
+            auto_refresh=False,
+            disable=not self._is_live,
+            get_time=time.monotonic,
+        )
+        self._phase = self._unit = ""
+        self._first = self._shown = self._total = 0
+        self._started = self._sampled = self._said = 0.0
+        self._last_return = "-"
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bar.stop()
+
+    def start(
+        self, phase: str, *, total: int, done: int = 0, unit: str = "frames"
+    ) -> None:
+        for task in self._bar.tasks:
+            self._bar.remove_task(task.id)
+        self._bar.add_task(phase, total=total, completed=done)
+        self._phase, self._unit, self._last_return = phase, unit, "-"
+        self._first, self._shown, self._total = done, done, total
+        self._started = self._sampled = self._said = time.monotonic()
+
+    def tick(self, done: int, last_return: float | None = None) -> None:
+        if last_return is not None and not math.isnan(last_return):
+            self._last_return = f"{last_return:.1f}"
+        now, is_end = time.monotonic(), done >= self._total
+        is_sample = is_end or now - self._sampled >= _SAMPLE_SECONDS
+        if done == self._shown or not is_sample:
+            return
+        self._sampled = now
+        (task,) = self._bar.tasks
+        self._bar.update(task.id, completed=done)
+        if not (self._is_live or is_end or now - self._said >= _LOG_SECONDS):
+            return
+        self._said, self._shown = now, done
+        # Of the last half a minute; of the whole phase while that has but one sample.
+        rate = task.speed or (done - self._first) / max(now - self._started, 1e-9)
+        line = self._line(done, rate)
+        if self._is_live:
+            self._bar.update(task.id, description=line, refresh=True)
+        else:
+            self.say(line)
+
+    def say(self, text: str) -> None:
+        if self._is_live:
+            self._bar.print(text, markup=False, highlight=False, soft_wrap=True)
+        else:
+            print(text, file=self._stream, flush=True)
+
+    def warn(self, text: str) -> None:
+        self.say(f"warning: {text}")
+
+    def _line(self, done: int, rate: float) -> str:
         left = (self._total - done) / rate if rate > 0 else math.inf
-        last = "-" if self._last_return is None else f"{self._last_return:.1f}"
         return (
-            f"{self._phase}: {done:,} of {self._total:,} {self._unit}, "
-            f"{_rate(rate)} {self._unit}/s, ETA {duration(left)}, last return {last}"
+            f"{self._phase}: {done:,} of {self._total:,} {self._unit}, {_rate(rate)} "
+            f"{self._unit}/s, ETA {duration(left)}, last return {self._last_return}"
         )
 
 

@@ -11,19 +11,36 @@ from typing import Any
 from aps_jax import config as config_lib
 
 _PROJECT = "aps_jax"
+_STEP = "agent_steps"  # the horizontal axis of all other metrics
 
 
 def check_wandb() -> None:
-    """Raises a `ValueError` if Weights & Biases is not installed."""
+    """Checks that rows can go to Weights & Biases, before anything long begins.
+
+    Raises:
+      ValueError: It is not installed, has no key, or does not take the key.
+    """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "--wandb needs the package wandb: pip install 'aps_jax[wandb]'. TensorBoard "
             "events are written without it."
         )
+    import wandb
+
+    try:
+        wandb.login()  # Asks for the key on a terminal; offline it needs none.
+    except wandb.Error as error:
+        raise ValueError(
+            f"--wandb: {_line(error)} Set WANDB_API_KEY, or WANDB_MODE=offline to send "
+            "the rows later."
+        ) from error
 
 
 def start_wandb(config: config_lib.Config, workdir: pathlib.Path) -> Any:
     """Starts or goes on with the W&B run of a stage's folder.
+
+    Its curves are over agent steps. W&B's own step never goes back, so that it would drop
+    the rows that a resumed stage writes again.
 
     Args:
       config: The run's values, which W&B shows beside its curves.
@@ -34,18 +51,28 @@ def start_wandb(config: config_lib.Config, workdir: pathlib.Path) -> Any:
       W&B's run, with `log` and `finish`.
 
     Raises:
-      ValueError: W&B is not installed.
+      ValueError: W&B cannot start the run.
     """
-    check_wandb()
     import wandb
 
     workdir = workdir.resolve()
-    return wandb.init(
-        project=_PROJECT,
-        dir=str(workdir),
-        id=hashlib.sha256(str(workdir).encode()).hexdigest()[:16],
-        name=f"{config.game} {config.agent} seed {config.seed} {workdir.name}",
-        group=str(workdir.parent.name),
-        resume="allow",
-        config=config_lib.to_dict(config),
-    )
+    try:
+        run = wandb.init(
+            project=_PROJECT,
+            dir=str(workdir),
+            id=hashlib.sha256(bytes(workdir)).hexdigest()[:16],
+            name=f"{config.game} {config.agent} seed {config.seed} {workdir.name}",
+            group=str(workdir.parent.name),
+            resume="allow",
+            config=config_lib.to_dict(config),
+        )
+    except wandb.Error as error:
+        raise ValueError(f"--wandb: {_line(error)}") from error
+    run.define_metric(_STEP)
+    run.define_metric("*", step_metric=_STEP)
+    return run
+
+
+def _line(error: Exception) -> str:
+    """Returns an error's message as one sentence."""
+    return " ".join(str(error).split()).rstrip(".") + "."

@@ -84,7 +84,7 @@ def evaluate(
     record_agent_steps: int = VIDEO_AGENT_STEPS,
     only_record: bool = False,
     constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> Evaluation:
     """Plays full games, epsilon-greedily and without learning.
@@ -117,8 +117,7 @@ def evaluate(
     extras: dict[str, np.ndarray] | None = None
     pool = loop.make_pool(config, num_games, loop.Stream.EVALUATE, constructor)
     try:
-        if progress is not None:
-            progress.start("evaluate", total=num_games, unit="games")
+        progress.start("evaluate", total=num_games, unit="games")
         with loop.environment_errors():
             timestep = pool.reset()
         while is_playing.any():
@@ -143,10 +142,9 @@ def evaluate(
             score_returns += np.where(is_playing, score, 0.0)
             lengths += is_playing
             is_playing &= ~(timestep.terminated | timestep.truncated)
-            if progress is not None:
-                finished = returns[~is_playing]
-                mean = float(finished.mean()) if finished.size else None
-                progress.tick(num_games - int(is_playing.sum()), mean)
+            finished = returns[~is_playing]
+            mean = float(finished.mean()) if finished.size else None
+            progress.tick(num_games - int(is_playing.sum()), mean)
     finally:
         pool.close()
     return Evaluation(returns, score_returns, lengths, pictures, extras or {})

@@ -26,7 +26,7 @@ from aps_jax.envs import atari
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer as buffer_lib
 from aps_jax.replay import frames
-from aps_jax.runs import metrics
+from aps_jax.train import sums as sums_lib
 
 
 class Stream(enum.IntEnum):
@@ -220,8 +220,8 @@ Act = Callable[
     [base.AgentState, RolloutState, types.TimeStep], tuple[RolloutState, jax.Array]
 ]
 Learn = Callable[
-    [base.AgentState, metrics.RunningSums, buffer_lib.Buffer],
-    tuple[base.AgentState, metrics.RunningSums],
+    [base.AgentState, sums_lib.RunningSums, buffer_lib.Buffer],
+    tuple[base.AgentState, sums_lib.RunningSums],
 ]
 
 # What of a rollout is sharded with the environments.
@@ -417,6 +417,17 @@ def make_draw(
     return draw
 
 
+def _place(replay: buffer_lib.Buffer) -> dict[str, jax.Array]:
+    """Returns what a batch was drawn from, beside the number of its update."""
+    return {"current_index": replay.current_index, "is_full": replay.is_full}
+
+
+def init_sums(names: Sequence[str]) -> sums_lib.RunningSums:
+    """Returns sums of no update, for metrics of these names."""
+    place = {"current_index": np.int32(0), "is_full": np.bool_(False)}
+    return sums_lib.init_sums(names, place)
+
+
 def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
     """Makes the update: draw, learn, sum the metrics; jit it by `jit_learn`.
 
@@ -430,18 +441,14 @@ def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
     """
 
     def learn(
-        state: base.AgentState, sums: metrics.RunningSums, replay: buffer_lib.Buffer
-    ) -> tuple[base.AgentState, metrics.RunningSums]:
-        batch = draw(state, replay, state.num_updates)
+        state: base.AgentState, sums: sums_lib.RunningSums, replay: buffer_lib.Buffer
+    ) -> tuple[base.AgentState, sums_lib.RunningSums]:
+        number = state.num_updates
+        batch = draw(state, replay, number)
         # Another stream than the draw's, whose keys are folded once.
-        update_key = jax.random.fold_in(jax.random.fold_in(key, state.num_updates), 1)
+        update_key = jax.random.fold_in(jax.random.fold_in(key, number), 1)
         state, values = learner.update(state, batch, update_key)
-        sums = metrics.add_to_sums(
-            sums,
-            values,
-            replay_index=replay.current_index,
-            replay_is_full=replay.is_full,
-        )
+        sums = sums_lib.add_to_sums(sums, values, update=number, extras=_place(replay))
         return state, sums
 
     return learn
@@ -528,7 +535,7 @@ class Session:
     pool: Pool
     state: base.AgentState
     rollout: RolloutState
-    sums: metrics.RunningSums
+    sums: sums_lib.RunningSums
     act: Act
     learn: Learn | None = None  # None while nothing is learned
     schedule: Schedule | None = None
@@ -640,7 +647,7 @@ class Session:
                 self.check_finite()
             self._flag = None
         if self._flag is None:
-            self._flag = _copy_of(self.sums.bad.count)
+            self._flag = _copy_of(self.sums.bad.update)
 
     def check_finite(self) -> None:
         """Checks that all updates since the last row were finite; waits for them.
@@ -650,10 +657,9 @@ class Session:
             parameters that are not now, and its batch.
         """
         bad = jax.device_get(self.sums.bad)
-        if bad.count < 0:
+        update = int(bad.update)
+        if update < 0:
             return
-        made = int(jax.device_get(self.state.num_updates))
-        update = made - int(jax.device_get(self.sums.count)) + int(bad.count)
         names = [name for name, is_bad in bad.names.items() if is_bad]
         params = [
             jax.tree_util.keystr(path, simple=True, separator="/")
@@ -670,15 +676,12 @@ class Session:
             message += f" Parameters that are not finite by now: {few}{rest}."
         raise NonFinite(message, self._batch_of(update, bad))
 
-    def _batch_of(self, update: int, bad: metrics.FirstBad) -> dict[str, np.ndarray]:
+    def _batch_of(self, update: int, bad: sums_lib.FirstBad) -> dict[str, np.ndarray]:
         """Draws the batch of an update again, as arrays by name."""
         if self.draw is None:
             return {}
         # The replay as it stood then; the newest rows may be of later steps.
-        then = self.rollout.replay._replace(
-            current_index=devices.put(bad.replay_index, self.mesh),
-            is_full=devices.put(bad.replay_is_full, self.mesh),
-        )
+        then = self.rollout.replay._replace(**devices.put(bad.extras, self.mesh))
         number = devices.put(np.int32(update), self.mesh)
         drawn = devices.get(jax.jit(self.draw)(self.state, then, number), self.mesh)
         return {
@@ -694,8 +697,8 @@ class Session:
         """
         self.check_finite()
         episodes = devices.get(self.rollout.episodes, self.mesh)
-        values = metrics.means(self.sums)
-        self.sums = devices.put(metrics.init_sums(list(values)), self.mesh)
+        values = sums_lib.means(self.sums)
+        self.sums = devices.put(init_sums(list(values)), self.mesh)
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
@@ -820,7 +823,7 @@ def start(
             replay_size=plan.replay_size,
             mesh=mesh,
         ),
-        sums=devices.put(metrics.init_sums(names_of(learner.metrics)), mesh),
+        sums=devices.put(init_sums(names_of(learner.metrics)), mesh),
         act=jit_act(make_act(policy, stream_key(config.seed, plan.act_stream)), mesh),
         learn=jit_learn(make_learn(learner, draw, learn_key), mesh),
         schedule=plan.schedule(),

@@ -254,7 +254,7 @@ class Recorder:
         values: config_lib.ReportConfig,
         *,
         is_last: bool,
-        progress: progress_lib.Progress | None,
+        progress: progress_lib.Silent,
     ) -> None:
         """Writes a row and a checkpoint where they are due, and shows progress.
 
@@ -262,9 +262,8 @@ class Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         self.write_due(values, is_last=is_last)
-        if progress is not None:
-            frames = self._session.agent_steps * FRAME_SKIP
-            progress.tick(frames, self.last_row.get("episode_return"))
+        frames = self._session.agent_steps * FRAME_SKIP
+        progress.tick(frames, self.last_row.get("episode_return"))
         if self._stop is not None and not is_last:
             self._check_stop(self._stop)
 
@@ -557,7 +556,7 @@ class SeedsRecorder:
         values: config_lib.ReportConfig,
         *,
         is_last: bool,
-        progress: progress_lib.Progress | None,
+        progress: progress_lib.Silent,
     ) -> None:
         """Writes rows and checkpoints where they are due, and shows progress.
 
@@ -575,16 +574,15 @@ class SeedsRecorder:
                 bad = bad or error
         if bad is not None:
             raise bad
-        if progress is not None:
-            known = [
-                value
-                for recorder in self._recorders
-                if (value := recorder.last_row.get("episode_return")) is not None
-            ]
-            progress.tick(
-                self._session.agent_steps * FRAME_SKIP * self.num_seeds,
-                float(np.mean(known)) if known else None,
-            )
+        known = [
+            value
+            for recorder in self._recorders
+            if (value := recorder.last_row.get("episode_return")) is not None
+        ]
+        progress.tick(
+            self._session.agent_steps * FRAME_SKIP * self.num_seeds,
+            float(np.mean(known)) if known else None,
+        )
         if self._stop is not None and not is_last:
             self._stop.check()
 

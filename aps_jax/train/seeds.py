@@ -19,8 +19,8 @@ from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
 from aps_jax.parallel import devices, hosts
-from aps_jax.runs import metrics
 from aps_jax.train import loop
+from aps_jax.train import sums as sums_lib
 
 
 def check_configs(configs: Sequence[config_lib.Config]) -> None:
@@ -263,11 +263,11 @@ class SeedSession(loop.Session):
         self._everyone.state = _put(self._everyone.state, value, self._index)
 
     @property
-    def sums(self) -> metrics.RunningSums:
+    def sums(self) -> sums_lib.RunningSums:
         return _take(self._everyone.sums, self._index)
 
     @sums.setter
-    def sums(self, value: metrics.RunningSums) -> None:
+    def sums(self, value: sums_lib.RunningSums) -> None:
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
     @property
@@ -389,7 +389,7 @@ def start_pretraining(
     rollout = loop.init_rollout(
         policy, states[0], num_envs=plan.num_envs, replay_size=plan.replay_size
     )
-    sums = devices.put(metrics.init_sums(loop.names_of(learner.metrics)))
+    sums = devices.put(loop.init_sums(loop.names_of(learner.metrics)))
     session = SeedsSession(
         pool=SeedsPool(pool, len(seeds)),
         state=_stack(states),

@@ -12,7 +12,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from absl import logging
 
 from aps_jax import config as config_lib
 from aps_jax.agents import base
@@ -43,7 +42,7 @@ def pretrain(
     workdir: pathlib.Path,
     *,
     constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
     """Pretrains an agent on a game whose reward it never sees.
@@ -119,7 +118,7 @@ def pretrain_seeds(
     configs: Mapping[pathlib.Path, config_lib.Config],
     *,
     constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[dict[str, Any]]:
     """Pretrains several seeds at once, on one device and with one pool (`seeds`).
@@ -207,13 +206,13 @@ def _check_has_pretraining(config: config_lib.Config) -> None:
 
 def _check_machine(
     config: config_lib.Config,
-    progress: progress_lib.Progress | None,
+    progress: progress_lib.Silent,
     **of_stage: Any,
 ) -> tuple[devices.Mesh, Callable[[str], None]]:
     """Checks devices, memory and cores; returns the mesh and where warnings go."""
     mesh = devices.make_mesh(config.num_devices)
     machine.check_memory(config, **of_stage)
-    warn = _warning(progress)
+    warn = progress.warn
     machine.check_cores(config, warn)
     return mesh, warn
 
@@ -223,16 +222,15 @@ def _explore(
     session: loop.Session,
     recorder: recorders.Recorder | recorders.SeedsRecorder,
     embed: Callable[..., dict[str, jax.Array]],
-    progress: progress_lib.Progress | None,
+    progress: progress_lib.Silent,
 ) -> None:
     """Pretrains from where the session stands to the end, one seed or many."""
     num_envs, schedule = session.num_envs, session.schedule
     assert schedule is not None
     total = -(-config.pretrain.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
-    if progress is not None:
-        frames = num_envs * FRAME_SKIP * recorder.num_seeds
-        progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
+    frames = num_envs * FRAME_SKIP * recorder.num_seeds
+    progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
         session.step()
         is_last = session.iteration == total
@@ -267,7 +265,7 @@ def finetune(
     init: pathlib.Path | None,
     *,
     constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
     """Shows the reward: the agent adapts at once, then learns from it.
@@ -348,8 +346,7 @@ def finetune(
                 session.state, adapted = adapt(config, agent, session, rollouts)
                 recorder.facts["adapted"] = adapted
             adapted = recorder.facts["adapted"]
-            if progress is not None:
-                progress.say(adapted["summary"])
+            progress.say(adapted["summary"])
             played, evaluations = _learn(
                 config,
                 agent,
@@ -415,7 +412,7 @@ def roll_out(
     session: loop.Session,
     *,
     recorder: recorders.Recorder | None = None,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     check: Callable[[], None] | None = None,
 ) -> base.Rollouts:
     """Plays as in pretraining until the budget or the games are used up.
@@ -433,8 +430,7 @@ def roll_out(
     policy = loop.pretrain_plan(config, agent).phase.policy
     total = -(-values.infer_agent_steps // session.num_envs)
     frames = session.num_envs * FRAME_SKIP
-    if progress is not None:
-        progress.start("infer", total=total * frames, done=session.iteration * frames)
+    progress.start("infer", total=total * frames, done=session.iteration * frames)
     facts: dict[str, Any] = {} if recorder is None else recorder.facts
     num_games = facts.get("infer_games", 0)
     act, learn = session.act, session.learn
@@ -445,12 +441,14 @@ def roll_out(
         facts["infer_games"] = num_games
         if recorder is not None:
             recorder.record(config.report, is_last=False, progress=progress)
-        elif progress is not None:
+        else:
             progress.tick(session.iteration * frames)
-        if check is not None:
-            check()
-    session.act, session.learn = act, learn
-    return loop.play_rollouts(session)
+    if check is not None:
+        check()
+
+
+session.act, session.learn = act, learn
+return loop.play_rollouts(session)
 
 
 def adapt(
@@ -478,7 +476,7 @@ def _learn(
     plan: loop.Plan,
     *,
     constructor: loop.MakePool,
-    progress: progress_lib.Progress | None,
+    progress: progress_lib.Silent,
     stop: interrupts.StopRequests | None,
 ) -> tuple[evaluation.Evaluation, list[dict[str, Any]]]:
     """Learns from reward and evaluates on the way.
@@ -524,12 +522,11 @@ def _learn(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
         )
         recorder.write({**session.row(), **summary})
-        if progress is not None:
-            progress.start(
-                FINETUNE,
-                total=total * num_envs * FRAME_SKIP,
-                done=session.agent_steps * FRAME_SKIP,
-            )
+        progress.start(
+            FINETUNE,
+            total=total * num_envs * FRAME_SKIP,
+            done=session.agent_steps * FRAME_SKIP,
+        )
 
     evaluate_if_due()
     while session.iteration < total:
@@ -563,13 +560,6 @@ def _evaluation_points(
 
 def _warn_of_seed(warn: Callable[[str], None], seed: int, text: str) -> None:
     warn(f"seed {seed}: {text}")
-
-
-def _warning(progress: progress_lib.Progress | None) -> Callable[[str], None]:
-    """Returns where warnings go: to those who watch, else to the log."""
-    if progress is None:
-        return logging.warning
-    return lambda text: progress.say(f"warning: {text}")
 
 
 def load_pretrained(workdir: pathlib.Path) -> Trained:

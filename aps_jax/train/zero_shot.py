@@ -55,7 +55,7 @@ def evaluate_rewards(
     names: Sequence[str],
     *,
     constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Progress | None = None,
+    progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[RewardResult]:
     """Adapts to reward functions and plays, with one agent and no gradient step.

@@ -160,7 +160,9 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
 
 
 def test_results_of_another_task_are_not_shown_as_scores(capsys):
-    config = config_lib.replace_options(config_lib.preset_config("cpu"), task="survival")
+    config = config_lib.replace_options(
+        config_lib.preset_config("cpu"), task="survival"
+    )
     result = {
         **fake_runs.result([100.0, 200.0]),
         "score_returns": [-20.0, -21.0],

@@ -1,4 +1,4 @@
-"""Tests of what a run writes: metrics, folders, checkpoints, pictures, progress."""
+"""Tests of what a run writes: folders, checkpoints, pictures, resources."""
 
 import collections
 import errno
@@ -22,119 +22,9 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from aps_jax.report import run_pictures
-from aps_jax.runs import checkpoints, folders, machine, metrics, progress
+from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.train import preflight
 from aps_jax import config as config_lib
-
-COLUMNS = ("agent_steps", "frames", "loss_td")
-
-
-def write_rows(folder, steps, **options):
-    writer = metrics.MetricsWriter(folder, COLUMNS, **options)
-    for step in steps:
-        writer.write({"agent_steps": step, "frames": 4 * step, "loss_td": step / 7})
-    writer.close()
-
-
-# Metrics.
-
-
-def test_a_resumed_metrics_file_equals_an_uninterrupted_one(tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "parts").mkdir()
-    write_rows(tmp_path / "whole", [10, 20, 30, 40])
-    write_rows(tmp_path / "parts", [10, 20, 30])
-    with (tmp_path / "parts" / "metrics.csv").open("a") as file:
-        file.write("40,16")  # A crash in the middle of a row.
-    write_rows(tmp_path / "parts", [30, 40], kept_rows=2)
-    assert (tmp_path / "parts" / "metrics.csv").read_bytes() == (
-        tmp_path / "whole" / "metrics.csv"
-    ).read_bytes()
-
-
-def test_rows_are_on_disk_as_soon_as_written_and_lack_nothing(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, COLUMNS, tensorboard=False)
-    writer.write({"agent_steps": 5})
-    columns = metrics.read_metrics(tmp_path / "metrics.csv")
-    assert columns["agent_steps"] == [5.0]
-    assert math.isnan(columns["loss_td"][0])
-    with pytest.raises(ValueError, match="No such columns: .*'speed'"):
-        writer.write({"agent_steps": 6, "speed": 1.0})
-
-
-def test_rows_that_could_not_be_written_come_with_the_next(tmp_path):
-    folder, whole = tmp_path / "run", tmp_path / "whole"
-    for place in (folder, whole):
-        place.mkdir()
-    write_rows(whole, [10, 20, 30, 40, 50])
-    writer = metrics.MetricsWriter(folder, COLUMNS)
-    row = {
-        step: {"agent_steps": step, "frames": 4 * step, "loss_td": step / 7}
-        for step in range(10, 60, 10)
-    }
-    writer.write(row[10])
-    with (folder / "metrics.csv").open("a") as file:
-        file.write("20,8")  # A write that a full disk cut short.
-    os.symlink("/dev/full", folder / "metrics.csv.tmp")
-    for step in (20, 30):
-        with pytest.raises(OSError, match="No space left on device"):
-            writer.write(row[step])
-    (folder / "metrics.csv.tmp").unlink()
-    writer.write(row[40])
-    shutil.rmtree(folder)
-    with pytest.raises(FileNotFoundError):
-        writer.write(row[50])
-    folder.mkdir()
-    writer.sync()
-    writer.close()
-    assert (folder / "metrics.csv").read_bytes() == (whole / "metrics.csv").read_bytes()
-    assert harness.read_events(folder) == harness.read_events(whole)
-
-
-def test_events_of_a_resumed_run_are_those_of_a_whole_one(tmp_path):
-    (tmp_path / "whole").mkdir()
-    (tmp_path / "parts").mkdir()
-    write_rows(tmp_path / "whole", [10, 20, 20, 30, 40])
-    write_rows(tmp_path / "parts", [10, 20, 20, 30])
-    # The second row of step 20 came after the checkpoint.
-    write_rows(tmp_path / "parts", [20, 30, 40], kept_rows=2)
-    shown = harness.read_events(tmp_path / "parts")
-    assert shown == harness.read_events(tmp_path / "whole")
-    assert [step for step, _ in shown["frames"]] == [10, 20, 20, 30, 40]
-
-
-def test_a_file_of_other_columns_is_refused(tmp_path):
-    write_rows(tmp_path, [10])
-    with pytest.raises(ValueError, match="has columns"):
-        metrics.MetricsWriter(tmp_path, ("agent_steps",), kept_rows=1)
-
-
-def test_events_are_written_for_tensorboard(tmp_path):
-    write_rows(tmp_path, [10, 20])
-    (events,) = tmp_path.glob("events.out.tfevents*")
-    assert b"loss_td" in events.read_bytes()
-
-
-PLACE = {"replay_index": jnp.int32(0), "replay_is_full": jnp.bool_(False)}
-
-
-def test_sums_average_and_reject_other_names():
-    running = metrics.init_sums(["a", "b"])
-    assert all(math.isnan(value) for value in metrics.means(running).values())
-    for a, b in ((1.0, 0.0), (2.0, 4.0)):
-        running = jax.jit(metrics.add_to_sums)(
-            running, {"a": jnp.float32(a), "b": jnp.float32(b)}, **PLACE
-        )
-    assert metrics.means(running) == {"a": 1.5, "b": 2.0}
-    with pytest.raises(ValueError, match="Expected metrics"):
-        metrics.add_to_sums(running, {"a": jnp.float32(1)}, **PLACE)
-
-
-def test_every_metric_is_declared_once():
-    names = [metric.name for metric in metrics.ALL]
-    assert len(set(names)) == len(names)
-    assert set(metrics.PRETRAIN_COLUMNS) | set(metrics.FINETUNE_COLUMNS) == set(names)
-
 
 # Folders.
 
@@ -463,7 +353,7 @@ def test_tree_differences_count_what_they_do_not_tell():
     assert missing == "a is absent on disk and float64[2] here"
 
 
-# Pictures and progress.
+# Pictures.
 
 
 def test_a_gif_shows_each_picture_in_its_colours(tmp_path):
@@ -498,29 +388,6 @@ def test_curves_are_drawn_from_metrics_files(tmp_path):
     with Image.open(tmp_path / "curves.png") as picture:
         image = np.array(picture.convert("L"))
     assert image.shape[0] > 400 and np.std(image) > 5
-
-
-def test_progress_says_phase_frames_rate_eta_and_return(monkeypatch):
-    clock = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    stream = io.StringIO()
-    shown = progress.Progress(stream)
-    shown.start("pretrain", total=1000)
-    clock[0] += 5.0
-    shown.tick(100)  # Too early for a line in a file.
-    clock[0] += 15.0
-    shown.tick(400, last_return=-20.5)
-    assert stream.getvalue().split("\n")[0] == (
-        "pretrain: 400 of 1,000 frames, 20 frames/s, ETA 30s, last return -20.5"
-    )
-
-
-@pytest.mark.parametrize(
-    "seconds, text",
-    [(0, "0s"), (59.6, "1m00s"), (3725, "1h02m"), (math.inf, "unknown")],
-)
-def test_durations_are_written_for_people(seconds, text):
-    assert progress.duration(seconds) == text
 
 
 # Resources.

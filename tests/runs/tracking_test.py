@@ -20,17 +20,28 @@ from experiments import common_flags
 class FakeWandb(types.ModuleType):
     """Remembers what it is told, as the package `wandb` would."""
 
+    class Error(Exception):
+        """What all of W&B's errors are."""
+
     def __init__(self):
         super().__init__("wandb")
         self.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-        self.started, self.rows, self.num_finished = [], [], 0
+        self.started, self.rows, self.axes, self.num_finished = [], [], {}, 0
+        self.has_key = True
+
+    def login(self):
+        if not self.has_key:
+            raise self.Error("No API key configured.\nUse `wandb login` to log in.")
 
     def init(self, **values):
         self.started.append(values)
         return self
 
-    def log(self, values, *, step):
-        self.rows.append((step, values))
+    def define_metric(self, name, step_metric=None):
+        self.axes[name] = step_metric
+
+    def log(self, values):
+        self.rows.append(values)
 
     def finish(self):
         self.num_finished += 1
@@ -66,10 +77,12 @@ def test_rows_go_to_wandb_under_the_same_names(fake, tmp_path):
     assert started["name"] == "Chain aps seed 0 p"
     assert started["config"] == config_lib.to_dict(config)
     written = metrics.read_metrics(tmp_path / "p" / "metrics.csv")
-    assert [step for step, _ in fake.rows] == written["agent_steps"] == [40, 80, 120]
+    steps = [row["agent_steps"] for row in fake.rows]
+    assert steps == written["agent_steps"] == [40, 80, 120]
+    assert fake.axes == {"agent_steps": None, "*": "agent_steps"}
     # What is not known yet is left out, everything else is what the file says.
-    assert "loss_td" not in fake.rows[0][1]
-    assert fake.rows[-1][1]["loss_td"] == written["loss_td"][-1]
+    assert "loss_td" not in fake.rows[0]
+    assert fake.rows[-1]["loss_td"] == written["loss_td"][-1]
     assert fake.num_finished == 1
 
 
@@ -96,8 +109,17 @@ def test_where_it_is_absent_one_line_says_so_before_anything_else(monkeypatch):
             common_flags.config_from_flags()
 
 
+def test_without_a_key_one_line_says_so_before_anything_else(fake):
+    fake.has_key = False
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test", "--wandb", "--preset=smoke"])
+        with pytest.raises(ValueError, match="WANDB_API_KEY") as caught:
+            common_flags.config_from_flags()
+    assert "No API key configured." in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert fake.started == []
+
+
 def test_no_import_of_it_without_need():
-    program = (
-        "import sys\nfrom aps_jax import stages\nassert 'wandb' not in sys.modules"
-    )
+    program = "import sys\nfrom aps_jax.train import stages\nassert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

@@ -11,7 +11,6 @@ import pytest
 from aps_jax import config as config_lib
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
-from aps_jax.runs import metrics
 from aps_jax.train import loop
 
 NUM_ENVS = 3
@@ -60,7 +59,7 @@ def make_session(config, *, learns=True):
         rollout=loop.init_rollout(
             plan.phase.policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * 40
         ),
-        sums=devices.put(metrics.init_sums(loop.names_of(plan.phase.learner.metrics))),
+        sums=devices.put(loop.init_sums(loop.names_of(plan.phase.learner.metrics))),
         act=act,
         learn=learn if learns else None,
         schedule=SCHEDULE,
@@ -184,7 +183,7 @@ def test_a_reward_free_phase_is_traced_without_reward():
     )
     learn = loop.make_learn(learner, draw, jax.random.key(0))
     with pytest.raises(TypeError, match="NoneType"):
-        jax.eval_shape(learn, state, metrics.init_sums(["loss"]), rollout.replay)
+        jax.eval_shape(learn, state, loop.init_sums(["loss"]), rollout.replay)
 
 
 def test_a_row_averages_the_updates_since_the_one_before():
@@ -343,7 +342,7 @@ def learn_shapes(config):
     agent, plan, _, learn, _ = make_parts(config)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     names = loop.names_of(plan.phase.learner.metrics)
-    sums = jax.eval_shape(lambda: metrics.init_sums(names))
+    sums = jax.eval_shape(lambda: loop.init_sums(names))
     extras = loop.replayed_extras(plan.phase.policy, state)
     replay = jax.eval_shape(
         functools.partial(buffer.init, num_envs=NUM_ENVS, size=NUM_ENVS * 40), extras
@@ -375,7 +374,7 @@ def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
     monkeypatch.setattr(buffer, "CHUNK_SIZE", 3)  # Of 8 particles: 3, 3 and 2.
     learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, jax.random.key(7)))
     chunked = learn(session.state, session.sums, session.rollout.replay)
-    assert float(whole[1].sums["knn_distance"]) > 0.0
+    assert float(whole[1].totals["knn_distance"]) > 0.0
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),
         jax.device_get(whole),

@@ -283,10 +283,9 @@ def test_an_update_that_is_not_finite_names_its_seed():
     # As the first update of a row leaves it.
     sums, names = second.sums, second.sums.bad.names
     bad = sums.bad._replace(
-        count=np.int32(0), names={name: np.bool_(name == "loss_td") for name in names}
+        update=np.int32(6), names={name: np.bool_(name == "loss_td") for name in names}
     )
-    second.sums = sums._replace(count=np.int32(1), bad=bad)
-    second.state = second.state._replace(num_updates=np.int32(7))
+    second.sums = sums._replace(num_updates=np.int32(1), bad=bad)
     words = "Seed 5: Not finite in update 6, noticed at agent step 0: loss_td."
     with pytest.raises(loop.NonFinite, match=words) as caught:
         session.check_finite()
