@@ -21,8 +21,8 @@ import jax
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari, reward_functions
 from aps_jax.agents import base
+from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders

@@ -21,9 +21,8 @@ from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, hosts
 from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import report, run_pictures, tables
-from aps_jax.runs import folders, metrics
+from aps_jax.runs import folders, metrics, snapshots
 from aps_jax.runs.progress import Progress
-from aps_jax.runs import snapshots
 from aps_jax.train import evaluation, stages
 from experiments import common_flags, summary
 

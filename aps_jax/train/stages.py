@@ -443,12 +443,10 @@ def roll_out(
             recorder.record(config.report, is_last=False, progress=progress)
         else:
             progress.tick(session.iteration * frames)
-    if check is not None:
-        check()
-
-
-session.act, session.learn = act, learn
-return loop.play_rollouts(session)
+        if check is not None:
+            check()
+    session.act, session.learn = act, learn
+    return loop.play_rollouts(session)
 
 
 def adapt(

@@ -80,16 +80,18 @@ def test_updates_keep_the_state_and_return_what_is_declared(name):
     for phase, reward_free in phases(name):
         learner = phase.learner
         replay = filled_replay(phase.policy, state)
-        start = state if reward_free else make_agent(name).start_finetune(state)
-        key = jax.random.key(3)
-        draw = loop.make_draw(learner, key, reward_free=reward_free)
+        start = state
+        if not reward_free:
+            agent = make_agent(name)
+            start, _ = agent.adapt(jax.random.key(2), agent.start_finetune(state), None)
+        draw = loop.make_draw(learner, jax.random.key(3), reward_free=reward_free)
         traces = []
 
         @jax.jit
         def update(state, replay, draw=draw, learner=learner, traces=traces):
             traces.append(1)
             batch = draw(state, replay, state.num_updates)
-            return learner.update(state, batch, key)
+            return learner.update(state, batch, jax.random.key(4))
 
         after, metrics = update(start, replay)
         again, _ = update(start, replay)
@@ -126,7 +128,9 @@ def test_all_policies_share_a_memory_and_what_is_replayed(name):
 
 @pytest.mark.parametrize("name", AGENTS)
 def test_random_actions_come_with_epsilon_one_alone(name):
-    agent, state = make_agent(name), initial_state(name)
+    agent = make_agent(name)
+    start = agent.start_finetune(initial_state(name))
+    state, _ = agent.adapt(jax.random.key(2), start, None)
     actions = {}
     for epsilon in (0.0, 1.0):
         policy = agent.play(epsilon)
