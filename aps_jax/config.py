@@ -33,9 +33,20 @@ def _option(
     low: float | None = None,
     high: float | None = None,
     choices: tuple[str, ...] | None = None,
+    compared: bool = True,
 ) -> Any:
-    """Declares a config field: its default, its help and its inclusive bounds."""
-    metadata = {"help": help_text, "low": low, "high": high, "choices": choices}
+    """Declares a config field: its default, its help and its inclusive bounds.
+
+    An option is not `compared` if it cannot change what a run learns or scores, or if
+    `result.json` tells it: runs that differ in it alone are runs of one method.
+    """
+    metadata = {
+        "help": help_text,
+        "low": low,
+        "high": high,
+        "choices": choices,
+        "compared": compared,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -69,18 +80,30 @@ class EnvironmentConfig:
         "Random no-op agent steps at the start of a game, at most.",
         low=1,
         high=1000,
+        compared=False,
     )
     sticky: float = _option(
-        0.0, "Probability that the emulator repeats the last action.", low=0.0, high=1.0
+        0.0,
+        "Probability that the emulator repeats the last action.",
+        low=0.0,
+        high=1.0,
+        compared=False,
     )
     max_frames: int = _option(
-        108_000, "Emulator frames after which a game is cut.", low=FRAME_SKIP
+        108_000,
+        "Emulator frames after which a game is cut.",
+        low=FRAME_SKIP,
+        compared=False,
     )
     fire_reset: bool = _option(
         False, "Whether FIRE is pressed once at the start of each game."
     )
     env_threads: int = _option(
-        0, "Threads that step the emulators; 0 takes all cores.", low=0, high=1024
+        0,
+        "Threads that step the emulators; 0 takes all cores.",
+        low=0,
+        high=1024,
+        compared=False,
     )
 
     def __post_init__(self) -> None:
@@ -239,7 +262,10 @@ class PretrainConfig:
     """The reward-free stage."""
 
     pretrain_frames: int = _option(
-        200_000_000, "Emulator frames played without reward.", low=FRAME_SKIP
+        200_000_000,
+        "Emulator frames played without reward.",
+        low=FRAME_SKIP,
+        compared=False,
     )
     num_envs: int = _option(
         64, "Environments that pretraining steps together.", low=1, high=65536
@@ -282,7 +308,10 @@ class FinetuneConfig:
         "module:function of two time steps.",
     )
     finetune_agent_steps: int = _option(
-        100_000, "Agent steps with reward in all, inference included.", low=1
+        100_000,
+        "Agent steps with reward in all, inference included.",
+        low=1,
+        compared=False,
     )
     infer_agent_steps: int = _option(
         40_000,
@@ -337,10 +366,18 @@ class EvaluationConfig:
     """The protocol of every score: full games, unclipped, apart from training."""
 
     eval_episodes: int = _option(
-        100, "Full games of one evaluation, one environment each.", low=1, high=4096
+        100,
+        "Full games of one evaluation, one environment each.",
+        low=1,
+        high=4096,
+        compared=False,
     )
     eval_epsilon: float = _option(
-        0.001, "Probability of a random action in evaluation.", low=0.0, high=1.0
+        0.001,
+        "Probability of a random action in evaluation.",
+        low=0.0,
+        high=1.0,
+        compared=False,
     )
     evaluations: int = _option(
         2,
@@ -348,11 +385,13 @@ class EvaluationConfig:
         "spaced from inference (zero-shot) on.",
         low=1,
         high=1000,
+        compared=False,
     )
     eval_agent_steps: str = _option(
         "",
         "Agent steps of fine-tuning after which to evaluate, separated by commas, "
         "besides zero-shot and the end; empty spaces `evaluations` evenly.",
+        compared=False,
     )
 
     def __post_init__(self) -> None:
@@ -377,13 +416,15 @@ class ReportConfig:
     """How often a stage says how it goes, and how often it saves."""
 
     report_agent_steps: int = _option(
-        50_000, "Agent steps between two rows of metrics.", low=1
+        50_000, "Agent steps between two rows of metrics.", low=1, compared=False
     )
     checkpoint_agent_steps: int = _option(
-        2_500_000, "Agent steps between two checkpoints.", low=1
+        2_500_000, "Agent steps between two checkpoints.", low=1, compared=False
     )
     wandb: bool = _option(
-        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
+        False,
+        "Whether metrics go to Weights & Biases too, besides TensorBoard.",
+        compared=False,
     )
     checkpoint_replay: bool = _option(
         True,
@@ -411,13 +452,20 @@ class ReportConfig:
 class Config:
     """One run: which game, which agent, which values."""
 
-    game: str = _option("Pong", "Atari game in EnvPool's spelling, such as Pong.")
-    seed: int = _option(0, "Root of every random stream of the run.", low=0)
-    preset: str = _option("paper", "Preset on which the values are based.")
+    game: str = _option(
+        "Pong", "Atari game in EnvPool's spelling, such as Pong.", compared=False
+    )
+    seed: int = _option(
+        0, "Root of every random stream of the run.", low=0, compared=False
+    )
+    preset: str = _option(
+        "paper", "Preset on which the values are based.", compared=False
+    )
     agent: str = _option(
         "aps",
         "Weights of the intrinsic reward: aps (1, 1), visr (1, 0) or apt (0, 1).",
         choices=tuple(AGENTS),
+        compared=False,
     )
     num_devices: int = _option(
         1,
