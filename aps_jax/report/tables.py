@@ -259,7 +259,7 @@ def _protocol_notes(built: aggregates.Report) -> tuple[str, ...]:
     """Returns a line for each evaluation protocol: most often a single one."""
     having: dict[str, list[str]] = {}
     for method in built.methods:
-        words = protocol.text(aggregates.protocol_of(method.settings))
+        words = protocol.text(method.protocol)
         having.setdefault(words, []).append(method.label)
     if len(having) == 1:
         return (f"Evaluation: {next(iter(having))}.",)
@@ -515,7 +515,7 @@ def _csv_value(value: Any) -> Any:
 
 def _plain(value: Any) -> Any:
     """Converts nested tuples, mappings and arrays to what JSON can hold."""
-    if isinstance(value, finished_runs.Run):
+    if isinstance(value, finished_runs.FinishedRun):
         return {
             "path": str(value.path),
             "seed": value.seed,

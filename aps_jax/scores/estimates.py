@@ -1,15 +1,13 @@
 """Aggregate scores over games and seeds, with stratified bootstrap intervals.
 
 The estimators of rliable, Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, in
-NumPy. A group of scores is a sequence of arrays, one for each game, whose last axis
-holds the runs (seeds) of that game; games may have different numbers of runs. Leading
-axes, where there are any, are bootstrap resamples, so that one function gives both the
-estimate and its resampled twins.
+NumPy. Letters: `G` games, `R` runs (seeds) of one game, `S` resamples, `T` thresholds.
 
-Letters: `G` games, `R` runs of one game, `S` resamples, `T` thresholds.
+`scores` are always `G` arrays `[..., R]`; `R` may differ between games. Leading axes are
+bootstrap resamples, so that one function gives the estimate and its resampled values:
+`[...]`, in the unit of the scores unless the function says otherwise.
 """
 
-import importlib.metadata
 import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -22,43 +20,22 @@ Scores = Sequence[np.ndarray]
 class Estimate(NamedTuple):
     """A point estimate and the ends of its interval, in the unit of the statistic.
 
-    The ends are NaN where the data hold no information about the spread between runs.
+    All are float64, `[]` (NumPy scalars) or `[T]`. The ends are NaN where the data hold
+    no information about the spread between runs.
     """
 
-    value: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
-
-
-class Rliable(NamedTuple):
-    """The parts of the rliable library that are used here."""
-
-    library: types.ModuleType
-    metrics: types.ModuleType
-    version: str
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def mean(scores: Scores) -> np.ndarray:
-    """Computes the mean over games of each game's mean over runs.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
-    """
+    """Computes the mean over games of each game's mean over runs."""
     return _game_means(scores).mean(axis=-1)
 
 
 def median(scores: Scores) -> np.ndarray:
-    """Computes the median over games of each game's mean over runs.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
-    """
+    """Computes the median over games of each game's mean over runs."""
     return np.median(_game_means(scores), axis=-1)
 
 
@@ -67,12 +44,6 @@ def interquartile_mean(scores: Scores) -> np.ndarray:
 
     rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: of n runs, `int(n / 4)` are
     dropped at either end. Runs are pooled, so a game with more runs weighs more.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
     """
     pooled = np.sort(np.concatenate(scores, axis=-1), axis=-1)
     num_runs = pooled.shape[-1]
@@ -87,24 +58,14 @@ def optimality_gap(scores: Scores, *, threshold: float = 1.0) -> np.ndarray:
     `threshold - mean(min(score, threshold))`, games weighing equally.
 
     Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
+      scores: `G` arrays `[..., R]`.
       threshold: The score beyond which more is not counted; 1 is human.
-
-    Returns:
-      `[...]`, in the unit of the scores.
     """
     return threshold - mean([np.minimum(game, threshold) for game in scores])
 
 
 def superhuman_count(scores: Scores) -> np.ndarray:
-    """Counts the games whose mean over runs is at least 1, the human score.
-
-    Args:
-      scores: `G` arrays `[..., R]`, human-normalised.
-
-    Returns:
-      `[...]` int.
-    """
+    """Counts the games whose mean over runs is at least 1, the human score."""
     return np.sum(_game_means(scores) >= 1.0, axis=-1)
 
 
@@ -145,7 +106,7 @@ def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
     games weighing equally.
 
     Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
+      scores: `G` arrays `[..., R]`.
       thresholds: `[T]`, in the unit of the scores.
 
     Returns:
@@ -210,14 +171,15 @@ def bootstrap(
     return Estimate(value, low, high)
 
 
-def import_rliable() -> Rliable:
+def import_rliable() -> types.ModuleType:
     """Imports the rliable library, an optional dependency.
 
     Raises:
       RuntimeError: It is not installed, or does not import on this Python.
     """
     try:
-        from rliable import library, metrics
+        import rliable.library
+        import rliable.metrics
     except ImportError as error:
         raise RuntimeError(
             "rliable is not installed; pip install 'rliable>=1.2' 'pandas<3'."
@@ -228,11 +190,11 @@ def import_rliable() -> Rliable:
             f"rliable is installed but does not import here ({error!r}); it needs "
             "pip install 'pandas<3'."
         ) from error
-    return Rliable(library, metrics, importlib.metadata.version("rliable"))
+    return rliable
 
 
 def estimates_of_rliable(
-    rliable: Rliable, scores: Scores, *, seed: int, num_resamples: int = 2_000
+    rliable: types.ModuleType, scores: Scores, *, seed: int, num_resamples: int = 2_000
 ) -> dict[str, Estimate]:
     """Computes mean, median, IQM and optimality gap with the rliable library itself.
 
@@ -257,31 +219,26 @@ def estimates_of_rliable(
             "rliable needs the same number of runs, at least 2, in every game; got "
             f"{', '.join(map(str, sizes))}."
         )
-    metrics = rliable.metrics
-
-    def all_four(matrix: np.ndarray) -> np.ndarray:
-        return np.array(
-            [
-                metrics.aggregate_mean(matrix),
-                metrics.aggregate_median(matrix),
-                metrics.aggregate_iqm(matrix),
-                metrics.aggregate_optimality_gap(matrix),
-            ]
-        )
-
+    functions = {
+        "mean": rliable.metrics.aggregate_mean,
+        "median": rliable.metrics.aggregate_median,
+        "interquartile_mean": rliable.metrics.aggregate_iqm,
+        "optimality_gap": rliable.metrics.aggregate_optimality_gap,
+    }
     state = np.random.get_state()
     try:
         np.random.seed(seed)
         points, intervals = rliable.library.get_interval_estimates(
-            {"runs": np.stack(scores, axis=-1)}, all_four, reps=num_resamples
+            {"runs": np.stack(scores, axis=-1)},
+            lambda matrix: np.array([f(matrix) for f in functions.values()]),
+            reps=num_resamples,
         )
     finally:
         np.random.set_state(state)
-    names = ("mean", "median", "interquartile_mean", "optimality_gap")
     return {
         name: Estimate(value, low, high)
         for name, value, (low, high) in zip(
-            names, points["runs"], intervals["runs"].T, strict=True
+            functions, points["runs"], intervals["runs"].T, strict=True
         )
     }
 

@@ -1,8 +1,8 @@
 """Random, human and published Atari scores, and the human-normalised score.
 
-The tables lie in `aps_jax/scores/data/`, with their provenance in its README. They are read on
-first use. Games may be spelled as in EnvPool (`UpNDown`) or as in the tables
-(`up_n_down`); the tables' spelling is what the functions return.
+The tables are `aps_jax/scores/data/*.csv`; the README there says where they come from.
+Games may be spelled as in EnvPool (`UpNDown`) or as in the tables (`up_n_down`); the
+functions return the tables' spelling.
 """
 
 import csv
@@ -54,24 +54,6 @@ def reference_scores(game: str) -> ReferenceScores:
       ValueError: The table has no such game; the message names the nearest ones.
     """
     return _references()[canonical_game(game)]
-
-
-def random_score(game: str) -> float:
-    """Returns the mean return, in points, of an agent that acts at random.
-
-    Raises:
-      ValueError: The table has no such game.
-    """
-    return reference_scores(game).random
-
-
-def human_score(game: str) -> float:
-    """Returns the mean return, in points, of a professional game tester.
-
-    Raises:
-      ValueError: The table has no such game.
-    """
-    return reference_scores(game).human
 
 
 def human_normalized_score(game: str, score: _Score) -> _Score:
