@@ -102,7 +102,7 @@ def table(rows: list[TaskRow]) -> tables.Table:
     def points(estimate: estimates.Estimate | None) -> str:
         if estimate is None:
             return ""
-        return tables.with_interval(estimate, lambda value: f"{value:,.1f}")
+        return tables.format_estimate(estimate, lambda value: f"{value:,.1f}")
 
     return tables.Table(
         "One pretrained agent, several tasks",
