@@ -395,4 +395,7 @@ def _colors(built: aggregates.Report) -> dict[str, str]:
 
 
 def _num_games(built: aggregates.Report) -> str:
-    return f"{len(built.games)} game{'s' * (len(built.games) != 1)}"
+    """Returns the number of games that have a human-normalised score, in words."""
+    summaries = (*built.summaries.values(), *built.published.values())
+    number = max(summary.num_games for summary in summaries)
+    return f"{number} game{'s' * (number != 1)}"
