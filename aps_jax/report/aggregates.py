@@ -23,8 +23,6 @@ from aps_jax.scores import estimates, protocol, scores
 DEFAULT_SYSTEMS = ("SimPLe", "DER", "CURL", "DrQ", "SPR", "VISR", "APT", "APS")
 
 _NUM_THRESHOLDS = 121
-# Printed to 0.1 percent, from cells that were rounded to 0.1 points themselves.
-_ROUNDING = 0.001
 
 _Bootstrap = Callable[..., estimates.Estimate]
 
@@ -143,21 +141,11 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
 def build(
     collection: finished_runs.Collection | None,
     *,
-    systems: Sequence[str] = DEFAULT_SYSTEMS,
-    num_resamples: int = 10_000,
-    seed: int = 0,
+    systems: Sequence[str],
+    num_resamples: int,
+    seed: int,
 ) -> Report:
-    """Computes a report from runs, or from the published scores alone.
-
-    Args:
-      collection: Runs and notices from `finished_runs.collect`; None for no runs.
-      systems: Published systems to show beside runs that are comparable with them.
-      num_resamples: Bootstrap resamples behind each interval.
-      seed: Root of the resampling.
-
-    Returns:
-      The report.
-    """
+    """Computes a report from collected runs, or from the published scores alone."""
     bootstrap = functools.partial(
         estimates.bootstrap, seed=seed, num_resamples=num_resamples
     )
@@ -167,24 +155,14 @@ def build(
     if collection is not None:
         methods = _group(collection.runs)
         games = sorted({run.game for run in collection.runs})
-        notices = list(collection.notices) + _method_notices(methods)
-    normalized = {
-        method.label: by_game
-        for method in methods
-        if (by_game := normalized_scores(method))
-    }
+        notices = [*collection.notices, *_method_notices(methods)]
+    normalized = {method.label: normalized_scores(method) for method in methods}
+    normalized = {label: by_game for label, by_game in normalized.items() if by_game}
     if methods and not normalized:
-        systems = ()
+        systems = ()  # They would stand beside scores of other games.
     table = scores.published_scores()
-    published = {
-        system: _normalized_means(table[system], games)
-        for system in systems
-        if any(game in table[system] for game in games)
-    }
-    published_all = {
-        system: _summary(_normalized_means(table[system], table[system]), bootstrap)
-        for system in systems
-    }
+    published = {one: _normalized_means(table[one], games) for one in systems}
+    published = {system: groups for system, groups in published.items() if groups}
     rows = tuple(_game_row(game, methods, systems, bootstrap) for game in games)
     notices += [
         f"{system}, {scores.camel_case(row.game)}: {cell.score:g}, as printed, is "
@@ -193,24 +171,22 @@ def build(
         for row in rows
         if (cell := row.published.get(system)) is not None and cell.suspect
     ]
-    if collection is None:
-        notices += _printed_notices(published_all)
+
+    def summaries(groups: Mapping[str, estimates.Scores]) -> dict[str, Summary]:
+        return {name: _summary(group, bootstrap) for name, group in groups.items()}
+
+    ours = {label: list(by_game.values()) for label, by_game in normalized.items()}
     return Report(
-        methods=methods,
-        games=rows,
-        summaries={
-            label: _summary(list(by_game.values()), bootstrap)
-            for label, by_game in normalized.items()
-        },
-        published={
-            system: _summary(groups, bootstrap) for system, groups in published.items()
-        },
-        published_all=published_all,
-        comparisons=_comparisons(methods, bootstrap),
-        profiles=_profiles(normalized, published, bootstrap),
-        notices=tuple(notices),
-        num_resamples=num_resamples,
-        seed=seed,
+        methods,
+        rows,
+        summaries(ours),
+        summaries(published),
+        summaries({one: _normalized_means(table[one], table[one]) for one in systems}),
+        _comparisons(methods, bootstrap),
+        _profiles(ours, published, bootstrap),
+        tuple(notices),
+        num_resamples,
+        seed,
     )
 
 
@@ -223,15 +199,12 @@ def normalized_scores(method: Method) -> dict[str, np.ndarray]:
     }
 
 
-def check_against_rliable(built: Report, rliable: types.ModuleType) -> tuple[str, ...]:
-    """Compares each method's aggregates with those of the rliable library.
+def check_against_rliable(built: Report, rliable: types.ModuleType) -> list[str]:
+    """Returns, for each method, how far its aggregates are from the rliable library's.
 
     Args:
       built: The report.
       rliable: From `estimates.import_rliable`.
-
-    Returns:
-      A line for each method: the largest differences of estimates and intervals.
     """
     lines = []
     for method in built.methods:
@@ -253,7 +226,7 @@ def check_against_rliable(built: Report, rliable: types.ModuleType) -> tuple[str
             f"gap, and to {100 * max(low, high):.1g} on the ends of their intervals (its "
             "own resamples)."
         )
-    return tuple(lines)
+    return lines
 
 
 def _group(runs: Sequence[FinishedRun]) -> tuple[Method, ...]:
@@ -356,58 +329,25 @@ def _method_notices(methods: Sequence[Method]) -> list[str]:
 
 def _method_complaints(method: Method) -> list[str]:
     """Says what a reader of one method's numbers must know."""
-    complaints = []
-    if odd := protocol.differences(method.protocol):
-        complaints.append(f"not the standard protocol: {', '.join(odd)}.")
-    if not method.is_comparable:
-        complaints.append(
-            "under this protocol the game is another one than that of the random, human "
-            "and published scores; no human-normalised score and no aggregates."
-        )
-    counts = sorted({len(runs) for runs in method.runs.values()})
-    if counts[0] < 2:
-        complaints.append("single seeds, so aggregates have no interval.")
-    elif counts[0] < 5:
-        complaints.append(
-            f"with {counts[0]} seeds, 95 % intervals are too narrow (docs/protocol.md)."
-        )
-    if len(counts) > 1:
-        complaints.append(
-            f"{counts[0]} to {counts[-1]} seeds per game; the IQM pools runs, so games "
-            "with more seeds weigh more in it."
-        )
+    odd = ", ".join(protocol.differences(method.protocol))
     missing = [g for g in method.runs if scores.find_reference_scores(g) is None]
-    if missing:
-        complaints.append(
-            f"no random and human scores for {', '.join(missing)}; not in the "
-            "aggregates."
-        )
-    return complaints
-
-
-def _printed_notices(published_all: Mapping[str, Summary]) -> list[str]:
-    """Says where a printed summary is not what the printed cells give."""
-    notices = []
-    for system, printed in scores.printed_summaries().items():
-        if system not in published_all:
-            continue
-        summary = published_all[system]
-        told = [
-            f"{name} {100.0 * stated:.6g} (cells: {100.0 * float(computed.value):.1f})"
-            for name, stated, computed in (
-                ("mean", printed.mean, summary.mean),
-                ("median", printed.median, summary.median),
-            )
-            if stated is not None and abs(stated - computed.value) > _ROUNDING
-        ]
-        count = int(summary.superhuman.value)
-        if printed.superhuman is not None and printed.superhuman != count:
-            told.append(
-                f"{printed.superhuman} games at or above human (cells: {count})"
-            )
-        if told:
-            notices.append(f"{system}: its table prints {', '.join(told)}.")
-    return notices
+    counts = [len(runs) for runs in method.runs.values()]
+    fewest, most = min(counts), max(counts)
+    complaints = {
+        f"not the standard protocol: {odd}.": odd,
+        "under this protocol the game is another one than that of the random, human and "
+        "published scores: no human-normalised score.": not method.is_comparable,
+        "single seeds, so aggregates have no interval.": fewest == 1,
+        f"with {fewest} seeds, 95 % intervals are too narrow (docs/protocol.md).": (
+            1 < fewest < 5
+        ),
+        f"{fewest} to {most} seeds per game; the IQM pools runs, so games with more "
+        "seeds weigh more in it.": fewest < most,
+        f"no random and human scores for {', '.join(missing)}; not in the aggregates.": (
+            missing
+        ),
+    }
+    return [complaint for complaint, is_true in complaints.items() if is_true]
 
 
 def _seed_means(runs: Sequence[FinishedRun]) -> np.ndarray:
@@ -444,21 +384,20 @@ def _cell(game: str, method: Method, bootstrap: _Bootstrap) -> Cell:
     score = bootstrap(estimates.mean, [values])
     normalized = None
     if game in normalized_scores(method):
-        normalized = estimates.Estimate(
-            *(scores.human_normalized_score(game, value) for value in score)
-        )
+        ends = (scores.human_normalized_score(game, value) for value in score)
+        normalized = estimates.Estimate(*ends)
     return Cell(score, normalized, len(runs), over)
 
 
 def _summary(groups: estimates.Scores, bootstrap: _Bootstrap) -> Summary:
-    return Summary(
-        len(groups),
-        bootstrap(estimates.mean, groups),
-        bootstrap(estimates.median, groups),
-        bootstrap(estimates.interquartile_mean, groups),
-        bootstrap(estimates.optimality_gap, groups),
-        bootstrap(estimates.superhuman_count, groups),
+    statistics = (
+        estimates.mean,
+        estimates.median,
+        estimates.interquartile_mean,
+        estimates.optimality_gap,
+        estimates.superhuman_count,
     )
+    return Summary(len(groups), *(bootstrap(one, groups) for one in statistics))
 
 
 def _comparisons(
@@ -490,41 +429,35 @@ def _comparisons(
 
 
 def _compare(method: Method, baseline: Method, bootstrap: _Bootstrap) -> Comparison:
-    def gain(
-        statistic: Callable[..., Any], *groups: estimates.Scores
-    ) -> estimates.Estimate:
+    def gain(statistic: Callable[..., Any], *groups: Any) -> estimates.Estimate:
         return bootstrap(lambda x, y: statistic(x) - statistic(y), *groups)
 
     improvement = estimates.probability_of_improvement
     games = []
     for game in sorted(method.runs.keys() & baseline.runs.keys()):
-        groups = [[_seed_means(one.runs[game])] for one in (method, baseline)]
-        games.append(
-            GameGain(
-                game, gain(estimates.mean, *groups), bootstrap(improvement, *groups)
-            )
-        )
+        two = [[_seed_means(one.runs[game])] for one in (method, baseline)]
+        both = gain(estimates.mean, *two), bootstrap(improvement, *two)
+        games.append(GameGain(game, *both))
     ours, theirs = normalized_scores(method), normalized_scores(baseline)
     shared = sorted(ours.keys() & theirs.keys())
-    groups = [[side[game] for game in shared] for side in (ours, theirs)]
+    two = [[side[game] for game in shared] for side in (ours, theirs)]
     return Comparison(
         method.label,
         baseline.label,
         len(shared),
-        bootstrap(improvement, *groups) if shared else None,
-        gain(estimates.mean, *groups) if shared else None,
-        gain(estimates.interquartile_mean, *groups) if shared else None,
+        bootstrap(improvement, *two) if shared else None,
+        gain(estimates.mean, *two) if shared else None,
+        gain(estimates.interquartile_mean, *two) if shared else None,
         tuple(games),
     )
 
 
 def _profiles(
-    normalized: Mapping[str, Mapping[str, np.ndarray]],
-    published: Mapping[str, list[np.ndarray]],
+    methods: Mapping[str, estimates.Scores],
+    published: Mapping[str, estimates.Scores],
     bootstrap: _Bootstrap,
 ) -> Profiles:
     """Computes profiles on thresholds that show both the runs and human level."""
-    methods = {label: list(by_game.values()) for label, by_game in normalized.items()}
     pooled = np.concatenate([[0.0], *itertools.chain.from_iterable(methods.values())])
     high = min(max(1.5, 1.1 * float(pooled.max())), 4.0)
     thresholds = np.linspace(float(pooled.min()), high, _NUM_THRESHOLDS)

@@ -88,39 +88,24 @@ def table(rows: list[RewardRow]) -> tables.Table:
     def returns(estimate: estimates.Estimate | None) -> str:
         return tables.format_estimate(estimate, "{:,.1f}".format)
 
-    return tables.Table(
+    cells = (
+        {
+            "game": row.game,
+            "agent": row.agent,
+            "reward": row.reward.rpartition(":")[2],
+            "seeds": str(row.num_seeds),
+            "random play": returns(row.random),
+            "zero-shot": returns(row.zero_shot),
+            "after fine-tuning": returns(row.finetuned),
+            "R^2": f"{row.r_squared.value:.3f}",
+            "rewards (not 0)": f"{row.num_samples:,.0f} ({row.num_nonzero:,.0f})",
+        }
+        for row in rows
+    )
+    return tables.make_table(
         "One pretrained agent, several reward functions",
-        (
-            "game",
-            "agent",
-            "reward",
-            "seeds",
-            "random play",
-            "zero-shot",
-            "after fine-tuning",
-            "R^2",
-            "rewards (not 0)",
-        ),
-        tuple(
-            (
-                row.game,
-                row.agent,
-                row.reward.rpartition(":")[2],
-                str(row.num_seeds),
-                returns(row.random),
-                returns(row.zero_shot),
-                returns(row.finetuned),
-                f"{row.r_squared.value:.3f}",
-                f"{row.num_samples:,.0f} ({row.num_nonzero:,.0f})",
-            )
-            for row in rows
-        ),
-        (
-            (
-                "Returns of the reward function itself, in full games: mean over seeds "
-                "[95 % bootstrap interval over seeds]. Zero-shot: no gradient step has "
-                "seen a reward. docs/tasks.md and examples/tasks.py explain the reward "
-                "functions."
-            ),
-        ),
+        cells,
+        "Returns of the reward function itself, in full games: mean over seeds [95 % "
+        "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a reward. "
+        "docs/tasks.md and examples/tasks.py explain the reward functions.",
     )

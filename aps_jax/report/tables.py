@@ -5,8 +5,8 @@ import dataclasses
 import io
 import math
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import rich.box
@@ -23,7 +23,23 @@ SCHEMA = 1
 _FILE_WIDTH = 400
 _CELL_PADDING = 3  # Between two columns in the box style that is used.
 _GAINS = ("Comparisons", "Did pretraining help?")
-_SUMMARY_COLUMNS = ("mean", "median", "IQM", "optimality gap", "at or above human")
+_POINTS_NOTE = (
+    "Points: mean over seeds of the final evaluation [95 % bootstrap interval over "
+    "seeds]; %: human-normalised, 0 is random play and 100 is human."
+)
+_ONE_SEED_NOTE = (
+    "\u2020 One seed: the interval is over the evaluated games of one trained agent and "
+    "says nothing about another seed."
+)
+_IMPROVEMENT_NOTE = (
+    "P(improvement): that a run of the one beats a run of the other in a game drawn at "
+    "random; 0.5 says that neither is better. Gains are points of percent of the "
+    "human-normalised score. [95 % intervals]"
+)
+_CERTAIN_NOTE = (
+    "1.00 [1.00, 1.00]: every run of the one beat every run of the other, which with few "
+    "seeds is no certainty."
+)
 
 
 class Table(NamedTuple):
@@ -35,40 +51,46 @@ class Table(NamedTuple):
     notes: tuple[str, ...]
 
 
-def tables(built: aggregates.Report) -> tuple[Table, ...]:
+def make_table(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> Table:
+    """Makes a table of at least one row, each a mapping from columns to cells."""
+    rows = list(rows)
+    return Table(title, tuple(rows[0]), tuple(tuple(r.values()) for r in rows), notes)
+
+
+def tables(built: aggregates.Report) -> list[Table]:
     """Formats a report: the runs, the games, the aggregates, and the comparisons."""
-    made = [_games_table(built)]
-    if built.methods:
-        made.insert(0, _methods_table(built))
+    made = [_methods_table(built)] if built.methods else []
+    made.append(_games_table(built))
     if built.summaries:
         made.append(_summary_table(built))
     if built.comparisons:
         made += _comparison_tables(built)
     if built.published_all and len(built.games) >= len(scores.atari26_games()):
         made.append(_printed_table(built))
-    return tuple(made)
+    return made
 
 
 def show(built: aggregates.Report, *, width: int | None = None) -> None:
-    """Prints a report to the terminal.
-
-    Args:
-      built: The report.
-      width: Columns of text; None takes the terminal's, or as many as the widest table
-        needs where the output is no terminal, so that nothing is cut in a file.
-    """
+    """Prints a report to the terminal; `width` as for `show_tables`."""
     show_tables(tables(built), built.notices, width)
 
 
-def show_gain(built: aggregates.Report, *, width: int | None = None) -> None:
+def show_gain(built: aggregates.Report) -> None:
     """Prints what pretraining gained over scratch, and what to know about it."""
-    show_tables([t for t in tables(built) if t.title in _GAINS], built.notices, width)
+    show_tables([t for t in tables(built) if t.title in _GAINS], built.notices)
 
 
 def show_tables(
     shown_tables: Sequence[Table], notices: Sequence[str], width: int | None = None
 ) -> None:
-    """Prints tables and notices to the terminal; `width` as for `show`."""
+    """Prints tables and notices to the terminal.
+
+    Args:
+      shown_tables: The tables.
+      notices: Lines that follow them.
+      width: Columns of text; None takes the terminal's, or as many as the widest table
+        needs where the output is no terminal, so that nothing is cut in a file.
+    """
     console = rich.console.Console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
@@ -79,10 +101,8 @@ def show_tables(
                 title=part.title, title_justify="left", box=rich.box.SIMPLE_HEAD
             )
             for name in part.columns:
-                shown.add_column(
-                    rich.text.Text(name),
-                    justify="right" if shown.columns else "left",
-                )
+                justify: Literal["left", "right"] = "right" if shown.columns else "left"
+                shown.add_column(rich.text.Text(name), justify=justify)
             for row in part.rows:
                 shown.add_row(*map(rich.text.Text, row))
             console.width = max(columns, sum(_widths(part)) + _CELL_PADDING)
@@ -125,9 +145,8 @@ def _widths(table: Table) -> list[int]:
 
 def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> str:
     """Returns the report as Markdown, with links to `pictures` beside it."""
-    lines = [
-        "# Report",
-        "",
+    lines = ["# Report", ""]
+    lines += [
         "Made by `python -m experiments.report`; nothing here is typed by hand.",
         "",
     ]
@@ -142,26 +161,22 @@ def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> st
 
 def results_markdown(built: aggregates.Report, *further: Table) -> str:
     """Returns the tables of what was run, scored and gained, and `further` ones."""
-    lines = []
-    told: set[str] = set()
-
-    def add(table: Table) -> None:
-        lines.extend([f"**{table.title}**", "", *markdown_table(table), ""])
-        lines.extend(f"{note}\n" for note in table.notes if note not in told)
-        told.update(table.notes)
-
-    for table in tables(built):
-        if table.title in ("Methods", "Scores per game", *_GAINS):
-            add(table)
+    shown = [
+        t for t in tables(built) if t.title in ("Methods", "Scores per game", *_GAINS)
+    ]
+    between = [f"- {notice}" for notice in built.notices] + [""]
     if built.published:
-        lines.append(
+        between.insert(
+            0,
             f"{', '.join(built.published)} in capitals: published, with budgets and "
-            "networks far beyond these (docs/protocol.md).\n"
+            "networks far beyond these (docs/protocol.md).\n",
         )
-    lines += [f"- {notice}" for notice in built.notices]
-    for table in further:
-        lines.append("")
-        add(table)
+    lines: list[str] = []
+    for index, table in enumerate([*shown, *further]):
+        lines += between if index == len(shown) else []
+        lines += [f"**{table.title}**", "", *markdown_table(table), ""]
+        lines += [f"{note}\n" for note in table.notes if f"{note}\n" not in lines]
+    lines += [] if further else between
     return "\n".join(lines).rstrip() + "\n"
 
 
@@ -249,28 +264,20 @@ def _methods_table(built: aggregates.Report) -> Table:
         is_scratch = method.arm == aggregates.SCRATCH
         counts = [len(runs) for runs in method.runs.values()]
         rows.append(
-            (
-                method.label,
-                method.agent,
-                method.arm,
-                str(method.settings.get("preset")),
-                "none" if is_scratch else budget(method, "pretrain_frames"),
-                budget(method, "finetune_agent_steps"),
-                str(len(method.runs)),
-                "-".join(map(str, sorted({min(counts), max(counts)}))),
-            )
+            {
+                "method": method.label,
+                "agent": method.agent,
+                "arm": method.arm,
+                "preset": str(method.settings.get("preset")),
+                "pretraining (frames)": "none"
+                if is_scratch
+                else budget(method, "pretrain_frames"),
+                "fine-tuning (agent steps)": budget(method, "finetune_agent_steps"),
+                "games": str(len(counts)),
+                "seeds": "-".join(map(str, sorted({min(counts), max(counts)}))),
+            }
         )
-    columns = (
-        "method",
-        "agent",
-        "arm",
-        "preset",
-        "pretraining (frames)",
-        "fine-tuning (agent steps)",
-        "games",
-        "seeds",
-    )
-    return Table("Methods", columns, tuple(rows), _protocol_notes(built))
+    return make_table("Methods", rows, *_protocol_notes(built))
 
 
 def _protocol_notes(built: aggregates.Report) -> tuple[str, ...]:
@@ -307,21 +314,13 @@ def _games_table(built: aggregates.Report) -> Table:
             mark = "?" if published is not None and published.suspect else ""
             line.append(format_points(published and published.score) + mark)
         rows.append(tuple(line))
+    every_cell = [cell for line in rows for cell in line]
     notes: list[str] = []
     if labels:
-        notes = [
-            (
-                "Points: mean over seeds of the final evaluation [95 % bootstrap interval "
-                "over seeds]; %: human-normalised, 0 is random play and 100 is human."
-            ),
-            *_protocol_notes(built),
-        ]
-    if any(cell.endswith("\u2020") for line in rows for cell in line):
-        notes.append(
-            "\u2020 One seed: the interval is over the evaluated games of one trained "
-            "agent and says nothing about another seed."
-        )
-    if any(cell.endswith("?") for line in rows for cell in line):
+        notes = [_POINTS_NOTE, *_protocol_notes(built)]
+    if any(cell.endswith("\u2020") for cell in every_cell):
+        notes.append(_ONE_SEED_NOTE)
+    if any(cell.endswith("?") for cell in every_cell):
         notes.append("? Printed so, but it cannot be right: see the notes.")
     columns = ["game", "random", "human"]
     columns += [name for label in labels for name in (label, f"{label} %")]
@@ -330,12 +329,11 @@ def _games_table(built: aggregates.Report) -> Table:
     )
 
 
-def _format_summary(summary: aggregates.Summary) -> tuple[str, ...]:
-    *shares, superhuman = summary[1:]
-    return (
-        *(format_estimate(estimate, _percent) for estimate in shares),
-        format_estimate(superhuman, "{:.0f}".format),
-    )
+def _format_summary(summary: aggregates.Summary) -> dict[str, str]:
+    names = ("mean", "median", "IQM", "optimality gap")
+    cells = (format_estimate(estimate, _percent) for estimate in summary[1:5])
+    superhuman = format_estimate(summary.superhuman, "{:.0f}".format)
+    return {**dict(zip(names, cells, strict=True)), "at or above human": superhuman}
 
 
 def _marked(built: aggregates.Report, system: str) -> str:
@@ -345,107 +343,75 @@ def _marked(built: aggregates.Report, system: str) -> str:
 
 
 def _summary_table(built: aggregates.Report) -> Table:
-    named = [
-        *built.summaries.items(),
-        *((_marked(built, one), summary) for one, summary in built.published.items()),
-    ]
-    notes = (
-        (
-            "0 is random play, 100 is human; a smaller optimality gap is better. "
-            f"[95 % stratified bootstrap interval, {built.num_resamples:,} resamples]"
-        ),
-        *_protocol_notes(built),
-        (
-            "Published systems: computed from their cells on the games of these runs. "
-            "They print one mean per game, so theirs have no interval and their IQM is "
-            "over games, not runs."
-        ),
+    published = {_marked(built, one): built.published[one] for one in built.published}
+    rows = (
+        {"method": name, "games": str(one.num_games), **_format_summary(one)}
+        for name, one in (*built.summaries.items(), *published.items())
     )
-    return Table(
+    return make_table(
         "Human-normalised score, percent",
-        ("method", "games", *_SUMMARY_COLUMNS),
-        tuple((name, str(one.num_games), *_format_summary(one)) for name, one in named),
-        notes,
+        rows,
+        "0 is random play, 100 is human; a smaller optimality gap is better. [95 % "
+        f"stratified bootstrap interval, {built.num_resamples:,} resamples]",
+        *_protocol_notes(built),
+        "Published systems: computed from their cells on the games of these runs. They "
+        "print one mean per game, so theirs have no interval and their IQM is over "
+        "games, not runs.",
     )
 
 
 def _printed_table(built: aggregates.Report) -> Table:
     rows = []
     for system, summary in built.published_all.items():
-        printed = scores.printed_summaries().get(system, (None, None, None))
-        scales = (100.0, 100.0, 1)  # With the decimals that were printed.
-        rows.append(
-            (
-                _marked(built, system),
-                *_format_summary(summary),
-                *(
-                    "" if value is None else f"{scale * value:.6g}"
-                    for scale, value in zip(scales, printed, strict=True)
-                ),
-            )
-        )
-    printed_columns = ("mean", "median", "at or above human")
-    return Table(
+        row = {"system": _marked(built, system), **_format_summary(summary)}
+        printed = scores.printed_summaries().get(system)
+        for name, field, scale in (
+            ("mean", "mean", 100.0),
+            ("median", "median", 100.0),
+            ("at or above human", "superhuman", 1.0),
+        ):
+            value = getattr(printed, field, None)  # With the decimals of the print.
+            row[f"printed {name}"] = "" if value is None else f"{scale * value:.6g}"
+        rows.append(row)
+    return make_table(
         "Published systems, 26 games",
-        ("system", *_SUMMARY_COLUMNS, *(f"printed {name}" for name in printed_columns)),
-        tuple(rows),
-        (
-            (
-                "Computed from the published cells of the 26 Atari-100k games, in "
-                "percent; beside it what the table of the APS talk prints, where that is "
-                "recorded."
-            ),
-            "One mean per game: the IQM is over games, not runs.",
-        ),
+        rows,
+        "Computed from the published cells of the 26 Atari-100k games, in percent; "
+        "beside it what the table of the APS talk prints, where that is recorded.",
+        "One mean per game: the IQM is over games, not runs.",
     )
 
 
 def _comparison_tables(built: aggregates.Report) -> list[Table]:
     comparisons, gains = [], []
     scratch = {m.label for m in built.methods if m.arm == aggregates.SCRATCH}
+    share = "{:.2f}".format
     for item in built.comparisons:
         name = f"{item.label} over {item.baseline}"
+        gain_in_iqm = item.interquartile_mean_gain
         comparisons.append(
-            (
-                name,
-                str(item.num_games),
-                format_estimate(item.probability, "{:.2f}".format),
-                format_estimate(item.mean_gain, _signed(_percent)),
-                format_estimate(item.interquartile_mean_gain, _signed(_percent)),
-            )
+            {
+                "": name,
+                "games": str(item.num_games),
+                "P(improvement)": format_estimate(item.probability, share),
+                "gain in mean": format_estimate(item.mean_gain, _signed(_percent)),
+                "gain in IQM": format_estimate(gain_in_iqm, _signed(_percent)),
+            }
         )
         gains += [
-            (
-                game_name(gain.game),
-                name,
-                format_estimate(gain.gain, _signed(format_points)),
-                format_estimate(gain.probability, "{:.2f}".format),
-            )
-            for gain in item.games
+            {
+                "game": game_name(one.game),
+                "": name,
+                "gain (points)": format_estimate(one.gain, _signed(format_points)),
+                "P(improvement)": format_estimate(one.probability, share),
+            }
+            for one in item.games
             if item.baseline in scratch
         ]
-    made = [
-        Table(
-            _GAINS[0],
-            ("", "games", "P(improvement)", "gain in mean", "gain in IQM"),
-            tuple(comparisons),
-            (
-                "P(improvement): that a run of the one beats a run of the other in a "
-                "game drawn at random; 0.5 says that neither is better. Gains are points "
-                "of percent of the human-normalised score. [95 % intervals]",
-            ),
-        ),
-        Table(
-            _GAINS[1],
-            ("game", "", "gain (points)", "P(improvement)"),
-            tuple(gains),
-            (
-                "1.00 [1.00, 1.00]: every run of the one beat every run of the other, "
-                "which with few seeds is no certainty.",
-            ),
-        ),
-    ]
-    return made if gains else made[:1]
+    made = [make_table(_GAINS[0], comparisons, _IMPROVEMENT_NOTE)]
+    if gains:
+        made.append(make_table(_GAINS[1], gains, _CERTAIN_NOTE))
+    return made
 
 
 def game_name(game: str) -> str:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 Scores = Sequence[np.ndarray]
 
@@ -121,7 +122,7 @@ def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
 
 def bootstrap(
     statistic: Callable[..., np.ndarray],
-    *groups: Scores,
+    *groups: Sequence[npt.ArrayLike],
     seed: int,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
@@ -153,18 +154,18 @@ def bootstrap(
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
-    groups = tuple([np.asarray(game, np.float64) for game in group] for group in groups)
-    for group in groups:
+    arrays = [[np.asarray(game, np.float64) for game in group] for group in groups]
+    for group in arrays:
         _check_group(group)
 
-    value = statistic(*groups)
-    if any(game.size < 2 for group in groups for game in group):
+    value = statistic(*arrays)
+    if any(game.size < 2 for group in arrays for game in group):
         unknown = np.full(np.shape(value), np.nan)[()]  # A scalar for a scalar.
         return Estimate(value, unknown, unknown)
     rng = np.random.default_rng(seed)
     resampled = [
         [game[rng.integers(game.size, size=(num_resamples, game.size))] for game in g]
-        for g in groups
+        for g in arrays
     ]
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(statistic(*resampled), [tail, 100.0 - tail], axis=0)
@@ -180,15 +181,10 @@ def import_rliable() -> types.ModuleType:
     try:
         import rliable.library
         import rliable.metrics
-    except ImportError as error:
+    except Exception as error:  # A TypeError where arch 7 meets pandas 3.
         raise RuntimeError(
-            "rliable is not installed; pip install 'rliable>=1.2' 'pandas<3'."
-        ) from error
-    except Exception as error:
-        # With pandas 3, rliable's dependency arch 7 fails with a TypeError on import.
-        raise RuntimeError(
-            f"rliable is installed but does not import here ({error!r}); it needs "
-            "pip install 'pandas<3'."
+            f"rliable does not import here ({error!r}); pip install 'rliable>=1.2' "
+            "'pandas<3'."
         ) from error
     return rliable
 
