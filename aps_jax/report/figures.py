@@ -8,7 +8,7 @@ import itertools
 import math
 import pathlib
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
@@ -47,91 +47,65 @@ _styled = mpl.rc_context(_STYLE)
 
 
 @_styled
-def draw_all(
-    built: aggregates.Report, folder: pathlib.Path
-) -> tuple[pathlib.Path, ...]:
-    """Draws every picture for which the report has data.
-
-    Args:
-      built: The report.
-      folder: An existing folder.
-
-    Returns:
-      The PNG files written.
-    """
-    draw: dict[str, Callable[[aggregates.Report], mpl_figure.Figure | None]] = {
-        "aggregates.png": draw_aggregates,
-        "games.png": draw_games,
-        "profiles.png": draw_profiles,
-        "learning_curves.png": draw_learning_curves,
+def draw_all(built: aggregates.Report, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Writes to an existing folder every picture for which the report has data."""
+    figures = {
+        "aggregates.png": draw_aggregates(built),
+        "games.png": draw_games(built),
+        "profiles.png": draw_profiles(built),
+        "learning_curves.png": draw_learning_curves(built),
     }
-    paths = []
-    for name, draw_one in draw.items():
-        if (figure := draw_one(built)) is not None:
-            figure.savefig(folder / name)
-            paths.append(folder / name)
-    return tuple(paths)
+    drawn = {folder / name: figure for name, figure in figures.items() if figure}
+    for path, figure in drawn.items():
+        figure.savefig(path)
+    return list(drawn)
 
 
 @_styled
 def draw_aggregates(built: aggregates.Report) -> mpl_figure.Figure | None:
     """Draws mean, median, IQM and optimality gap as bars, published systems in grey."""
-    colors = _colors(built)
+    summaries = {**built.summaries, **built.published}
+    if not summaries:
+        return None
+    greys = {one: _GREY if one == "APS" else _LIGHT for one in built.published}
+    colors = {**_colors(built), **greys}
     suspects = {
         system
         for row in built.games
         for system, cell in row.published.items()
         if cell.suspect
     }
-    entries = [
-        (label, one, colors[label], "") for label, one in built.summaries.items()
-    ]
-    for system, summary in built.published.items():
-        color = _GREY if system == "APS" else _LIGHT
-        entries.append((system, summary, color, "////" * (system in suspects)))
-    if not entries:
-        return None
     panels = {
         "Mean": "mean",
         "Median": "median",
         "Interquartile mean": "interquartile_mean",
         "Optimality gap (less is better)": "optimality_gap",
     }
-    figure = mpl_figure.Figure(figsize=(12.5, 1.3 + 0.30 * len(entries)))
+    figure = mpl_figure.Figure(figsize=(12.5, 1.3 + 0.30 * len(summaries)))
     grid = figure.subplots(1, len(panels), sharey=True)
-    positions = np.arange(len(entries))[::-1]
+    y = np.arange(len(summaries))[::-1]
+    beside: Any = {"textcoords": "offset points", "va": "center"}
+    bars: Any = {"height": 0.72, "edgecolor": "white", "linewidth": 0}
+    bars["color"] = [colors[label] for label in summaries]
+    bars["hatch"] = ["////" if label in suspects else "" for label in summaries]
     for axes, (title, name) in zip(grid, panels.items(), strict=True):
-        value, low, high = 100.0 * np.array([getattr(e[1], name) for e in entries]).T
-        axes.barh(
-            positions,
-            value,
-            color=[color for _, _, color, _ in entries],
-            height=0.72,
-            hatch=[hatch for _, _, _, hatch in entries],
-            edgecolor="white",
-            linewidth=0,
-        )
-        axes.hlines(positions, low, high, color="black", linewidth=1.3)
+        found = [getattr(summary, name) for summary in summaries.values()]
+        value, low, high = 100.0 * np.array(found).T
+        axes.barh(y, value, **bars)
+        axes.hlines(y, low, high, color="black", linewidth=1.3)
         ends = np.fmax(np.fmax(value, high), 0.0)
-        for end, position, shown in zip(ends, positions, value, strict=True):
-            axes.annotate(
-                f"{shown:.1f}",
-                (end, position),
-                xytext=(4, 0),
-                textcoords="offset points",
-                va="center",
-            )
+        for end, at, one in zip(ends, y, value, strict=True):
+            axes.annotate(f"{one:.1f}", (end, at), (4, 0), **beside)
         axes.set(title=title, xlabel="percent of human", xmargin=0.17)
         axes.axvline(0.0, color="black", linewidth=0.8)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.tick_params(axis="y", length=0)
-    labels = [label + " (?)" * bool(hatch) for label, _, _, hatch in entries]
-    grid[0].set_yticks(positions, labels, fontsize=9)
+    labels = [label + " (?)" * (label in suspects) for label in summaries]
+    grid[0].set_yticks(y, labels, fontsize=9)
+    hatched = "; hatched: contains cells that cannot be right" if suspects else ""
     figure.suptitle(
         f"Human-normalised score over {_num_games(built)}; grey: published systems, "
-        "computed from their cells"
-        + "; hatched: contains cells that cannot be right"
-        * bool(suspects)
+        f"computed from their cells{hatched}"
     )
     return figure
 
@@ -159,46 +133,34 @@ def draw_games(built: aggregates.Report) -> mpl_figure.Figure | None:
             if (cell := row.published.get(system)) is not None and not cell.suspect
         ]
         x, y = np.array(shown).reshape(-1, 2).T
-        is_ours = system == "APS"
-        axes.scatter(
-            100.0 * x,
-            y,
-            marker=marker,
-            s=34 if is_ours else 26,
-            facecolors="black" if is_ours else "none",
-            edgecolors="black" if is_ours else _GREY,
-            linewidths=1.0,
-            label=f"{system} (published)",
-            zorder=3 if is_ours else 2,
-        )
+        style: Any = {"s": 26, "facecolors": "none", "edgecolors": _GREY, "zorder": 2}
+        if system == "APS":
+            style = {"s": 34, "color": "black", "zorder": 3}
+        label = f"{system} (published)"
+        axes.scatter(100.0 * x, y, marker=marker, linewidths=1.0, label=label, **style)
         extremes += list(100.0 * x)
     spread = 0.22 if len(built.methods) > 1 else 0.0
     offsets = np.linspace(spread, -spread, len(built.methods))
     for (label, color), offset in zip(_colors(built).items(), offsets, strict=True):
         found = [
-            (*ours.normalized, positions[row.game] + offset)
+            (*_percent(ours.normalized), positions[row.game] + offset)
             for row in rows
             if (ours := row.cells.get(label)) is not None and ours.normalized
         ]
         value, low, high, y = np.array(found).reshape(-1, 4).T
-        axes.hlines(
-            y, 100.0 * low, 100.0 * high, color=color, lw=2.2, alpha=0.7, zorder=4
-        )
-        axes.scatter(100.0 * value, y, color=color, s=46, zorder=5, label=label)
-        ends = 100.0 * np.concatenate([value, low, high])
-        extremes += list(ends[np.isfinite(ends)])
+        axes.hlines(y, low, high, color=color, lw=2.2, alpha=0.7, zorder=4)
+        axes.scatter(value, y, color=color, s=46, zorder=5, label=label)
+        extremes += [end for end in (*value, *low, *high) if np.isfinite(end)]
     for position in list(positions.values())[1::2]:
         axes.axhspan(position - 0.5, position + 0.5, color="#f5f5f5", zorder=0)
     axes.axvline(0.0, color="black", linewidth=0.9, zorder=1)
     axes.axvline(100.0, color="black", linewidth=0.9, linestyle="--", zorder=1)
     axes.set_xscale("symlog", linthresh=100.0, linscale=1.6)
     limits = min(1.2 * min(extremes), -8.0), max(1.25 * max(extremes), 125.0)
-    axes.set(
-        xlim=limits,
-        ylim=(-0.6, len(rows) - 0.4),
-        xlabel="percent of human: 0 is random play, 100 (dashed) is human; logarithmic "
-        "beyond",
+    axes.set_xlabel(
+        "percent of human: 0 is random play, 100 (dashed) is human; logarithmic beyond"
     )
+    axes.set(xlim=limits, ylim=(-0.6, len(rows) - 0.4))
     marks = (-1000, -300, -100, -50, 0, 25, 50, 75, 100, 200, 500, 1000, 2000, 5000)
     axes.set_xticks([mark for mark in marks if limits[0] <= mark <= limits[1]])
     axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
@@ -222,21 +184,15 @@ def draw_profiles(built: aggregates.Report) -> mpl_figure.Figure | None:
     x = 100.0 * profiles.thresholds
     greys = np.linspace(0.35, 0.75, max(len(profiles.published), 2)).round(3)
     for index, (system, shares) in enumerate(profiles.published.items()):
-        is_ours = system == "APS"
-        axes.plot(
-            x,
-            100.0 * shares,
-            color="black" if is_ours else str(greys[index]),
-            linestyle="-" if is_ours else _DASHES[index % len(_DASHES)],
-            linewidth=1.4 if is_ours else 1.1,
-            drawstyle="steps-post",
-            label=f"{system} (published means)",
-        )
+        style: Any = {"color": str(greys[index]), "ls": _DASHES[index % 4], "lw": 1.1}
+        if system == "APS":
+            style = {"color": "black", "lw": 1.4}
+        label = f"{system} (published means)"
+        axes.plot(x, 100.0 * shares, drawstyle="steps-post", label=label, **style)
     for label, estimate in profiles.methods.items():
-        percent = estimates.Estimate(*(100.0 * part for part in estimate))
-        color = _colors(built)[label]
-        style = {"step": "post", "drawstyle": "steps-post", "linewidth": 2.2}
-        _line_with_band(axes, x, percent, color, label=label, **style)
+        color, style = _colors(built)[label], {"drawstyle": "steps-post", "lw": 2.2}
+        percent = _percent(estimate)
+        _line_with_band(axes, x, percent, color, step="post", label=label, **style)
     axes.axvline(100.0, color="black", linewidth=0.8, linestyle="--")
     axes.set(
         xlim=(x[0], x[-1]),
@@ -261,13 +217,13 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
     panels = []
     for row in built.games:
         lines = []
-        for label, color in _colors(built).items():
-            runs = next(m.runs for m in built.methods if m.label == label)
-            curves = [finished_runs.read_curves(run) for run in runs.get(row.game, ())]
+        for method, color in zip(built.methods, _colors(built).values(), strict=True):
+            runs = method.runs.get(row.game, ())
+            curves = [finished_runs.read_curves(run) for run in runs]
             training = [one.training for one in curves if one.training is not None]
             evaluated = [one.evaluation for one in curves if one.evaluation is not None]
             if training or evaluated:
-                lines.append((label, color, training, evaluated))
+                lines.append((method.label, color, training, evaluated))
         if lines:
             panels.append((row, lines))
     if not panels:
@@ -289,10 +245,8 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
                 x, estimate = average(evaluated, seed=built.seed)
                 # Side by side, so that no method's mark hides another's.
                 x = x + 0.012 * end * (index - (len(lines) - 1) / 2)
-                name = None if training else label
-                axes.plot(
-                    x, estimate.value, "D", color=color, mec="white", ms=5, label=name
-                )
+                style = {"mec": "white", "ms": 5, "label": None if training else label}
+                axes.plot(x, estimate.value, "D", color=color, **style)
                 axes.vlines(x, estimate.low, estimate.high, color=color)
         if any(cell.normalized for cell in row.cells.values()):
             _reference_lines(axes, row)
@@ -342,14 +296,16 @@ def average(
         if x.size > _CURVE_POINTS:
             x = np.linspace(first, last, _CURVE_POINTS)
     values = np.stack([np.interp(x, one.agent_steps, one.returns) for one in curves])
-    value = values.mean(axis=0)
-    if len(curves) < 2:
-        unknown = np.full_like(value, np.nan)
-        return x, estimates.Estimate(value, unknown, unknown)
-    rng = np.random.default_rng(seed)
-    chosen = rng.integers(len(curves), size=(num_resamples, len(curves)))
-    low, high = np.percentile(values[chosen].mean(axis=1), [2.5, 97.5], axis=0)
-    return x, estimates.Estimate(value, low, high)
+    return x, estimates.bootstrap(
+        lambda chosen: values[chosen[0].astype(int)].mean(axis=-2),
+        [range(len(curves))],
+        seed=seed,
+        num_resamples=num_resamples,
+    )
+
+
+def _percent(estimate: estimates.Estimate) -> estimates.Estimate:
+    return estimates.Estimate(*(100.0 * part for part in estimate))
 
 
 def _line_with_band(
@@ -377,14 +333,9 @@ def _reference_lines(axes: mpl_axes.Axes, row: aggregates.GameRow) -> None:
     if human <= high + 1.5 * (high - low):
         axes.axhline(human, linestyle="--", **style)
     else:
-        axes.annotate(
-            f"human {human:,.0f} \u2191",
-            (0.98, 0.97),
-            xycoords="axes fraction",
-            ha="right",
-            va="top",
-            fontsize=7,
-            color=_GREY,
+        style = {"fontsize": 7, "color": _GREY, "transform": axes.transAxes}
+        axes.text(
+            0.98, 0.97, f"human {human:,.0f} \u2191", ha="right", va="top", **style
         )
 
 

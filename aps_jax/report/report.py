@@ -53,7 +53,7 @@ def report(
     )
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn: tuple[pathlib.Path, ...] = ()
+        drawn: list[pathlib.Path] = []
         if pictures:
             # Matplotlib takes a second to import and is needed for nothing else.
             from aps_jax.report import figures
