@@ -23,6 +23,8 @@ SCHEMA = 1
 PRETRAINED, SCRATCH = "pretrained", "scratch"
 BUDGETS = ("pretrain_frames", "finetune_agent_steps")
 _PROTOCOL = "protocol."
+_TYPES = {"stage": str, "game": str, "agent": str, "seed": int}
+_TYPES |= {"returns": list, "protocol": dict}
 
 
 class Curve(NamedTuple):
@@ -59,11 +61,11 @@ class Collection(NamedTuple):
     notices: tuple[str, ...]
 
 
-class UnusableResultError(ValueError):
+class _UnusableResultError(ValueError):
     """A `result.json` cannot be reported; the message is the reason."""
 
 
-class OtherRewardError(UnusableResultError):
+class _OtherRewardError(_UnusableResultError):
     """A result is sound, but its returns are not the game's score."""
 
 
@@ -95,18 +97,15 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
                 runs.append(run)
                 options.append(_read_options(path.parent, run.arm))
                 notices += [f"{path}: {complaint}." for complaint in complaints]
-        except OtherRewardError:
+        except _OtherRewardError:
             other_rewards.append(path)
-        except UnusableResultError as error:
+        except _UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
+    tuned = {parent for run in runs for parent in run.path.parents}
     for reason, paths in (
         (
             "pretraining folders hold no score",
-            [
-                p
-                for p in pretraining
-                if all(p.parent not in r.path.parents for r in runs)
-            ],
+            [path for path in pretraining if path.parent not in tuned],
         ),
         ("results are of other reward functions than the game's score", other_rewards),
     ):
@@ -227,11 +226,11 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UnusableResultError(f"not readable as JSON ({error})") from error
+        raise _UnusableResultError(f"not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UnusableResultError("not a JSON object")
+        raise _UnusableResultError("not a JSON object")
     if content.get("schema") != SCHEMA:
-        raise UnusableResultError(
+        raise _UnusableResultError(
             f"schema {content.get('schema')!r}, this report reads schema {SCHEMA}"
         )
     return content
@@ -242,17 +241,10 @@ def _parse(
 ) -> tuple[FinishedRun, list[str]]:
     """Checks a result of this schema; returns its run and what is odd about it."""
     if "tasks" in result:
-        raise OtherRewardError("it holds several reward functions, without learning")
-    for name, expected in {
-        "stage": str,
-        "game": str,
-        "agent": str,
-        "seed": int,
-        "returns": list,
-        "protocol": dict,
-    }.items():
+        raise _OtherRewardError("it holds several reward functions, without learning")
+    for name, expected in _TYPES.items():
         if type(result.get(name)) is not expected:
-            raise UnusableResultError(
+            raise _UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
     # What fine-tuning inferred, with the reward function's name, or the name alone.
@@ -260,12 +252,12 @@ def _parse(
     if isinstance(reward, dict):
         reward = reward.get("name", reward_functions.SCORE)
     if reward != reward_functions.SCORE:
-        raise OtherRewardError(f"returns of {reward!r} are not the game's score")
+        raise _OtherRewardError(f"returns of {reward!r} are not the game's score")
     if not result["returns"] or not all(
         type(value) in (int, float) and math.isfinite(value)
         for value in result["returns"]
     ):
-        raise UnusableResultError(
+        raise _UnusableResultError(
             f"returns must be finite numbers, at least one, got {result['returns'][:3]}"
         )
     returns = np.array(result["returns"], np.float64)
@@ -317,11 +309,13 @@ def _read_options(folder: pathlib.Path, arm: str) -> dict[str, Any] | None:
         options = dict(_leaves(content["config"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if arm == SCRATCH:  # It had no pretraining, whatever its config says of it.
-        for name, (section, _) in config.option_fields().items():
-            if section == "pretrain":
-                options.pop(name, None)
-    return compared_options(options)
+    fields = config.option_fields()
+    return {
+        name: value
+        for name, value in compared_options(options).items()
+        # Scratch had no pretraining, whatever its config says of it.
+        if arm != SCRATCH or name not in fields or fields[name][0] != "pretrain"
+    }
 
 
 def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
@@ -336,15 +330,13 @@ def _without_duplicates(
     runs: Sequence[FinishedRun],
 ) -> tuple[list[FinishedRun], list[str]]:
     """Keeps the first of the runs that differ in nothing but their folder."""
-    kept: dict[tuple, FinishedRun] = {}
+    kept: dict[tuple[Any, ...], FinishedRun] = {}
     notices = []
     for run in runs:
         settings = json.dumps(run.settings, sort_keys=True)
         key = (run.game, run.agent, run.arm, run.seed, settings)
         first = kept.setdefault(key, run)
         if first is not run:
-            notices.append(
-                f"{run.path}: duplicate of {first.path} ({run.game}, {run.agent} "
-                f"{run.arm}, seed {run.seed}); left out."
-            )
+            same = f"{run.game}, {run.agent} {run.arm}, seed {run.seed}"
+            notices.append(f"{run.path}: duplicate of {first.path} ({same}); left out.")
     return list(kept.values()), notices

@@ -152,42 +152,27 @@ def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> st
     ]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
-        lines += [f"## {table.title}", "", *markdown_table(table), ""]
-        lines += [f"{note}\n" for note in table.notes]
+        lines += table_lines(table, "## {}")
     for name in pictures:
         lines += [f"![{pathlib.Path(name).stem.replace('_', ' ')}]({name})", ""]
     return "\n".join(lines).rstrip() + "\n"
 
 
-def results_markdown(built: aggregates.Report, *further: Table) -> str:
-    """Returns the tables of what was run, scored and gained, and `further` ones."""
-    shown = [
-        t for t in tables(built) if t.title in ("Methods", "Scores per game", *_GAINS)
-    ]
-    between = [f"- {notice}" for notice in built.notices] + [""]
-    if built.published:
-        between.insert(
-            0,
-            f"{', '.join(built.published)} in capitals: published, with budgets and "
-            "networks far beyond these (docs/protocol.md).\n",
-        )
-    lines: list[str] = []
-    for index, table in enumerate([*shown, *further]):
-        lines += between if index == len(shown) else []
-        lines += [f"**{table.title}**", "", *markdown_table(table), ""]
-        lines += [f"{note}\n" for note in table.notes if f"{note}\n" not in lines]
-    lines += [] if further else between
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def markdown_table(table: Table) -> list[str]:
-    """Returns a table's lines of Markdown, without its title and notes."""
+def table_lines(table: Table, heading: str) -> list[str]:
+    """Returns a table's lines of Markdown, with its title in `heading` and its notes."""
 
     def line(cells: Sequence[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + " --- |" + " ---: |" * (len(table.columns) - 1)
-    return [line(table.columns), rule, *map(line, table.rows)]
+    lines = [line(table.columns), rule, *map(line, table.rows)]
+    return [
+        heading.format(table.title),
+        "",
+        *lines,
+        "",
+        *(f"{n}\n" for n in table.notes),
+    ]
 
 
 def to_csv(built: aggregates.Report) -> str:
