@@ -397,7 +397,7 @@ def forget_rliable():
 
 def test_absent_rliable_is_said_clearly(monkeypatch):
     monkeypatch.setitem(sys.modules, "rliable", None)
-    with pytest.raises(RuntimeError, match="not installed; pip install"):
+    with pytest.raises(RuntimeError, match="pip install 'rliable"):
         estimates_lib.import_rliable()
 
 
@@ -423,7 +423,6 @@ def test_rliable_gets_the_matrix_and_the_global_generator_is_put_back(
         "  return {'runs': func(matrix)}, {'runs': np.stack([low, low + 1])}\n",
     )
     rliable = estimates_lib.import_rliable()
-    assert rliable.version == "9.9"
     before = np.random.get_state()
     first, again, other = (
         estimates_lib.estimates_of_rliable(
