@@ -130,10 +130,10 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
     known = scores.published_scores()
     if list(systems) == ["all"]:
         return tuple(known)
-    for system in systems:
-        if system not in known:
+    for one in systems:
+        if one not in known:
             raise ValueError(
-                f"No published system {system!r}; there are {', '.join(known)}."
+                f"No published system {one!r}; there are {', '.join(known)}."
             )
     return tuple(dict.fromkeys(systems))
 
@@ -259,6 +259,10 @@ def _format_setting(run: Method | FinishedRun, name: str) -> str:
     return f"{name.removeprefix('protocol.')}={text}"
 
 
+def _preset(run: Method | FinishedRun) -> Any:
+    return run.settings.get("preset")
+
+
 def _telling_differences(runs: Sequence[Method | FinishedRun]) -> list[str]:
     """Returns the settings that differ, less those that come with preset or agent.
 
@@ -269,10 +273,10 @@ def _telling_differences(runs: Sequence[Method | FinishedRun]) -> list[str]:
         if name == "preset" or name.startswith("protocol."):
             return _differs(runs, name)
         if name in finished_runs.BUDGETS:
-            return _differs(runs, name, lambda run: run.settings.get("preset"))
-        return _differs(runs, name, lambda run: (run.settings.get("preset"), run.agent))
+            return _differs(runs, name, _preset)
+        return _differs(runs, name, lambda run: (_preset(run), run.agent))
 
-    return [name for name in _names(runs) if is_telling(name)]
+    return sorted(filter(is_telling, {name for run in runs for name in run.settings}))
 
 
 def _differs(
@@ -285,34 +289,28 @@ def _differs(
     return len(pairs) > len({first for first, _ in pairs})
 
 
-def _names(runs: Sequence[Method | FinishedRun]) -> list[str]:
-    return sorted({name for run in runs for name in run.settings})
-
-
 def _method_notices(methods: Sequence[Method]) -> list[str]:
     """Says where methods do not compare like with like."""
-    notices, own = [], []
+    notices = []
     telling = _telling_differences(methods)
-    for name in _names(methods):
+    own = {name for method in methods for name in method.settings} - set(telling)
+    for name in (*telling, *sorted(own)):
         having = [method for method in methods if name in method.settings]
-        if name not in telling:
-            if _differs(having, name, lambda method: method.settings.get("preset")):
-                own.append(name)
-        elif _differs(having, name):
+        if name in own and not _differs(having, name, _preset):
+            own.remove(name)
+        elif name in telling and _differs(having, name):
             values: dict[str, list[str]] = collections.defaultdict(list)
             for method in having:
-                value = _format_setting(method, name).partition("=")[2]
+                setting, _, value = _format_setting(method, name).partition("=")
                 values[value].append(method.label)
-            each = "; ".join(
-                f"{value} in {', '.join(m)}" for value, m in values.items()
-            )
+            each = "; ".join(f"{v} in {', '.join(ms)}" for v, ms in values.items())
             kind = "protocols" if name.startswith("protocol.") else "settings"
             notices.append(
-                f"Mixed {kind}: {name.removeprefix('protocol.')} is {each}. They are "
-                "never averaged together; compare them with care."
+                f"Mixed {kind}: {setting} is {each}. They are never averaged together; "
+                "compare them with care."
             )
     if own:
-        notices.append(f"Agents differ in these options too: {', '.join(own)}.")
+        notices.append(f"Agents differ in these options too: {', '.join(sorted(own))}.")
     told: dict[str, list[str]] = collections.defaultdict(list)
     for method in methods:
         for complaint in _method_complaints(method):
@@ -403,12 +401,9 @@ def _summary(groups: estimates.Scores, bootstrap: _Bootstrap) -> Summary:
 def _comparisons(
     methods: Sequence[Method], bootstrap: _Bootstrap
 ) -> tuple[Comparison, ...]:
-    """Compares pretrained methods with scratch, then with each other.
-
-    Scratch must share every setting but pretraining's; pretrained methods must share
-    the protocol, and their labels tell the rest.
-    """
+    """Compares pretrained methods with scratch, then with each other."""
     pretrained = [method for method in methods if method.arm == PRETRAINED]
+    # Scratch must share every setting but pretraining's, all must share the protocol.
     pairs = [
         (method, baseline)
         for method, baseline in itertools.product(pretrained, methods)

@@ -36,14 +36,11 @@ class RewardRow(NamedTuple):
 def collect(
     folder: str | os.PathLike, *, num_resamples: int = 10_000
 ) -> list[RewardRow]:
-    """Reads the results of a sweep over reward functions.
+    """Returns a row for each game, agent and reward function, in this order.
 
     Args:
       folder: Of the sweep, or what its `--keep` kept.
       num_resamples: Bootstrap resamples behind each interval.
-
-    Returns:
-      A row for each game, agent and reward function, in this order.
     """
     found: dict[tuple[str, str, str], list[tuple[Any, float | None]]] = {}
     for path in sorted(pathlib.Path(folder).glob("*/*/seed_*/tasks/result.json")):

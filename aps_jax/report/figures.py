@@ -220,8 +220,8 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
         for method, color in zip(built.methods, _colors(built).values(), strict=True):
             runs = method.runs.get(row.game, ())
             curves = [finished_runs.read_curves(run) for run in runs]
-            training = [one.training for one in curves if one.training is not None]
-            evaluated = [one.evaluation for one in curves if one.evaluation is not None]
+            training = [games for games, _ in curves if games is not None]
+            evaluated = [games for _, games in curves if games is not None]
             if training or evaluated:
                 lines.append((method.label, color, training, evaluated))
         if lines:
@@ -259,17 +259,14 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
         axes.set_axis_off()
     figure.supxlabel("agent steps with reward")
     figure.supylabel("return, points")
+    key = figure.legend(
+        list(legend.values()), list(legend), loc="outside upper center", ncols=4
+    )
     title = (
         "Lines: games while learning; diamonds: evaluations; bands and bars: 95 % over "
         "seeds; grey: random (dotted), human (dashed)"
     )
-    figure.legend(
-        list(legend.values()),
-        list(legend),
-        loc="outside upper center",
-        ncols=4,
-        title=textwrap.fill(title, width=int(16 * figure.get_figwidth())),
-    )
+    key.set_title(textwrap.fill(title, width=int(16 * figure.get_figwidth())))
     return figure
 
 
@@ -278,10 +275,7 @@ def average(
 ) -> tuple[np.ndarray, estimates.Estimate]:
     """Averages curves over seeds on the steps that all of them cover.
 
-    Args:
-      curves: One per seed; each is interpolated linearly between its points.
-      seed: Root of the resampling.
-      num_resamples: Resamples behind the band.
+    Each curve, one per seed, is interpolated linearly between its points.
 
     Returns:
       Agent steps `[N]`, and the mean with its pointwise interval, `[N]` each.

@@ -34,13 +34,6 @@ class Curve(NamedTuple):
     returns: np.ndarray  # [N] float64, points.
 
 
-class Curves(NamedTuple):
-    """A run's learning curves; None where its `metrics.csv` has none."""
-
-    training: Curve | None  # Games played while learning.
-    evaluation: Curve | None  # Full games apart from training.
-
-
 @dataclasses.dataclass(frozen=True)
 class FinishedRun:
     """A run with a score: who played what, how it was trained, what it scored."""
@@ -70,10 +63,7 @@ class _OtherRewardError(_UnusableResultError):
 
 
 def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
-    """Finds and reads every finished run in or below `run_dirs`.
-
-    Args:
-      run_dirs: Folders of single runs, of paired arms, or of many runs at any depth.
+    """Finds and reads every finished run in or below the folders `run_dirs`.
 
     Returns:
       The runs in the order of their paths, without duplicates, and the notices.
@@ -119,15 +109,14 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
         reason = f" ({notices[0]})" if notices else ""
         raise ValueError(f"No finished run with a score in {looked}.{reason}")
 
-    known = [one for one in options if one is not None]
-    if len(known) == len(runs):
+    if None not in options:
         runs = [
-            dataclasses.replace(run, settings={**run.settings, **one})
-            for run, one in zip(runs, known, strict=True)
+            dataclasses.replace(run, settings={**run.settings, **(one or {})})
+            for run, one in zip(runs, options, strict=True)
         ]
-    elif known:
+    elif any(options):
         notices.append(
-            f"{len(runs) - len(known)} of {len(runs)} runs have no readable config.json: "
+            f"{options.count(None)} of {len(runs)} runs have no readable config.json: "
             "options are not compared, only what result.json tells."
         )
     runs, duplicates = _without_duplicates(runs)
@@ -157,19 +146,17 @@ def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in options.items() if name not in not_compared}
 
 
-def read_curves(run: FinishedRun) -> Curves:
+def read_curves(run: FinishedRun) -> tuple[Curve | None, Curve | None]:
     """Reads a run's learning curves from its `metrics.csv`.
 
-    Args:
-      run: A run that `collect` returned.
-
     Returns:
-      The curves, each None where the file is absent, broken, or has no such return.
+      Games played while learning, and full games apart from training; each is None
+      where the file is absent, broken, or has no such return.
     """
     try:
         columns = metrics.read_metrics(run.path / metrics.FILE_NAME)
     except (OSError, ValueError, IndexError):
-        return Curves(None, None)
+        return None, None
     steps = np.array(columns.get("agent_steps", []), np.float64)
 
     def curve(name: str) -> Curve | None:
@@ -177,7 +164,7 @@ def read_curves(run: FinishedRun) -> Curves:
         known = np.isfinite(returns)
         return Curve(steps[known], returns[known]) if known.any() else None
 
-    return Curves(curve("episode_return"), curve("eval_return_mean"))
+    return curve("episode_return"), curve("eval_return_mean")
 
 
 def _find(

@@ -1,7 +1,4 @@
-"""Reads finished runs and writes what they show: tables, files and pictures.
-
-`report` is the whole of `python -m experiments.report` as a function.
-"""
+"""Reads finished runs and writes what they show: `experiments.report` as a function."""
 
 import json
 import os
@@ -75,11 +72,9 @@ def _check_out(out: pathlib.Path) -> None:
         return
     try:
         content = json.loads((out / _FILES[0]).read_text(encoding="utf-8"))
-        ours = content.get("kind") == tables.KIND
+        is_report = content.get("kind") == tables.KIND
     except (OSError, ValueError, AttributeError):
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"{out} holds report files that are not from this program; choose another "
-            "folder."
-        )
+        is_report = False
+    if not is_report:
+        what = "report files that are not from this program"
+        raise ValueError(f"{out} holds {what}; choose another folder.")

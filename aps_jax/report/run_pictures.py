@@ -1,7 +1,4 @@
-"""Pictures of a run: its learning curves, its games, and the features it visited.
-
-Letters: `N` states, `D` feature dimension.
-"""
+"""Pictures of a run: its learning curves, its games, and the features it visited."""
 
 import importlib.util
 import math
@@ -43,13 +40,10 @@ def save_video(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     import imageio_ffmpeg
 
     height, width = pictures[0].shape[:2]
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=_STEPS_PER_SECOND,
-        macro_block_size=2,  # Atari's 160x210 is no multiple of the usual 16.
-        ffmpeg_log_level="error",
-    )
+    # Atari's 160x210 is no multiple of the usual macro_block_size 16.
+    options: Any = {"fps": _STEPS_PER_SECOND, "macro_block_size": 2}
+    options["ffmpeg_log_level"] = "error"
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
     writer.send(None)
     for picture in pictures:
         writer.send(np.ascontiguousarray(picture))
@@ -72,13 +66,10 @@ def tile(
     num_columns = math.ceil(math.sqrt(len(videos)))
     num_rows = math.ceil(len(videos) / num_columns)
     height, width, _ = videos[0][0].shape
-    blank = Image.new(
-        "RGB", (num_columns * width, num_rows * (height + _LABEL_HEIGHT)), "black"
-    )
-    places = [
-        (index % num_columns * width, index // num_columns * (height + _LABEL_HEIGHT))
-        for index in range(len(videos))
-    ]
+    cell = height + _LABEL_HEIGHT
+    blank = Image.new("RGB", (num_columns * width, num_rows * cell), "black")
+    numbered = [divmod(index, num_columns) for index in range(len(videos))]
+    places = [(column * width, row * cell) for row, column in numbered]
     draw = ImageDraw.Draw(blank)
     for (x, y), label in zip(places, labels, strict=True):
         while draw.textlength(label) > width:
@@ -108,17 +99,10 @@ def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     sample = images[:: max(1, len(images) // 50)]
     richest = max(sample, key=lambda image: len(image.getcolors(1 << 24) or ()))
     palette = richest.quantize(colors=128)
-    frames = [
-        image.quantize(palette=palette, dither=Image.Dither.NONE) for image in images
-    ]
-    frames[0].save(
-        path,
-        save_all=True,
-        append_images=frames[1:],
-        duration=_GIF_MILLISECONDS,
-        loop=0,
-        optimize=False,
-    )
+    plain = Image.Dither.NONE
+    first, *rest = (image.quantize(palette=palette, dither=plain) for image in images)
+    options: Any = {"duration": _GIF_MILLISECONDS, "loop": 0, "optimize": False}
+    first.save(path, save_all=True, append_images=rest, **options)
 
 
 def save_learning_curves(
@@ -148,12 +132,12 @@ def save_learning_curves(
         axes.set_ylabel("return (points)")
         if reference is not None:
             axes.axhline(reference.random, color="grey", ls=":", label="random")
-    for axes, name in (
-        (pretraining, "score, which the agent never sees"),
-        (rewards, "the parts of its reward"),
-        (distances, "distances to the nearest particles"),
-    ):
-        axes.set(title=f"pretraining: {name}", xlabel="frames without reward")
+    pretraining.set_title("pretraining: score, which the agent never sees")
+    rewards.set_title("pretraining: the parts of its reward")
+    distances.set_title("pretraining: distances to the nearest particles")
+    finetuning.set_title("fine-tuning: games while learning, and evaluations")
+    for axes in figure.axes:
+        axes.set_xlabel(f"frames with{'' if axes is finetuning else 'out'} reward")
     if pretrain_csv is not None:
         columns = metrics.read_metrics(pretrain_csv)
         _line(pretraining, columns, "episode_return", label="games")
@@ -168,13 +152,8 @@ def save_learning_curves(
         _line(finetuning, columns, "episode_return", color=color, alpha=0.5, label=arm)
         # The later arms' marks are smaller: none hides another of the same score.
         style = {"color": color, "marker": "o", "ls": "", "ms": max(11 - 5 * index, 4)}
-        _line(
-            finetuning, columns, "eval_return_mean", label=f"{arm}, evaluated", **style
-        )
-    finetuning.set(
-        title="fine-tuning: games while learning, and evaluations",
-        xlabel="frames with reward",
-    )
+        style["label"] = f"{arm}, evaluated"
+        _line(finetuning, columns, "eval_return_mean", **style)
     if reference is not None:
         # Where that does not squeeze the curves into a corner.
         low, high = finetuning.get_ylim()
@@ -184,7 +163,9 @@ def save_learning_curves(
         if axes.lines:
             axes.legend(fontsize="small")
         else:
-            axes.set_axis_off()  # An agent may measure no distance, or have no reward.
+            axes.set_visible(
+                False
+            )  # An agent may measure no distance, or have no reward.
     figure.savefig(path, dpi=110)
 
 

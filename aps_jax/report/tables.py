@@ -59,15 +59,14 @@ def make_table(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> Ta
 
 def tables(built: aggregates.Report) -> list[Table]:
     """Formats a report: the runs, the games, the aggregates, and the comparisons."""
-    made = [_methods_table(built)] if built.methods else []
-    made.append(_games_table(built))
-    if built.summaries:
-        made.append(_summary_table(built))
-    if built.comparisons:
-        made += _comparison_tables(built)
-    if built.published_all and len(built.games) >= len(scores.atari26_games()):
-        made.append(_printed_table(built))
-    return made
+    has_all_games = len(built.games) >= len(scores.atari26_games())
+    return [
+        *([_methods_table(built)] if built.methods else []),
+        _games_table(built),
+        *([_summary_table(built)] if built.summaries else []),
+        *(_comparison_tables(built) if built.comparisons else []),
+        *([_printed_table(built)] if built.published_all and has_all_games else []),
+    ]
 
 
 def show(built: aggregates.Report, *, width: int | None = None) -> None:
@@ -161,18 +160,12 @@ def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> st
 def table_lines(table: Table, heading: str) -> list[str]:
     """Returns a table's lines of Markdown, with its title in `heading` and its notes."""
 
-    def line(cells: Sequence[str]) -> str:
+    def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
     rule = "|" + " --- |" + " ---: |" * (len(table.columns) - 1)
-    lines = [line(table.columns), rule, *map(line, table.rows)]
-    return [
-        heading.format(table.title),
-        "",
-        *lines,
-        "",
-        *(f"{n}\n" for n in table.notes),
-    ]
+    lines = [heading.format(table.title), "", line(table.columns), rule]
+    return [*lines, *map(line, table.rows), "", *(f"{note}\n" for note in table.notes)]
 
 
 def to_csv(built: aggregates.Report) -> str:
@@ -192,21 +185,17 @@ def to_csv(built: aggregates.Report) -> str:
     writer = csv.DictWriter(out, header, lineterminator="\n")
     writer.writeheader()
     for row in built.games:
-        suspects = [f"{s}: {c.suspect}" for s, c in row.published.items() if c.suspect]
-        values: dict[str, Any] = {
-            **dict(zip(header, (row.game, row.random, row.human), strict=False)),
-            **{
-                f"{system} points": cell.score for system, cell in row.published.items()
-            },
-            "suspect": "; ".join(suspects),
-        }
+        values: dict[str, Any] = dict(zip(header, row[:3], strict=False))
         for label, shown in row.cells.items():
             numbers = [*shown.score, *(shown.normalized or ())]
             named = zip(names, numbers, strict=False)
             values |= {f"{label} {name}": number for name, number in named}
             values[f"{label} seeds"] = shown.num_seeds
             values[f"{label} interval over"] = shown.interval_over
-        writer.writerow(_plain(values))
+        for system, cell in row.published.items():
+            values[f"{system} points"] = cell.score
+        suspects = [f"{s}: {c.suspect}" for s, c in row.published.items() if c.suspect]
+        writer.writerow(_plain(values | {"suspect": "; ".join(suspects)}))
     return out.getvalue()
 
 
@@ -240,13 +229,12 @@ def _plain(value: Any) -> Any:
 
 
 def _methods_table(built: aggregates.Report) -> Table:
-    def budget(method: aggregates.Method, name: str) -> str:
-        value = method.settings.get(name)
-        return "?" if value is None else f"{value:,}"
-
     rows = []
     for method in built.methods:
-        is_scratch = method.arm == aggregates.SCRATCH
+        frames, steps = (
+            "?" if (value := method.settings.get(name)) is None else f"{value:,}"
+            for name in finished_runs.BUDGETS
+        )
         counts = [len(runs) for runs in method.runs.values()]
         rows.append(
             {
@@ -254,10 +242,10 @@ def _methods_table(built: aggregates.Report) -> Table:
                 "agent": method.agent,
                 "arm": method.arm,
                 "preset": str(method.settings.get("preset")),
-                "pretraining (frames)": "none"
-                if is_scratch
-                else budget(method, "pretrain_frames"),
-                "fine-tuning (agent steps)": budget(method, "finetune_agent_steps"),
+                "pretraining (frames)": (
+                    "none" if method.arm == aggregates.SCRATCH else frames
+                ),
+                "fine-tuning (agent steps)": steps,
                 "games": str(len(counts)),
                 "seeds": "-".join(map(str, sorted({min(counts), max(counts)}))),
             }
@@ -281,11 +269,7 @@ def _games_table(built: aggregates.Report) -> Table:
     labels = [method.label for method in built.methods]
     rows = []
     for row in built.games:
-        line = [
-            game_name(row.game),
-            format_points(row.random),
-            format_points(row.human),
-        ]
+        line = [game_name(row.game), *map(format_points, (row.random, row.human))]
         for label in labels:
             cell = row.cells.get(label)
             if cell is None:

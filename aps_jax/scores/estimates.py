@@ -52,17 +52,13 @@ def interquartile_mean(scores: Scores) -> np.ndarray:
     return pooled[..., num_dropped : num_runs - num_dropped].mean(axis=-1)
 
 
-def optimality_gap(scores: Scores, *, threshold: float = 1.0) -> np.ndarray:
-    """Computes how far runs fall short of `threshold` on average; 0 is best.
+def optimality_gap(scores: Scores) -> np.ndarray:
+    """Computes how far runs fall short of 1, the human score, on average; 0 is best.
 
-    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264:
-    `threshold - mean(min(score, threshold))`, games weighing equally.
-
-    Args:
-      scores: `G` arrays `[..., R]`.
-      threshold: The score beyond which more is not counted; 1 is human.
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: `1 - mean(min(score, 1))`, games
+    weighing equally.
     """
-    return threshold - mean([np.minimum(game, threshold) for game in scores])
+    return 1.0 - mean([np.minimum(game, 1.0) for game in scores])
 
 
 def superhuman_count(scores: Scores) -> np.ndarray:
@@ -88,10 +84,8 @@ def probability_of_improvement(scores_x: Scores, scores_y: Scores) -> np.ndarray
       ValueError: The numbers of games differ.
     """
     if len(scores_x) != len(scores_y):
-        raise ValueError(
-            "X and Y must hold the same games, got "
-            f"{len(scores_x)} and {len(scores_y)} games."
-        )
+        given = f"{len(scores_x)} and {len(scores_y)} games"
+        raise ValueError(f"X and Y must hold the same games, got {given}.")
     by_game = []
     for x, y in zip(scores_x, scores_y, strict=True):
         pairs_x, pairs_y = x[..., :, np.newaxis], y[..., np.newaxis, :]
@@ -199,7 +193,7 @@ def estimates_of_rliable(
 
     Args:
       rliable: From `import_rliable`.
-      scores: `G` arrays `[R]`; rliable needs the same `R` in every game.
+      scores: `G` arrays `[R]`.
       seed: Root of rliable's resampling.
       num_resamples: Resamples behind its intervals.
 
@@ -211,10 +205,8 @@ def estimates_of_rliable(
     """
     sizes = sorted({len(game) for game in scores})
     if len(sizes) != 1 or sizes[0] < 2:
-        raise ValueError(
-            "rliable needs the same number of runs, at least 2, in every game; got "
-            f"{', '.join(map(str, sizes))}."
-        )
+        needed = "the same number of runs, at least 2, in every game"
+        raise ValueError(f"rliable needs {needed}; got {', '.join(map(str, sizes))}.")
     functions = {
         "mean": rliable.metrics.aggregate_mean,
         "median": rliable.metrics.aggregate_median,
@@ -249,8 +241,9 @@ def _check_group(group: Scores) -> None:
         raise ValueError("A group must hold at least one game.")
     for game in group:
         if game.ndim != 1 or not game.size:
+            shape = game.shape
             raise ValueError(
-                f"Each game needs a vector of at least one run, got {game.shape}."
+                f"Each game needs a vector of at least one run, got {shape}."
             )
         if not np.all(np.isfinite(game)):
             raise ValueError(f"Scores must be finite, got {game}.")

@@ -337,17 +337,17 @@ def read_curves(folder, metrics, **changes):
 
 
 def test_curves_are_the_known_returns(tmp_path):
-    curves = read_curves(
+    training, evaluated = read_curves(
         tmp_path,
         "agent_steps,frames,episode_return,eval_return_mean\n"
         "10,40,nan,nan\n"
         "20,80,2.5,nan\n"
         "30,120,4,7\n",
     )
-    np.testing.assert_array_equal(curves.training.agent_steps, [20, 30])
-    np.testing.assert_array_equal(curves.training.returns, [2.5, 4.0])
-    np.testing.assert_array_equal(curves.evaluation.agent_steps, [30])
-    np.testing.assert_array_equal(curves.evaluation.returns, [7.0])
+    np.testing.assert_array_equal(training.agent_steps, [20, 30])
+    np.testing.assert_array_equal(training.returns, [2.5, 4.0])
+    np.testing.assert_array_equal(evaluated.agent_steps, [30])
+    np.testing.assert_array_equal(evaluated.returns, [7.0])
 
 
 @pytest.mark.parametrize(

@@ -196,7 +196,7 @@ def test_curves_show_what_the_agent_measured(tmp_path, monkeypatch):
 
 def test_panels_without_a_curve_are_empty(tmp_path, monkeypatch):
     axes = draw_curves(tmp_path, monkeypatch, "frames,episode_return\n4,1\n")
-    assert [one.axison for one in axes] == [True, True, False, False]
+    assert [one.get_visible() for one in axes] == [True, True, False, False]
 
 
 def test_random_and_human_scores_are_drawn_where_they_are_given(tmp_path, monkeypatch):

@@ -88,10 +88,6 @@ def test_hand_computed():
     )
     # Runs beyond 1 count as 1: gaps of the games (1 + 0) / 2, 0.5, 0.7.
     assert estimates_lib.optimality_gap(scores) == pytest.approx((0.5 + 0.5 + 0.7) / 3)
-    # With threshold 0.5: (0.5 + 0) / 2, 0, (0 + 0.4 + 0.3) / 3.
-    assert estimates_lib.optimality_gap(scores, threshold=0.5) == pytest.approx(
-        (0.25 + 0.0 + 0.7 / 3) / 3
-    )
     # A mean of exactly 1 is at human level.
     assert estimates_lib.superhuman_count(scores) == 1
     # Above 0: 1/2, 1, 1. Above 0.5 (strictly): 1/2, 0, 1/3.
