@@ -31,10 +31,7 @@ _CHECK = flags.DEFINE_bool(
 
 
 def results_table() -> str:
-    """Returns the README's tables of the first measured results, as `report` makes them.
-
-    They say what was run, what it scored, and what pretraining gained.
-    """
+    """Returns the README's tables: what was run, what it scored, what was gained."""
     # Seen from the root: notices name folders, and pages no machine's.
     with contextlib.chdir(ROOT):
         built = report.report([RESULTS], systems=("APS",))
@@ -50,9 +47,10 @@ def results_table() -> str:
     made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
     lines.append(
         f"Made in {made['wall_seconds'] / 3600:.1f} hours on "
-        f"{made['machine']['cores']} cores ({made['machine']['cpu']}, no GPU) at commit "
-        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result and "
-        f"command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
+        f"{made['machine']['cores']} cores ({made['machine']['cpu']}, no GPU) at "
+        "commit "
+        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result "
+        f"and command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
     )
     # Each note once, under the first of its tables.
     notes = [line for line in lines if line.endswith("\n")]
@@ -71,7 +69,7 @@ def ablation_tables() -> str:
 def measured_rows(
     file_name: str, is_shown: Callable[[str], bool] = lambda name: True
 ) -> Callable[[], str]:
-    """Returns what makes the table of a benchmark's rows, or some, as it was measured."""
+    """Returns a function that makes the table of the rows of a benchmark to show."""
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu" / file_name

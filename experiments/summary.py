@@ -1,4 +1,4 @@
-"""What scripts print of a result: the score beside random and human, and the protocol."""
+"""What scripts print of a result: its scores, and how the games were played."""
 
 import statistics
 from typing import Any

@@ -191,7 +191,7 @@ def build(
 
 
 def normalized_scores(method: Method) -> dict[str, np.ndarray]:
-    """Returns the human-normalised scores `[R]` of each game for which there are any."""
+    """Returns the human-normalised scores `[R]` of each game that has any."""
     return {
         game: scores.human_normalized_score(game, _seed_means(runs))
         for game, runs in method.runs.items()
@@ -221,10 +221,10 @@ def check_against_rliable(built: Report, rliable: types.ModuleType) -> list[str]
         ours = [getattr(built.summaries[method.label], name) for name in theirs]
         value, low, high = np.abs(np.subtract(ours, list(theirs.values()))).max(axis=0)
         lines.append(
-            f"{method.label}: rliable {importlib.metadata.version('rliable')} agrees to "
-            f"{100 * value:.1g} points of percent on mean, median, IQM and optimality "
-            f"gap, and to {100 * max(low, high):.1g} on the ends of their intervals (its "
-            "own resamples)."
+            f"{method.label}: rliable {importlib.metadata.version('rliable')} agrees "
+            f"to {100 * value:.1g} points of percent on mean, median, IQM and "
+            f"optimality gap, and to {100 * max(low, high):.1g} on the ends of their intervals "
+            "(its own resamples)."
         )
     return lines
 
@@ -333,17 +333,16 @@ def _method_complaints(method: Method) -> list[str]:
     fewest, most = min(counts), max(counts)
     complaints = {
         f"not the standard protocol: {odd}.": odd,
-        "under this protocol the game is another one than that of the random, human and "
-        "published scores: no human-normalised score.": not method.is_comparable,
+        "under this protocol the game is another one than that of the random, human "
+        "and published scores: no human-normalised score.": not method.is_comparable,
         "single seeds, so aggregates have no interval.": fewest == 1,
         f"with {fewest} seeds, 95 % intervals are too narrow (docs/protocol.md).": (
             1 < fewest < 5
         ),
         f"{fewest} to {most} seeds per game; the IQM pools runs, so games with more "
         "seeds weigh more in it.": fewest < most,
-        f"no random and human scores for {', '.join(missing)}; not in the aggregates.": (
-            missing
-        ),
+        f"no random and human scores for {', '.join(missing)}; not in the "
+        "aggregates.": missing,
     }
     return [complaint for complaint, is_true in complaints.items() if is_true]
 

@@ -1,8 +1,8 @@
 """Reports what pretrained agents did for several reward functions, tuned or not.
 
-Reads the folders of a sweep: `GAME/AGENT/seed_N/tasks` holds the zero-shot results of an
-agent (`evaluate --task=...`), `GAME/AGENT/seed_N/pretrained_NAME` what it reached after
-fine-tuning on one of the reward functions (`pretrained` for the score).
+Reads the folders of a sweep: `GAME/AGENT/seed_N/tasks` holds the zero-shot results of
+an agent (`evaluate --task=...`), `GAME/AGENT/seed_N/pretrained_NAME` what it reached
+after fine-tuning on one of the reward functions (`pretrained` for the score).
 """
 
 import functools
@@ -103,6 +103,6 @@ def table(rows: list[RewardRow]) -> tables.Table:
         "One pretrained agent, several reward functions",
         cells,
         "Returns of the reward function itself, in full games: mean over seeds [95 % "
-        "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a reward. "
-        "docs/tasks.md and examples/tasks.py explain the reward functions.",
+        "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a "
+        "reward. docs/tasks.md and examples/tasks.py explain the reward functions.",
     )

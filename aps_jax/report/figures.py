@@ -1,7 +1,7 @@
 """Draws a report: aggregates, games, performance profiles and learning curves.
 
-The runs of the report carry colour; published systems stay grey, so that a picture shows
-at a glance what is new in it.
+The runs of the report carry colour; published systems stay grey, so that a picture
+shows at a glance what is new in it.
 """
 
 import itertools

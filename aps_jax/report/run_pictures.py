@@ -95,7 +95,7 @@ def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     if not pictures:
         raise ValueError("A gif needs at least one picture.")
     images = [Image.fromarray(picture) for picture in pictures]
-    # One palette for the whole game (of its most colourful picture), or colours flicker.
+    # One palette, of the game's most colourful picture, or colours flicker.
     sample = images[:: max(1, len(images) // 50)]
     richest = max(sample, key=lambda image: len(image.getcolors(1 << 24) or ()))
     palette = richest.quantize(colors=128)

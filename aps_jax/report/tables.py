@@ -28,8 +28,8 @@ _POINTS_NOTE = (
     "seeds]; %: human-normalised, 0 is random play and 100 is human."
 )
 _ONE_SEED_NOTE = (
-    "\u2020 One seed: the interval is over the evaluated games of one trained agent and "
-    "says nothing about another seed."
+    "\u2020 One seed: the interval is over the evaluated games of one trained agent "
+    "and says nothing about another seed."
 )
 _IMPROVEMENT_NOTE = (
     "P(improvement): that a run of the one beats a run of the other in a game drawn at "
@@ -37,8 +37,8 @@ _IMPROVEMENT_NOTE = (
     "human-normalised score. [95 % intervals]"
 )
 _CERTAIN_NOTE = (
-    "1.00 [1.00, 1.00]: every run of the one beat every run of the other, which with few "
-    "seeds is no certainty."
+    "1.00 [1.00, 1.00]: every run of the one beat every run of the other, which with "
+    "few seeds is no certainty."
 )
 
 
@@ -158,7 +158,7 @@ def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> st
 
 
 def table_lines(table: Table, heading: str) -> list[str]:
-    """Returns a table's lines of Markdown, with its title in `heading` and its notes."""
+    """Returns a table as lines of Markdown, with its title in `heading`."""
 
     def line(cells: Iterable[str]) -> str:
         return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
@@ -395,7 +395,7 @@ def format_estimate(
 ) -> str:
     """Formats an estimate, with its interval where there is one."""
     if estimate is None:
-        return ""
+        return "-"
     text, low, high = map(format_value, estimate)
     return text if np.isnan(estimate.low) else f"{text} [{low}, {high}]"
 

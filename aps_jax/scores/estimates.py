@@ -3,9 +3,9 @@
 The estimators of rliable, Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, in
 NumPy. Letters: `G` games, `R` runs (seeds) of one game, `S` resamples, `T` thresholds.
 
-`scores` are always `G` arrays `[..., R]`; `R` may differ between games. Leading axes are
-bootstrap resamples, so that one function gives the estimate and its resampled values:
-`[...]`, in the unit of the scores unless the function says otherwise.
+`scores` are always `G` arrays `[..., R]`; `R` may differ between games. Leading axes
+are bootstrap resamples, so that one function gives the estimate and its resampled
+values: `[...]`, in the unit of the scores unless the function says otherwise.
 """
 
 import types
@@ -55,8 +55,8 @@ def interquartile_mean(scores: Scores) -> np.ndarray:
 def optimality_gap(scores: Scores) -> np.ndarray:
     """Computes how far runs fall short of 1, the human score, on average; 0 is best.
 
-    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: `1 - mean(min(score, 1))`, games
-    weighing equally.
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: `1 - mean(min(score, 1))`,
+    games weighing equally.
     """
     return 1.0 - mean([np.minimum(game, 1.0) for game in scores])
 

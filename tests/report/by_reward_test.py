@@ -58,8 +58,8 @@ def test_words(tmp_path):
     write_tasks(tmp_path, "Freeway", 0, score=0.0)
     table = by_reward.table(by_reward.collect(tmp_path, num_resamples=10))
     assert table.rows == (
-        ("Freeway", "aps", "score", "1", "1.0", "0.0", "", "0.000", "100 (0)"),
-        ("Pong", "aps", "left", "1", "1.0", "1,234.5", "", "0.000", "100 (0)"),
+        ("Freeway", "aps", "score", "1", "1.0", "0.0", "-", "0.000", "100 (0)"),
+        ("Pong", "aps", "left", "1", "1.0", "1,234.5", "-", "0.000", "100 (0)"),
     )
     assert len(table.columns) == len(table.rows[0])
     title, _, header, *_ = tables.table_lines(table, "## {}")
