@@ -30,18 +30,30 @@ class EnvironmentConfig:
         "Random no-op agent steps at the start of a game, at most.",
         low=1,
         high=1000,
+        compared=False,
     )
     sticky: float = option(
-        0.0, "Probability that the emulator repeats the last action.", low=0.0, high=1.0
+        0.0,
+        "Probability that the emulator repeats the last action.",
+        low=0.0,
+        high=1.0,
+        compared=False,
     )
     max_frames: int = option(
-        108_000, "Emulator frames after which a game is cut.", low=FRAME_SKIP
+        108_000,
+        "Emulator frames after which a game is cut.",
+        low=FRAME_SKIP,
+        compared=False,
     )
     fire_reset: bool = option(
         False, "Whether FIRE is pressed once at the start of each game."
     )
     env_threads: int = option(
-        0, "Threads that step the emulators; 0 takes all cores.", low=0, high=1024
+        0,
+        "Threads that step the emulators; 0 takes all cores.",
+        low=0,
+        high=1024,
+        compared=False,
     )
 
     def __post_init__(self) -> None:
@@ -53,7 +65,10 @@ class PretrainConfig:
     """The reward-free stage."""
 
     pretrain_frames: int = option(
-        200_000_000, "Emulator frames played without reward.", low=FRAME_SKIP
+        200_000_000,
+        "Emulator frames played without reward.",
+        low=FRAME_SKIP,
+        compared=False,
     )
     num_envs: int = option(
         64, "Environments that pretraining steps together.", low=1, high=65536
@@ -90,7 +105,10 @@ class FinetuneConfig:
         "module:function of two time steps.",
     )
     finetune_agent_steps: int = option(
-        100_000, "Agent steps with reward in all, inference included.", low=1
+        100_000,
+        "Agent steps with reward in all, inference included.",
+        low=1,
+        compared=False,
     )
     infer_agent_steps: int = option(
         40_000,
@@ -125,10 +143,18 @@ class EvaluationConfig:
     """The protocol of every score: full games, unclipped, apart from training."""
 
     eval_episodes: int = option(
-        100, "Full games of one evaluation, one environment each.", low=1, high=4096
+        100,
+        "Full games of one evaluation, one environment each.",
+        low=1,
+        high=4096,
+        compared=False,
     )
     eval_epsilon: float = option(
-        0.001, "Probability of a random action in evaluation.", low=0.0, high=1.0
+        0.001,
+        "Probability of a random action in evaluation.",
+        low=0.0,
+        high=1.0,
+        compared=False,
     )
     evaluations: int = option(
         2,
@@ -136,11 +162,13 @@ class EvaluationConfig:
         "spaced from inference (zero-shot) on.",
         low=1,
         high=1000,
+        compared=False,
     )
     eval_agent_steps: str = option(
         "",
         "Agent steps of fine-tuning after which to evaluate, separated by commas, "
         "besides zero-shot and the end; empty spaces `evaluations` evenly.",
+        compared=False,
     )
 
     def __post_init__(self) -> None:
@@ -165,30 +193,41 @@ class ReportConfig:
     """How often a stage says how it goes, and how often it saves."""
 
     report_agent_steps: int = option(
-        50_000, "Agent steps between two rows of metrics.", low=1
+        50_000, "Agent steps between two rows of metrics.", low=1, compared=False
     )
     checkpoint_agent_steps: int = option(
-        2_500_000, "Agent steps between two checkpoints.", low=1
+        2_500_000,
+        "Agent steps between two checkpoints.",
+        low=1,
+        compared=False,
+        resumable=True,
     )
     wandb: bool = option(
-        False, "Whether metrics go to Weights & Biases too, besides TensorBoard."
+        False,
+        "Whether metrics go to Weights & Biases too, besides TensorBoard.",
+        compared=False,
     )
     checkpoint_replay: bool = option(
         True,
         "Whether checkpoints hold the replay; without it they are small, and a resumed "
         "run plays for a while before it learns again.",
+        resumable=True,
     )
-    keep_checkpoints: int = option(2, "Newest checkpoints that are kept.", low=1)
+    keep_checkpoints: int = option(
+        2, "Newest checkpoints that are kept.", low=1, resumable=True
+    )
     keep_every_frames: int = option(
         0,
         "Also keep the first checkpoint after each multiple of this many emulator "
         "frames; 0 for none.",
         low=0,
+        resumable=True,
     )
     keep_best: bool = option(
         False,
         "Also keep the checkpoint with the best score so far: of the last evaluation, "
         "or before there is one of the last games played.",
+        resumable=True,
     )
 
     def __post_init__(self) -> None:
@@ -199,15 +238,22 @@ class ReportConfig:
 class Config:
     """One run: which game, which agent, which values."""
 
-    game: str = option("Pong", "Atari game in EnvPool's spelling, such as Pong.")
-    seed: int = option(0, "Root of every random stream of the run.", low=0)
-    preset: str = option("paper", "Preset on which the values are based.")
+    game: str = option(
+        "Pong", "Atari game in EnvPool's spelling, such as Pong.", compared=False
+    )
+    seed: int = option(
+        0, "Root of every random stream of the run.", low=0, compared=False
+    )
+    preset: str = option(
+        "paper", "Preset on which the values are based.", compared=False
+    )
     agent: str = option(
         DEFAULT_AGENT,
         "Which agent: "
         + ", ".join(f"{name} ({e.about})" for name, e in agents.AGENTS.items())
         + ".",
         choices=tuple(agents.AGENTS),
+        compared=False,
     )
     num_devices: int = option(
         1,
@@ -230,7 +276,8 @@ class Config:
         options.check(self)
         learner, pretrain, finetune = self.learner, self.pretrain, self.finetune
         if not isinstance(learner, self.entry.config):
-            raise ValueError(f"The learner's options are not those of {self.agent}.")
+            wrong = f"The learner's options are not those of {self.agent}."
+            raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
         if max(self.evaluation.set_agent_steps, default=0) > (
             finetune.finetune_agent_steps
         ):

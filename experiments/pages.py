@@ -31,22 +31,33 @@ _CHECK = flags.DEFINE_bool(
 
 
 def results_table() -> str:
-    """Returns the README's table of the first measured results, as `report` makes it."""
+    """Returns the README's tables: what was run, what it scored, what was gained."""
     # Seen from the root: notices name folders, and pages no machine's.
     with contextlib.chdir(ROOT):
         built = report.report([RESULTS], systems=("APS",))
-    text = tables.results_markdown(built)
+    shown = [t for t in tables.tables(built) if not t.title.startswith("Human")]
+    lines = [line for table in shown for line in tables.table_lines(table, "**{}**")]
+    lines.append(
+        "APS in capitals: published, with budgets and networks far beyond these "
+        "(docs/protocol.md).\n"
+    )
+    lines += [f"- {notice}" for notice in built.notices] + [""]
     if rows := by_reward.collect(ROOT / RESULTS):
-        tasks = by_reward.table(rows)
-        lines = [f"**{tasks.title}**", "", *tables.markdown_table(tasks), ""]
-        text += "\n" + "\n".join([*lines, *tasks.notes]) + "\n"
+        lines += tables.table_lines(by_reward.table(rows), "**{}**")
     made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
-    hours = made["wall_seconds"] / 3600
-    return text + (
-        f"\nMade in {hours:.1f} hours on {made['machine']['cores']} cores "
-        f"({made['machine']['cpu']}, no GPU) at commit "
-        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result and "
-        f"command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
+    lines.append(
+        f"Made in {made['wall_seconds'] / 3600:.1f} hours on "
+        f"{made['machine']['cores']} cores ({made['machine']['cpu']}, no GPU) at "
+        "commit "
+        f"{', '.join(commit[:12] for commit in made['git_commits'])}. Every result "
+        f"and command: [`{RESULTS}`]({RESULTS}/sweep.json).\n"
+    )
+    # Each note once, under the first of its tables.
+    notes = [line for line in lines if line.endswith("\n")]
+    return "\n".join(
+        line
+        for number, line in enumerate(lines)
+        if line not in notes or line not in lines[:number]
     )
 
 
@@ -58,7 +69,7 @@ def ablation_tables() -> str:
 def measured_rows(
     file_name: str, is_shown: Callable[[str], bool] = lambda name: True
 ) -> Callable[[], str]:
-    """Returns what makes the table of a benchmark's rows, or some, as it was measured."""
+    """Returns a function that makes the table of the rows of a benchmark to show."""
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu" / file_name
@@ -102,8 +113,8 @@ def updated(page: str) -> str:
         if not re.search(pattern, text, flags=re.DOTALL):
             raise ValueError(f"{page} has no part between {begin} and {end}.")
         part = f"{begin}\n\n{make().strip()}\n\n{end}"
-        # A function, so that backslashes in the part are left alone.
-        text = re.sub(pattern, lambda _, part=part: part, text, flags=re.DOTALL)
+        part = part.replace("\\", r"\\")  # Backslashes of the part stay as they are.
+        text = re.sub(pattern, part, text, flags=re.DOTALL)
     return text
 
 

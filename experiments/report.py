@@ -55,7 +55,7 @@ def main(argv: Sequence[str]) -> None:
         built = report.report(
             run_dirs,
             out=_OUT.value or None,
-            systems=aggregates.named_systems(_SYSTEMS.value),
+            systems=_SYSTEMS.value,
             num_resamples=_RESAMPLES.value,
             pictures=_PICTURES.value,
         )

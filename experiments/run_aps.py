@@ -120,7 +120,8 @@ def _draw(
     has_pretraining = "pretrained" in arms
     run_pictures.save_learning_curves(
         workdir / "curves.png",
-        game=config.game,
+        title=f"{config.agent} on {config.game}",
+        reference=summary.reference_of(config),
         pretrain_csv=(
             workdir / "pretrain" / metrics.FILE_NAME if has_pretraining else None
         ),

@@ -1,10 +1,7 @@
-"""What scripts print of a result: the score beside random and human, and the protocol."""
+"""What scripts print of a result: its scores, and how the games were played."""
 
 import statistics
 from typing import Any
-
-import rich.console
-import rich.table
 
 from aps_jax import config as config_lib
 from aps_jax.envs import reward_functions
@@ -18,53 +15,50 @@ _SMALL_BUDGET = (
 )
 
 
+def reference_of(config: config_lib.Config) -> scores.ReferenceScores | None:
+    """Returns random and human scores where a run's returns may stand beside them."""
+    is_score = config.finetune.task == reward_functions.SCORE
+    if not is_score or not protocol.is_comparable(evaluation.protocol_of(config)):
+        return None
+    return scores.find_reference_scores(config.game)
+
+
 def print_results(
     config: config_lib.Config, results: dict[str, dict[str, Any]]
 ) -> None:
     """Prints a table with a row per arm, and how the games were played."""
-    task = config.finetune.task
-    is_score = task == reward_functions.SCORE
-    reference = scores.find_reference_scores(config.game) if is_score else None
-    table = rich.table.Table(
-        title=f"{config.game}: "
-        + ("points per game" if is_score else f"return of the task {task} per game")
-    )
-    # Of another task the game's score is shown beside its return.
-    columns = ("return", "min to max", "score", "zero-shot")
-    if is_score:
-        columns = ("score", "min to max", "human-normalized", "zero-shot")
-    for column in ("", *columns):
-        table.add_column(column, justify="left" if not column else "right")
+    reward = config.finetune.task
+    is_score = reward == reward_functions.SCORE
+    rows = []
     for arm, result in results.items():
-        returns = result["returns"]
-        normalized = result["human_normalized_score"]
+        returns, evaluations = result["returns"], result.get("evaluations", [])
+        row = {
+            "": arm,
+            "score" if is_score else "return": f"{result['return_mean']:.1f}",
+            "min to max": f"{min(returns):.0f} to {max(returns):.0f}",
+        }
         if is_score:
-            third = "-" if normalized is None else f"{normalized:.3f}"
+            share = result["human_normalized_score"]
+            row["human-normalized"] = "-" if share is None else f"{share:.3f}"
         else:
-            third = f"{statistics.fmean(result['score_returns']):.1f}"
-        table.add_row(
-            arm,
-            f"{result['return_mean']:.1f}",
-            f"{min(returns):.0f} to {max(returns):.0f}",
-            third,
-            _zero_shot(result),
-        )
-    if reference is not None:
-        table.add_row("random", f"{reference.random:.1f}", "", "0", "")
-        table.add_row("human", f"{reference.human:.1f}", "", "1", "")
-    console = rich.console.Console()
-    console.print(table)
-    console.print(
-        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
-        soft_wrap=True,
-        highlight=False,
-    )
+            row["score"] = f"{statistics.fmean(result['score_returns']):.1f}"
+        # Right after inference, before any gradient step on the reward.
+        first = evaluations[0]["eval_return_mean"] if len(evaluations) > 1 else None
+        rows.append({**row, "zero-shot": "-" if first is None else f"{first:.1f}"})
+    if (reference := reference_of(config)) is not None:
+        for normalized, (name, points) in enumerate(reference._asdict().items()):
+            cells = (name, f"{points:.1f}", "", str(normalized), "")
+            rows.append(dict(zip(rows[0], cells, strict=True)))
+    of = "points" if is_score else f"return of the reward function {reward}"
+    notes = [f"Protocol: {protocol.text(evaluation.protocol_of(config))}."]
     if config.preset in ("smoke", "cpu"):
-        console.print(_SMALL_BUDGET, soft_wrap=True)
+        notes.append(_SMALL_BUDGET)
+    table = tables.make_table(f"{config.game}: {of} per game", rows, *notes)
+    tables.show_tables([table], ())
 
 
 def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
-    """Prints a row for each task of a pretrained agent, and how the games were played.
+    """Prints a row for each reward function that a pretrained agent was tried on.
 
     Args:
       config: The run's values.
@@ -72,40 +66,23 @@ def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> Non
     """
     rows = []
     for result in results:
-        inferred, played, random = (
-            result[name] for name in ("inferred", "zero_shot", "random")
-        )
+        inferred, played = result["inferred"], result["zero_shot"]
+        fallback = " (random w)" if inferred["is_fallback"] else ""
         rows.append(
-            (
-                result["name"] + (" (random w)" if inferred["is_fallback"] else ""),
-                f"{played['return_mean']:,.1f}",
-                f"{random['return_mean']:,.1f}",
-                f"{played['score_mean']:,.1f}",
-                f"{played['length_mean']:,.0f}",
-                f"{inferred['r_squared']:.3f}",
-                f"{inferred['num_samples']:,} ({inferred['num_nonzero']:,})",
-            )
+            {
+                "reward": result["name"] + fallback,
+                "zero-shot return": f"{played['return_mean']:,.1f}",
+                "random play": f"{result['random']['return_mean']:,.1f}",
+                "zero-shot score": f"{played['score_mean']:,.1f}",
+                "agent steps per game": f"{played['length_mean']:,.0f}",
+                "R^2": f"{inferred['r_squared']:.3f}",
+                "rewards seen (not 0)": f"{inferred['num_samples']:,} "
+                f"({inferred['num_nonzero']:,})",
+            }
         )
-    table = tables.Table(
+    table = tables.make_table(
         f"{config.game}: one pretrained agent, no gradient step",
-        (
-            "task",
-            "zero-shot return",
-            "random play",
-            "zero-shot score",
-            "agent steps per game",
-            "R^2",
-            "rewards seen (not 0)",
-        ),
-        tuple(rows),
-        (f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",),
+        rows,
+        f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
     )
     tables.show_tables([table], ())
-
-
-def _zero_shot(result: dict[str, Any]) -> str:
-    """The score right after inference, before any gradient step on the reward."""
-    evaluations = result.get("evaluations", [])
-    if len(evaluations) < 2:
-        return "-"
-    return f"{evaluations[0]['eval_return_mean']:.1f}"

@@ -250,7 +250,7 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     own = {"game": config.game, "agent": config.agent, "seed": config.seed}
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
     # Each task that is learned has folders of its own.
-    suffix = by_reward.task_suffix(config.finetune.task)
+    suffix = by_reward.folder_suffix(config.finetune.task)
     script, folder, words = {
         "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", root / "pretrain", []),

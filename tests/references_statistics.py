@@ -25,10 +25,10 @@ def interquartile_mean(scores):
     return sum(runs) / len(runs)
 
 
-def optimality_gap(scores, threshold=1.0):
+def optimality_gap(scores):
     gaps = []
     for game in scores:
-        short = [max(threshold - float(run), 0.0) for run in game]
+        short = [max(1.0 - float(run), 0.0) for run in game]
         gaps.append(sum(short) / len(short))
     return sum(gaps) / len(gaps)
 

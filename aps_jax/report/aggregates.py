@@ -1,29 +1,30 @@
 """Computes every number of a report: cells, aggregates, comparisons, profiles.
 
-Human-normalised scores are fractions here (1 is human); only words print percent.
+Human-normalised scores are fractions here (1 is human); only tables print percent.
 """
 
+import collections
 import dataclasses
 import functools
+import importlib.metadata
 import itertools
 import json
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aps_jax.report import finished_runs
+from aps_jax.report.finished_runs import PRETRAINED, SCRATCH, FinishedRun
 from aps_jax.scores import estimates, protocol, scores
 
 # The systems beside which the APS talk puts its own.
 DEFAULT_SYSTEMS = ("SimPLe", "DER", "CURL", "DrQ", "SPR", "VISR", "APT", "APS")
 
-PRETRAINED, SCRATCH = "pretrained", "scratch"
 _NUM_THRESHOLDS = 121
-# Printed to 0.1 percent, from cells that were rounded to 0.1 points themselves.
-_ROUNDING = 0.001
-# Reward weights name the agent; comparing agents is what a comparison is for.
-_AGENT_OPTIONS = frozenset({"skill_weight", "entropy_weight"})
+
+_Bootstrap = Callable[..., estimates.Estimate]
 
 
 class Method(NamedTuple):
@@ -33,14 +34,24 @@ class Method(NamedTuple):
     agent: str
     arm: str
     settings: Mapping[str, Any]
-    runs: Mapping[str, tuple[finished_runs.Run, ...]]  # Game -> a run for each seed.
+    runs: Mapping[str, tuple[FinishedRun, ...]]  # Game -> a run for each seed.
+
+    @property
+    def protocol(self) -> dict[str, Any]:
+        """How its games were played."""
+        return finished_runs.protocol_of(self.settings)
+
+    @property
+    def is_comparable(self) -> bool:
+        """Whether its scores may be human-normalised."""
+        return protocol.is_comparable(self.protocol)
 
 
 class Cell(NamedTuple):
     """What one method scored in one game."""
 
     score: estimates.Estimate  # Points; the mean over seeds of each seed's mean.
-    normalized: estimates.Estimate | None  # Human-normalised; None without a table.
+    normalized: estimates.Estimate | None  # Human-normalised, if comparable.
     num_seeds: int
     interval_over: str  # "seeds", "games" (of one trained agent), or "nothing".
 
@@ -119,10 +130,10 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
     known = scores.published_scores()
     if list(systems) == ["all"]:
         return tuple(known)
-    for system in systems:
-        if system not in known:
+    for one in systems:
+        if one not in known:
             raise ValueError(
-                f"No published system {system!r}; there are {', '.join(known)}."
+                f"No published system {one!r}; there are {', '.join(known)}."
             )
     return tuple(dict.fromkeys(systems))
 
@@ -130,89 +141,73 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
 def build(
     collection: finished_runs.Collection | None,
     *,
-    systems: Sequence[str] = DEFAULT_SYSTEMS,
-    num_resamples: int = 10_000,
-    seed: int = 0,
+    systems: Sequence[str],
+    num_resamples: int,
+    seed: int,
 ) -> Report:
-    """Computes a report from runs, or from the published scores alone.
-
-    Args:
-      collection: Runs and notices from `run_results.collect`; None for no runs.
-      systems: Published systems to show beside the runs.
-      num_resamples: Bootstrap resamples behind each interval.
-      seed: Root of the resampling.
-
-    Returns:
-      The report.
-    """
+    """Computes a report from collected runs, or from the published scores alone."""
     bootstrap = functools.partial(
         estimates.bootstrap, seed=seed, num_resamples=num_resamples
     )
-    table = scores.published_scores()
-    if collection is None:
-        methods, notices = (), []
-        games = scores.atari26_games()
-    else:
+    methods: tuple[Method, ...] = ()
+    games: Sequence[str] = scores.atari26_games()
+    notices: list[str] = []
+    if collection is not None:
         methods = _group(collection.runs)
         games = sorted({run.game for run in collection.runs})
-        notices = list(collection.notices) + _method_notices(methods)
-    rows = tuple(_game_row(game, methods, systems, bootstrap) for game in games)
-
+        notices = [*collection.notices, *_method_notices(methods)]
     normalized = {method.label: normalized_scores(method) for method in methods}
-    summaries = {
-        label: _summary(list(by_game.values()), bootstrap)
-        for label, by_game in normalized.items()
-        if by_game
-    }
-    published_all = {system: _published_summary(table[system]) for system in systems}
-    published = {
-        system: _published_summary(
-            {game: cell for game, cell in table[system].items() if game in games}
-        )
+    normalized = {label: by_game for label, by_game in normalized.items() if by_game}
+    if methods and not normalized:
+        systems = ()  # They would stand beside scores of other games.
+    table = scores.published_scores()
+    published = {one: _normalized_means(table[one], games) for one in systems}
+    published = {system: groups for system, groups in published.items() if groups}
+    rows = tuple(_game_row(game, methods, systems, bootstrap) for game in games)
+    notices += [
+        f"{system}, {scores.camel_case(row.game)}: {cell.score:g}, as printed, is "
+        f"suspect ({cell.suspect})."
         for system in systems
-        if any(game in table[system] for game in games)
-    }
+        for row in rows
+        if (cell := row.published.get(system)) is not None and cell.suspect
+    ]
+
+    def summaries(groups: Mapping[str, estimates.Scores]) -> dict[str, Summary]:
+        return {name: _summary(group, bootstrap) for name, group in groups.items()}
+
+    ours = {label: list(by_game.values()) for label, by_game in normalized.items()}
     return Report(
-        methods=methods,
-        games=rows,
-        summaries=summaries,
-        published=published,
-        published_all=published_all,
-        comparisons=_comparisons(methods, bootstrap),
-        profiles=_profiles(normalized, games, systems, bootstrap),
-        notices=tuple(
-            notices
-            + _published_notices(rows, systems)
-            + (_printed_notices(published_all) if collection is None else [])
-        ),
-        num_resamples=num_resamples,
-        seed=seed,
+        methods,
+        rows,
+        summaries(ours),
+        summaries(published),
+        summaries({one: _normalized_means(table[one], table[one]) for one in systems}),
+        _comparisons(methods, bootstrap),
+        _profiles(ours, published, bootstrap),
+        tuple(notices),
+        num_resamples,
+        seed,
     )
 
 
-def protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the part of a method's settings that says how it was evaluated."""
-    prefix = "protocol."
+def normalized_scores(method: Method) -> dict[str, np.ndarray]:
+    """Returns the human-normalised scores `[R]` of each game that has any."""
     return {
-        name.removeprefix(prefix): value
-        for name, value in settings.items()
-        if name.startswith(prefix)
+        game: scores.human_normalized_score(game, _seed_means(runs))
+        for game, runs in method.runs.items()
+        if method.is_comparable and scores.find_reference_scores(game) is not None
     }
 
 
-def check_against_rliable(built: Report, rliable: estimates.Rliable) -> tuple[str, ...]:
-    """Compares each method's aggregates with those of the rliable library.
+def check_against_rliable(built: Report, rliable: types.ModuleType) -> list[str]:
+    """Returns, for each method, how far its aggregates are from the rliable library's.
 
     Args:
       built: The report.
-      rliable: From `statistics.import_rliable`.
-
-    Returns:
-      A line for each method: the largest differences of estimates and intervals.
+      rliable: From `estimates.import_rliable`.
     """
     lines = []
     for method in built.methods:
-        ours = built.summaries.get(method.label)
         try:
             theirs = estimates.estimates_of_rliable(
                 rliable,
@@ -223,122 +218,103 @@ def check_against_rliable(built: Report, rliable: estimates.Rliable) -> tuple[st
         except ValueError as error:
             lines.append(f"{method.label}: not compared with rliable: {error}")
             continue
-        points, ends = [], []
-        for name, estimate in theirs.items():
-            mine = getattr(ours, name)
-            points.append(abs(mine.value - estimate.value))
-            ends += [abs(mine.low - estimate.low), abs(mine.high - estimate.high)]
+        ours = [getattr(built.summaries[method.label], name) for name in theirs]
+        value, low, high = np.abs(np.subtract(ours, list(theirs.values()))).max(axis=0)
         lines.append(
-            f"{method.label}: rliable {rliable.version} agrees to "
-            f"{100 * max(points):.1g} points of percent on mean, median, IQM and "
-            f"optimality gap, and to {100 * max(ends):.1g} on the ends of their "
-            "intervals (its own resamples)."
+            f"{method.label}: rliable {importlib.metadata.version('rliable')} agrees "
+            f"to {100 * value:.1g} points of percent on mean, median, IQM and "
+            f"optimality gap, and to {100 * max(low, high):.1g} on the ends of their intervals "
+            "(its own resamples)."
         )
-    return tuple(lines)
+    return lines
 
 
-def _group(runs: Sequence[finished_runs.Run]) -> tuple[Method, ...]:
+def _group(runs: Sequence[FinishedRun]) -> tuple[Method, ...]:
     """Groups runs into methods, and names each by what sets it apart."""
-    groups: dict[tuple, list[finished_runs.Run]] = {}
+    groups: dict[tuple[Any, ...], list[FinishedRun]] = collections.defaultdict(list)
     for run in runs:
-        key = (run.agent, run.arm, json.dumps(run.settings, sort_keys=True))
-        groups.setdefault(key, []).append(run)
-
-    def rank(key: tuple) -> tuple:
-        arms = (PRETRAINED, SCRATCH)
-        agents = ("aps", "visr", "apt")
-        agent, arm, settings = key
-        return (
-            agents.index(agent) if agent in agents else len(agents),
-            agent,
-            arms.index(arm) if arm in arms else len(arms),
-            arm,
-            str(groups[key][0].settings.get("preset")),
-            settings,
-        )
-
+        rank = (PRETRAINED, SCRATCH, run.arm).index(run.arm)
+        preset = str(run.settings.get("preset"))
+        settings = json.dumps(run.settings, sort_keys=True)
+        groups[run.agent, rank, run.arm, preset, settings].append(run)
     methods = []
-    for key in sorted(groups, key=rank):
-        agent, arm, _ = key
-        twins = [
-            group[0].settings
-            for (agent_, arm_, _), group in groups.items()
-            if (agent_, arm_) == (agent, arm)
-        ]
-        settings = groups[key][0].settings
-        differing = [
-            f"{name.removeprefix('protocol.')}={_setting_words(settings, name)}"
-            for name in _telling_differences(twins)
-        ]
-        label = agent if arm == PRETRAINED else f"{agent} {arm}"
-        if differing:
-            label += f" ({', '.join(differing)})"
-        by_game: dict[str, list[finished_runs.Run]] = {}
+    for key in sorted(groups):
+        first = groups[key][0]
+        label = first.agent if first.arm == PRETRAINED else f"{first.agent} {first.arm}"
+        twins = [group[0] for twin, group in groups.items() if twin[:3] == key[:3]]
+        if differing := _telling_differences(twins):
+            label += f" ({', '.join(_format_setting(first, n) for n in differing)})"
+        by_game: dict[str, list[FinishedRun]] = collections.defaultdict(list)
         for run in sorted(groups[key], key=lambda run: (run.game, run.seed)):
-            by_game.setdefault(run.game, []).append(run)
-        methods.append(
-            Method(
-                label,
-                agent,
-                arm,
-                settings,
-                {game: tuple(seeds) for game, seeds in by_game.items()},
-            )
-        )
+            by_game[run.game].append(run)
+        seeds = {game: tuple(played) for game, played in by_game.items()}
+        methods.append(Method(label, first.agent, first.arm, first.settings, seeds))
     return tuple(methods)
 
 
-def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the names whose value is not the same in all settings."""
-    names = sorted(set(itertools.chain.from_iterable(settings)))
-    return [
-        name
-        for name in names
-        if len({_setting_words(one, name) for one in settings}) > 1
-    ]
+def _format_setting(run: Method | FinishedRun, name: str) -> str:
+    """Returns `name=value` as labels show it."""
+    value = run.settings.get(name, "unknown")
+    text = value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+    return f"{name.removeprefix('protocol.')}={text}"
 
 
-def _setting_words(settings: Mapping[str, Any], name: str) -> str:
-    if name not in settings:
-        return "unknown"
-    value = settings[name]
-    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
+def _preset(run: Method | FinishedRun) -> Any:
+    return run.settings.get("preset")
 
 
-def _telling_differences(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Returns the names that differ, less those that a preset's name already tells."""
-    by_preset: dict[Any, list[Mapping[str, Any]]] = {}
-    for one in settings:
-        by_preset.setdefault(one.get("preset"), []).append(one)
-    within = {name for group in by_preset.values() for name in _differing(group)}
-    return [
-        name
-        for name in _differing(settings)
-        if name == "preset" or name.startswith("protocol.") or name in within
-    ]
+def _telling_differences(runs: Sequence[Method | FinishedRun]) -> list[str]:
+    """Returns the settings that differ, less those that come with preset or agent.
+
+    Of one preset the budgets should be the same, and of one agent the options too.
+    """
+
+    def is_telling(name: str) -> bool:
+        if name == "preset" or name.startswith("protocol."):
+            return _differs(runs, name)
+        if name in finished_runs.BUDGETS:
+            return _differs(runs, name, _preset)
+        return _differs(runs, name, lambda run: (_preset(run), run.agent))
+
+    return sorted(filter(is_telling, {name for run in runs for name in run.settings}))
+
+
+def _differs(
+    runs: Sequence[Method | FinishedRun],
+    name: str,
+    key: Callable[[Method | FinishedRun], Any] = lambda run: None,
+) -> bool:
+    """Tells whether a setting differs among runs of the same key."""
+    pairs = {(key(run), _format_setting(run, name)) for run in runs}
+    return len(pairs) > len({first for first, _ in pairs})
 
 
 def _method_notices(methods: Sequence[Method]) -> list[str]:
     """Says where methods do not compare like with like."""
     notices = []
-    for name in _telling_differences([method.settings for method in methods]):
+    telling = _telling_differences(methods)
+    own = {name for method in methods for name in method.settings} - set(telling)
+    for name in (*telling, *sorted(own)):
         having = [method for method in methods if name in method.settings]
-        values: dict[str, list[str]] = {}
-        for method in having:
-            words = _setting_words(method.settings, name)
-            values.setdefault(words, []).append(method.label)
-        if len(values) < 2 or name in _AGENT_OPTIONS:
-            continue
-        each = "; ".join(f"{value} in {', '.join(ms)}" for value, ms in values.items())
-        what = "Mixed protocols" if name.startswith("protocol.") else "Mixed settings"
-        notices.append(
-            f"{what}: {name.removeprefix('protocol.')} is {each}. They are never "
-            "averaged together; compare them with care."
-        )
-    told: dict[str, list[str]] = {}
+        if name in own and not _differs(having, name, _preset):
+            own.remove(name)
+        elif name in telling and _differs(having, name):
+            values: dict[str, list[str]] = collections.defaultdict(list)
+            for method in having:
+                setting, _, value = _format_setting(method, name).partition("=")
+                values[value].append(method.label)
+            each = "; ".join(f"{v} in {', '.join(ms)}" for v, ms in values.items())
+            kind = "protocols" if name.startswith("protocol.") else "settings"
+            notices.append(
+                f"Mixed {kind}: {setting} is {each}. They are never averaged together; "
+                "compare them with care."
+            )
+    if own:
+        notices.append(f"Agents differ in these options too: {', '.join(sorted(own))}.")
+    told: dict[str, list[str]] = collections.defaultdict(list)
     for method in methods:
         for complaint in _method_complaints(method):
-            told.setdefault(complaint, []).append(method.label)
+            told[complaint].append(method.label)
     notices += [f"{', '.join(labels)}: {text}" for text, labels in told.items()]
     if len({frozenset(method.runs) for method in methods}) > 1:
         counts = ", ".join(f"{len(method.runs)} ({method.label})" for method in methods)
@@ -351,227 +327,134 @@ def _method_notices(methods: Sequence[Method]) -> list[str]:
 
 def _method_complaints(method: Method) -> list[str]:
     """Says what a reader of one method's numbers must know."""
-    complaints = []
-    if odd := protocol.differences(protocol_of(method.settings)):
-        complaints.append(f"not the standard protocol: {', '.join(odd)}.")
-    counts = sorted({len(runs) for runs in method.runs.values()})
-    if counts[0] < 2:
-        complaints.append("single seeds, so aggregates have no interval.")
-    elif counts[0] < 5:
-        complaints.append(
-            f"with {counts[0]} seeds, 95 % intervals are too narrow (docs/protocol.md)."
-        )
-    if len(counts) > 1:
-        complaints.append(
-            f"{counts[0]} to {counts[-1]} seeds per game; the IQM pools runs, so games "
-            "with more seeds weigh more in it."
-        )
+    odd = ", ".join(protocol.differences(method.protocol))
     missing = [g for g in method.runs if scores.find_reference_scores(g) is None]
-    if missing:
-        complaints.append(
-            f"no random and human scores for {', '.join(missing)}; not in the "
-            "aggregates."
-        )
-    return complaints
+    counts = [len(runs) for runs in method.runs.values()]
+    fewest, most = min(counts), max(counts)
+    complaints = {
+        f"not the standard protocol: {odd}.": odd,
+        "under this protocol the game is another one than that of the random, human "
+        "and published scores: no human-normalised score.": not method.is_comparable,
+        "single seeds, so aggregates have no interval.": fewest == 1,
+        f"with {fewest} seeds, 95 % intervals are too narrow (docs/protocol.md).": (
+            1 < fewest < 5
+        ),
+        f"{fewest} to {most} seeds per game; the IQM pools runs, so games with more "
+        "seeds weigh more in it.": fewest < most,
+        f"no random and human scores for {', '.join(missing)}; not in the "
+        "aggregates.": missing,
+    }
+    return [complaint for complaint, is_true in complaints.items() if is_true]
 
 
-def _published_notices(rows: Sequence[GameRow], systems: Sequence[str]) -> list[str]:
-    """Names the published cells that cannot be right."""
-    return [
-        f"{system}, {scores.camel_case(row.game)}: {cell.score:g}, as printed, is "
-        f"suspect ({cell.suspect})."
-        for system in systems
-        for row in rows
-        if (cell := row.published.get(system)) is not None and cell.suspect
-    ]
-
-
-def _printed_notices(published_all: Mapping[str, Summary]) -> list[str]:
-    """Says where a printed summary is not what the printed cells give."""
-    notices = []
-    for system, printed in scores.printed_summaries().items():
-        if system not in published_all:
-            continue
-        summary = published_all[system]
-        told = [
-            f"{name} {100.0 * stated:.6g} (cells: {100.0 * computed:.1f})"
-            for name, stated, computed in (
-                ("mean", printed.mean, float(summary.mean.value)),
-                ("median", printed.median, float(summary.median.value)),
-            )
-            if stated is not None and abs(stated - computed) > _ROUNDING
-        ]
-        count = int(summary.superhuman.value)
-        if printed.superhuman is not None and printed.superhuman != count:
-            told.append(
-                f"{printed.superhuman} games at or above human (cells: {count})"
-            )
-        if told:
-            notices.append(f"{system}: its table prints {', '.join(told)}.")
-    return notices
-
-
-def _seed_means(runs: Sequence[finished_runs.Run]) -> np.ndarray:
+def _seed_means(runs: Sequence[FinishedRun]) -> np.ndarray:
     return np.array([run.returns.mean() for run in runs])
 
 
-def normalized_scores(method: Method) -> dict[str, np.ndarray]:
-    """Returns the human-normalised scores `[R]` of each game that has a reference."""
-    return {
-        game: scores.human_normalized_score(game, _seed_means(runs))
-        for game, runs in method.runs.items()
-        if scores.find_reference_scores(game) is not None
-    }
+def _normalized_means(
+    cells: Mapping[str, scores.PublishedCell], games: Iterable[str]
+) -> list[np.ndarray]:
+    """Returns a published system's scores `[1]` of the games that it played."""
+    return [
+        np.array([scores.human_normalized_score(game, cells[game].score)])
+        for game in games
+        if game in cells
+    ]
 
 
 def _game_row(
-    game: str, methods: Sequence[Method], systems: Sequence[str], bootstrap: Any
+    game: str, methods: Sequence[Method], systems: Sequence[str], bootstrap: _Bootstrap
 ) -> GameRow:
-    reference = scores.find_reference_scores(game)
-    cells = {
-        method.label: _cell(game, method.runs[game], bootstrap)
-        for method in methods
-        if game in method.runs
-    }
+    random, human = scores.find_reference_scores(game) or (None, None)
+    cells = {m.label: _cell(game, m, bootstrap) for m in methods if game in m.runs}
     table = scores.published_scores()
-    published = {
-        system: table[system][game] for system in systems if game in table[system]
-    }
-    random, human = reference if reference is not None else (None, None)
+    published = {one: table[one][game] for one in systems if game in table[one]}
     return GameRow(game, random, human, cells, published)
 
 
-def _cell(game: str, runs: Sequence[finished_runs.Run], bootstrap: Any) -> Cell:
-    if len(runs) > 1:
-        score, over = bootstrap(estimates.mean, [_seed_means(runs)]), "seeds"
-    elif runs[0].returns.size > 1:
-        score, over = bootstrap(estimates.mean, [runs[0].returns]), "games"
-    else:
-        score, over = bootstrap(estimates.mean, [runs[0].returns]), "nothing"
+def _cell(game: str, method: Method, bootstrap: _Bootstrap) -> Cell:
+    runs = method.runs[game]
+    values, over = _seed_means(runs), "seeds"
+    if len(runs) == 1:
+        values = runs[0].returns
+        over = "games" if values.size > 1 else "nothing"
+    score = bootstrap(estimates.mean, [values])
     normalized = None
-    if scores.find_reference_scores(game) is not None:
-        normalized = estimates.Estimate(
-            *(scores.human_normalized_score(game, value) for value in score)
-        )
+    if game in normalized_scores(method):
+        ends = (scores.human_normalized_score(game, value) for value in score)
+        normalized = estimates.Estimate(*ends)
     return Cell(score, normalized, len(runs), over)
 
 
-def _summary(groups: Sequence[np.ndarray], bootstrap: Any) -> Summary:
-    return Summary(
-        len(groups),
-        bootstrap(estimates.mean, groups),
-        bootstrap(estimates.median, groups),
-        bootstrap(estimates.interquartile_mean, groups),
-        bootstrap(estimates.optimality_gap, groups),
-        bootstrap(estimates.superhuman_count, groups),
+def _summary(groups: estimates.Scores, bootstrap: _Bootstrap) -> Summary:
+    statistics = (
+        estimates.mean,
+        estimates.median,
+        estimates.interquartile_mean,
+        estimates.optimality_gap,
+        estimates.superhuman_count,
     )
+    return Summary(len(groups), *(bootstrap(one, groups) for one in statistics))
 
 
-def _published_summary(cells: Mapping[str, scores.PublishedCell]) -> Summary:
-    """Summarises published means; a mean per game leaves nothing to resample."""
-    groups = [
-        np.array([scores.human_normalized_score(game, cell.score)])
-        for game, cell in cells.items()
-    ]
-    return _summary(
-        groups, functools.partial(estimates.bootstrap, seed=0, num_resamples=1)
-    )
-
-
-def _comparisons(methods: Sequence[Method], bootstrap: Any) -> tuple[Comparison, ...]:
-    """Compares pretrained methods with scratch, then with each other.
-
-    Scratch must share every setting but pretraining's; pretrained methods must share
-    the protocol, and their labels tell the rest.
-    """
-
-    def agree(first: Method, second: Method, *, prefix: str) -> bool:
-        shared = (first.settings.keys() & second.settings.keys()) - _AGENT_OPTIONS
-        return all(
-            first.settings[name] == second.settings[name]
-            for name in shared
-            if name.startswith(prefix)
-        )
-
+def _comparisons(
+    methods: Sequence[Method], bootstrap: _Bootstrap
+) -> tuple[Comparison, ...]:
+    """Compares pretrained methods with scratch, then with each other."""
     pretrained = [method for method in methods if method.arm == PRETRAINED]
-    scratch = [method for method in methods if method.arm == SCRATCH]
+    # Scratch must share every setting but pretraining's, all must share the protocol.
     pairs = [
         (method, baseline)
-        for method in pretrained
-        for baseline in scratch
-        if method.agent == baseline.agent and agree(method, baseline, prefix="")
+        for method, baseline in itertools.product(pretrained, methods)
+        if baseline.arm == SCRATCH
+        and method.agent == baseline.agent
+        and all(
+            value == baseline.settings.get(name, value)
+            for name, value in method.settings.items()
+        )
     ]
-    pairs += [
-        pair
-        for pair in itertools.combinations(pretrained, 2)
-        if agree(*pair, prefix="protocol.")
-    ]
+    pairs += itertools.combinations(pretrained, 2)
     return tuple(
         _compare(method, baseline, bootstrap)
         for method, baseline in pairs
-        if method.runs.keys() & baseline.runs.keys()
+        if method.protocol == baseline.protocol
+        and method.runs.keys() & baseline.runs.keys()
     )
 
 
-def _compare(method: Method, baseline: Method, bootstrap: Any) -> Comparison:
-    def difference(statistic: Any) -> Any:
-        return lambda ours, theirs: statistic(ours) - statistic(theirs)
+def _compare(method: Method, baseline: Method, bootstrap: _Bootstrap) -> Comparison:
+    def gain(statistic: Callable[..., Any], *groups: Any) -> estimates.Estimate:
+        return bootstrap(lambda x, y: statistic(x) - statistic(y), *groups)
 
-    gains = []
+    improvement = estimates.probability_of_improvement
+    games = []
     for game in sorted(method.runs.keys() & baseline.runs.keys()):
-        groups = [
-            [_seed_means(method.runs[game])],
-            [_seed_means(baseline.runs[game])],
-        ]
-        gains.append(
-            GameGain(
-                game,
-                bootstrap(difference(estimates.mean), *groups),
-                bootstrap(estimates.probability_of_improvement, *groups),
-            )
-        )
+        two = [[_seed_means(one.runs[game])] for one in (method, baseline)]
+        both = gain(estimates.mean, *two), bootstrap(improvement, *two)
+        games.append(GameGain(game, *both))
     ours, theirs = normalized_scores(method), normalized_scores(baseline)
     shared = sorted(ours.keys() & theirs.keys())
-    groups = [[side[game] for game in shared] for side in (ours, theirs)]
-    aggregates: list[estimates.Estimate | None] = [None, None, None]
-    if shared:
-        aggregates = [
-            bootstrap(estimates.probability_of_improvement, *groups),
-            bootstrap(difference(estimates.mean), *groups),
-            bootstrap(difference(estimates.interquartile_mean), *groups),
-        ]
+    two = [[side[game] for game in shared] for side in (ours, theirs)]
     return Comparison(
-        method.label, baseline.label, len(shared), *aggregates, games=tuple(gains)
+        method.label,
+        baseline.label,
+        len(shared),
+        bootstrap(improvement, *two) if shared else None,
+        gain(estimates.mean, *two) if shared else None,
+        gain(estimates.interquartile_mean, *two) if shared else None,
+        tuple(games),
     )
 
 
 def _profiles(
-    normalized: Mapping[str, Mapping[str, np.ndarray]],
-    games: Sequence[str],
-    systems: Sequence[str],
-    bootstrap: Any,
+    methods: Mapping[str, estimates.Scores],
+    published: Mapping[str, estimates.Scores],
+    bootstrap: _Bootstrap,
 ) -> Profiles:
     """Computes profiles on thresholds that show both the runs and human level."""
-    table = scores.published_scores()
-    published = {
-        system: [
-            np.array([scores.human_normalized_score(game, table[system][game].score)])
-            for game in games
-            if game in table[system]
-        ]
-        for system in systems
-    }
-    published = {system: groups for system, groups in published.items() if groups}
-    methods = {
-        label: list(by_game.values())
-        for label, by_game in normalized.items()
-        if by_game
-    }
-    every = [game for groups in methods.values() for game in groups]
-    pooled = np.concatenate(every) if every else np.array([0.0])
-    low = min(0.0, float(pooled.min()))
+    pooled = np.concatenate([[0.0], *itertools.chain.from_iterable(methods.values())])
     high = min(max(1.5, 1.1 * float(pooled.max())), 4.0)
-    thresholds = np.linspace(low, high, _NUM_THRESHOLDS)
+    thresholds = np.linspace(float(pooled.min()), high, _NUM_THRESHOLDS)
     profile = functools.partial(estimates.performance_profile, thresholds=thresholds)
     return Profiles(
         thresholds,

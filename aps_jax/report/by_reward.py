@@ -1,14 +1,14 @@
-"""Reports what pretrained agents did on several tasks, without and with learning.
+"""Reports what pretrained agents did for several reward functions, tuned or not.
 
-Reads the folders of a sweep: `GAME/AGENT/seed_N/tasks` holds the zero-shot results of an
-agent (`evaluate --task=...`), `GAME/AGENT/seed_N/pretrained_TASK` what it reached after
-fine-tuning on one of the tasks (`pretrained` for the score).
+Reads the folders of a sweep: `GAME/AGENT/seed_N/tasks` holds the zero-shot results of
+an agent (`evaluate --task=...`), `GAME/AGENT/seed_N/pretrained_NAME` what it reached
+after fine-tuning on one of the reward functions (`pretrained` for the score).
 """
 
 import functools
 import os
 import pathlib
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -18,12 +18,12 @@ from aps_jax.runs import folders
 from aps_jax.scores import estimates
 
 
-class TaskRow(NamedTuple):
-    """One task of one game: means over seeds, with intervals over seeds."""
+class RewardRow(NamedTuple):
+    """One reward function of one game: means over seeds, with intervals over seeds."""
 
     game: str
     agent: str
-    task: str
+    reward: str
     num_seeds: int
     random: estimates.Estimate  # Return of random play.
     zero_shot: estimates.Estimate
@@ -33,107 +33,76 @@ class TaskRow(NamedTuple):
     num_nonzero: float  # Of those, not 0.
 
 
-def collect(folder: str | os.PathLike, *, num_resamples: int = 10_000) -> list[TaskRow]:
-    """Reads the tasks of a sweep.
+def collect(
+    folder: str | os.PathLike, *, num_resamples: int = 10_000
+) -> list[RewardRow]:
+    """Returns a row for each game, agent and reward function, in this order.
 
     Args:
       folder: Of the sweep, or what its `--keep` kept.
       num_resamples: Bootstrap resamples behind each interval.
-
-    Returns:
-      A row for each game, agent and task, in this order.
     """
-    found: dict[tuple[str, str, str], list[dict]] = {}
+    found: dict[tuple[str, str, str], list[tuple[Any, float | None]]] = {}
     for path in sorted(pathlib.Path(folder).glob("*/*/seed_*/tasks/result.json")):
         result = folders.read_json(path)
         for one in result["tasks"]:
-            suffix = task_suffix(one["name"])
-            tuned = path.parents[1] / f"pretrained{suffix}" / folders.RESULT_NAME
+            name = f"pretrained{folder_suffix(one['name'])}"
+            tuned = path.parents[1] / name / folders.RESULT_NAME
+            score = folders.read_json(tuned)["return_mean"] if tuned.exists() else None
             key = (result["game"], result["agent"], one["name"])
-            found.setdefault(key, []).append(
-                {
-                    "random": one["random"]["return_mean"],
-                    "zero_shot": one["zero_shot"]["return_mean"],
-                    "r_squared": one["inferred"]["r_squared"],
-                    "num_samples": one["inferred"]["num_samples"],
-                    "num_nonzero": one["inferred"]["num_nonzero"],
-                    "finetuned": (
-                        folders.read_json(tuned)["return_mean"]
-                        if tuned.exists()
-                        else None
-                    ),
-                }
-            )
-    bootstrap = functools.partial(
+            found.setdefault(key, []).append((one, score))
+    over_seeds = functools.partial(
         estimates.bootstrap, estimates.mean, seed=0, num_resamples=num_resamples
     )
     rows = []
-    for (game, agent, task), seeds in found.items():
-
-        def over_seeds(name: str, seeds=seeds) -> estimates.Estimate | None:
-            values = [one[name] for one in seeds if one[name] is not None]
-            return bootstrap([np.array(values, np.float64)]) if values else None
-
+    for key, seeds in found.items():
+        ones = [one for one, _ in seeds]
+        tuned_means = [score for _, score in seeds if score is not None]
+        inferred = [one["inferred"] for one in ones]
         rows.append(
-            TaskRow(
-                game,
-                agent,
-                task,
+            RewardRow(
+                *key,
                 len(seeds),
-                over_seeds("random"),
-                over_seeds("zero_shot"),
-                over_seeds("finetuned"),
-                over_seeds("r_squared"),
-                float(np.mean([one["num_samples"] for one in seeds])),
-                float(np.mean([one["num_nonzero"] for one in seeds])),
+                over_seeds([[one["random"]["return_mean"] for one in ones]]),
+                over_seeds([[one["zero_shot"]["return_mean"] for one in ones]]),
+                over_seeds([tuned_means]) if tuned_means else None,
+                over_seeds([[one["r_squared"] for one in inferred]]),
+                float(np.mean([one["num_samples"] for one in inferred])),
+                float(np.mean([one["num_nonzero"] for one in inferred])),
             )
         )
     return rows
 
 
-def task_suffix(task: str) -> str:
-    """Returns what a folder's name ends with if its run learned another task."""
-    return "" if task == reward_functions.SCORE else "_" + task.replace(":", "_")
+def folder_suffix(reward: str) -> str:
+    """Returns what a folder's name ends with if its run learned another reward."""
+    return "" if reward == reward_functions.SCORE else "_" + reward.replace(":", "_")
 
 
-def table(rows: list[TaskRow]) -> tables.Table:
-    """Words the rows."""
+def table(rows: list[RewardRow]) -> tables.Table:
+    """Formats the rows."""
 
-    def points(estimate: estimates.Estimate | None) -> str:
-        if estimate is None:
-            return ""
-        return tables.with_interval(estimate, lambda value: f"{value:,.1f}")
+    def returns(estimate: estimates.Estimate | None) -> str:
+        return tables.format_estimate(estimate, "{:,.1f}".format)
 
-    return tables.Table(
-        "One pretrained agent, several tasks",
-        (
-            "game",
-            "task",
-            "seeds",
-            "random play",
-            "zero-shot",
-            "after fine-tuning",
-            "R^2",
-            "rewards (not 0)",
-        ),
-        tuple(
-            (
-                row.game,
-                row.task.rpartition(":")[2],
-                str(row.num_seeds),
-                points(row.random),
-                points(row.zero_shot),
-                points(row.finetuned),
-                f"{row.r_squared.value:.3f}",
-                f"{row.num_samples:,.0f} ({row.num_nonzero:,.0f})",
-            )
-            for row in rows
-        ),
-        (
-            (
-                "Returns of the task itself, in full games: mean over seeds [95 % "
-                "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a "
-                "reward. Tasks are explained in docs/tasks.md and examples/tasks.py."
-            ),
-        ),
+    cells = (
+        {
+            "game": row.game,
+            "agent": row.agent,
+            "reward": row.reward.rpartition(":")[2],
+            "seeds": str(row.num_seeds),
+            "random play": returns(row.random),
+            "zero-shot": returns(row.zero_shot),
+            "after fine-tuning": returns(row.finetuned),
+            "R^2": f"{row.r_squared.value:.3f}",
+            "rewards (not 0)": f"{row.num_samples:,.0f} ({row.num_nonzero:,.0f})",
+        }
+        for row in rows
+    )
+    return tables.make_table(
+        "One pretrained agent, several reward functions",
+        cells,
+        "Returns of the reward function itself, in full games: mean over seeds [95 % "
+        "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a "
+        "reward. docs/tasks.md and examples/tasks.py explain the reward functions.",
     )

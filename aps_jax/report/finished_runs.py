@@ -1,72 +1,42 @@
 """Finds finished runs below given folders and reads what they left there.
 
 A run's folder holds `result.json` once it is done, `config.json` from its start, and
-`metrics.csv`. Whatever cannot be used is named in one line and left out; it never
-turns up in a number.
+`metrics.csv`. What cannot be used is named in a notice and left out of every number.
 """
 
-import csv
 import dataclasses
 import json
 import math
 import os
 import pathlib
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from aps_jax import config
 from aps_jax.envs import reward_functions
-from aps_jax.scores import scores
+from aps_jax.runs import metrics
+from aps_jax.scores import protocol, scores
 
 SCHEMA = 1
-
-# Options that cannot change what a run learns or scores, or that `result.json` itself
-# tells: two runs that differ in these alone are two runs of one method.
-_NOT_COMPARED = frozenset(
-    {
-        "agent",
-        "checkpoint_agent_steps",
-        "env_threads",
-        "eval_agent_steps",
-        "eval_episodes",
-        "eval_epsilon",
-        "evaluations",
-        "finetune_agent_steps",
-        "game",
-        "max_frames",
-        "noop_max",
-        "preset",
-        "pretrain_frames",
-        "report_agent_steps",
-        "seed",
-        "sticky",
-        "wandb",
-    }
-)
-_STEP_COLUMNS = ("agent_steps", "finetune_agent_steps")
-_EVALUATION_COLUMNS = ("eval_return_mean",)
-_TRAINING_COLUMNS = ("episode_return", "episode_return_mean")
+PRETRAINED, SCRATCH = "pretrained", "scratch"
+BUDGETS = ("pretrain_frames", "finetune_agent_steps")
+_PROTOCOL = "protocol."
+_TYPES = {"stage": str, "game": str, "agent": str, "seed": int}
+_TYPES |= {"returns": list, "protocol": dict}
 
 
 class Curve(NamedTuple):
     """Returns over the part of a run that sees the reward."""
 
-    agent_steps: np.ndarray  # [N] float64, ascending, 0 where that part begins.
+    agent_steps: np.ndarray  # [N] float64, ascending.
     returns: np.ndarray  # [N] float64, points.
 
 
-class Curves(NamedTuple):
-    """A run's learning curves; None where its `metrics.csv` does not tell."""
-
-    training: Curve | None  # Games played while learning.
-    evaluation: Curve | None  # Full games apart from training.
-
-
 @dataclasses.dataclass(frozen=True)
-class Run:
-    """One finished run: who played what, how it was trained, what it scored."""
+class FinishedRun:
+    """A run with a score: who played what, how it was trained, what it scored."""
 
     path: pathlib.Path
     game: str  # The tables' spelling where they have the game, else as written.
@@ -78,25 +48,22 @@ class Run:
 
 
 class Collection(NamedTuple):
-    """The runs that can be reported, and a line for everything that cannot."""
+    """The runs that can be reported, and a notice for everything that cannot."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[FinishedRun, ...]
     notices: tuple[str, ...]
 
 
-class UnusableResultError(ValueError):
+class _UnusableResultError(ValueError):
     """A `result.json` cannot be reported; the message is the reason."""
 
 
-class OtherTaskError(UnusableResultError):
+class _OtherRewardError(_UnusableResultError):
     """A result is sound, but its returns are not the game's score."""
 
 
 def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
-    """Finds and reads every finished run in or below `run_dirs`.
-
-    Args:
-      run_dirs: Folders of single runs, of paired arms, or of many runs at any depth.
+    """Finds and reads every finished run in or below the folders `run_dirs`.
 
     Returns:
       The runs in the order of their paths, without duplicates, and the notices.
@@ -105,9 +72,11 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
       ValueError: A folder does not exist, or none of them holds a finished run.
     """
     results, unfinished = _find(run_dirs)
-    notices = []
-    runs, options = [], []
-    pretraining, other_tasks = [], []
+    runs: list[FinishedRun] = []
+    options: list[dict[str, Any] | None] = []
+    notices: list[str] = []
+    pretraining: list[pathlib.Path] = []
+    other_rewards: list[pathlib.Path] = []
     for path in results:
         try:
             for folder, result in _arms(path.parent, _read_json(path), results):
@@ -116,27 +85,22 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
                     continue
                 run, complaints = _parse(folder, result)
                 runs.append(run)
-                options.append(_read_options(path.parent))
+                options.append(_read_options(path.parent, run.arm))
                 notices += [f"{path}: {complaint}." for complaint in complaints]
-        except OtherTaskError:
-            other_tasks.append(path)
-        except UnusableResultError as error:
+        except _OtherRewardError:
+            other_rewards.append(path)
+        except _UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
-    pretraining = [
-        path
-        for path in pretraining
-        if not any(path.parent in run.path.parents for run in runs)
-    ]
-    if pretraining:
-        notices.append(
-            f"{len(pretraining)} pretraining folders hold no score (first: "
-            f"{pretraining[0]}); left out."
-        )
-    if other_tasks:
-        notices.append(
-            f"{len(other_tasks)} results are of other tasks than the game's score (first: "
-            f"{other_tasks[0]}); left out."
-        )
+    tuned = {parent for run in runs for parent in run.path.parents}
+    for reason, paths in (
+        (
+            "pretraining folders hold no score",
+            [path for path in pretraining if path.parent not in tuned],
+        ),
+        ("results are of other reward functions than the game's score", other_rewards),
+    ):
+        if paths:
+            notices.append(f"{len(paths)} {reason} (first: {paths[0]}); left out.")
     notices += [
         f"{path}: unfinished (no result.json); left out." for path in unfinished
     ]
@@ -145,58 +109,62 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
         reason = f" ({notices[0]})" if notices else ""
         raise ValueError(f"No finished run with a score in {looked}.{reason}")
 
-    if all(option is not None for option in options):
+    if None not in options:
         runs = [
-            dataclasses.replace(
-                run, settings={**run.settings, **_compared(run, option)}
-            )
-            for run, option in zip(runs, options, strict=True)
+            dataclasses.replace(run, settings={**run.settings, **(one or {})})
+            for run, one in zip(runs, options, strict=True)
         ]
-    elif any(option is not None for option in options):
-        without = sum(option is None for option in options)
+    elif any(options):
         notices.append(
-            f"{without} of {len(runs)} runs have no readable config.json: options are "
-            "not compared, only what result.json tells."
+            f"{options.count(None)} of {len(runs)} runs have no readable config.json: "
+            "options are not compared, only what result.json tells."
         )
     runs, duplicates = _without_duplicates(runs)
     return Collection(tuple(runs), tuple(notices + duplicates))
 
 
-def read_curves(run: Run) -> Curves:
-    """Reads a run's learning curves from its `metrics.csv`.
+def protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the part of a run's settings that says how it was evaluated."""
+    return {
+        name.removeprefix(_PROTOCOL): value
+        for name, value in settings.items()
+        if name.startswith(_PROTOCOL)
+    }
 
-    Rows of pretraining are left out. Where steps are counted on from pretraining, they
-    are shifted to begin at 0.
+
+def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the options that must be equal for two runs to be averaged.
 
     Args:
-      run: A run that `collect` returned.
+      options: Values by option name; those that `config` does not declare are compared.
+    """
+    not_compared = {
+        name
+        for name, field in config.all_option_fields().items()
+        if not field.metadata["compared"]
+    }
+    return {name: value for name, value in options.items() if name not in not_compared}
+
+
+def read_curves(run: FinishedRun) -> tuple[Curve | None, Curve | None]:
+    """Reads a run's learning curves from its `metrics.csv`.
 
     Returns:
-      The curves, each None where the file is absent or tells no such return.
+      Games played while learning, and full games apart from training; each is None
+      where the file is absent, broken, or has no such return.
     """
-    path = run.path / "metrics.csv"
     try:
-        with path.open(encoding="utf-8", newline="") as file:
-            rows = [
-                row for row in csv.DictReader(file) if row.get("stage") != "pretrain"
-            ]
-    except (OSError, UnicodeDecodeError, csv.Error):
-        return Curves(None, None)
-    steps = np.array([_agent_steps(row) for row in rows], np.float64)
-    budget = run.settings.get("finetune_agent_steps") or math.inf
-    if np.isfinite(steps).any() and np.nanmin(steps) > budget:
-        steps = steps - np.nanmin(steps)
+        columns = metrics.read_metrics(run.path / metrics.FILE_NAME)
+    except (OSError, ValueError, IndexError):
+        return None, None
+    steps = np.array(columns.get("agent_steps", []), np.float64)
 
-    def curve(columns: Sequence[str]) -> Curve | None:
-        for column in columns:
-            returns = np.array([_number(row.get(column)) for row in rows], np.float64)
-            known = np.isfinite(steps) & np.isfinite(returns)
-            if known.any():
-                order = np.argsort(steps[known], kind="stable")
-                return Curve(steps[known][order], returns[known][order])
-        return None
+    def curve(name: str) -> Curve | None:
+        returns = np.array(columns.get(name, np.full_like(steps, np.nan)), np.float64)
+        known = np.isfinite(returns)
+        return Curve(steps[known], returns[known]) if known.any() else None
 
-    return Curves(curve(_TRAINING_COLUMNS), curve(_EVALUATION_COLUMNS))
+    return curve("episode_return"), curve("eval_return_mean")
 
 
 def _find(
@@ -231,8 +199,8 @@ def _arms(
 ) -> list[tuple[pathlib.Path, dict[str, Any]]]:
     """Returns the results that one file stands for, each with its folder.
 
-    A run of paired arms repeats theirs at its top. They count once: from their own
-    folders where those are there, else from the copy.
+    A run of paired arms repeats their results in its own. They count once: from the
+    arms' folders where those are there, else from the copy.
     """
     if not isinstance(result.get("arms"), dict):
         return [(folder, result)]
@@ -244,62 +212,55 @@ def _arms(
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise UnusableResultError(f"not readable as JSON ({error})") from error
+    except (OSError, ValueError) as error:
+        raise _UnusableResultError(f"not readable as JSON ({error})") from error
     if not isinstance(content, dict):
-        raise UnusableResultError("not a JSON object")
+        raise _UnusableResultError("not a JSON object")
     if content.get("schema") != SCHEMA:
-        raise UnusableResultError(
+        raise _UnusableResultError(
             f"schema {content.get('schema')!r}, this report reads schema {SCHEMA}"
         )
     return content
 
 
-def _parse(folder: pathlib.Path, result: dict[str, Any]) -> tuple[Run, list[str]]:
+def _parse(
+    folder: pathlib.Path, result: dict[str, Any]
+) -> tuple[FinishedRun, list[str]]:
     """Checks a result of this schema; returns its run and what is odd about it."""
-    expected_types = {
-        "stage": str,
-        "game": str,
-        "agent": str,
-        "seed": int,
-        "returns": list,
-        "protocol": dict,
-    }
     if "tasks" in result:
-        raise OtherTaskError("it holds several tasks, played without learning")
-    for name, expected in expected_types.items():
+        raise _OtherRewardError("it holds several reward functions, without learning")
+    for name, expected in _TYPES.items():
         if type(result.get(name)) is not expected:
-            raise UnusableResultError(
+            raise _UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
-    # What fine-tuning inferred, its name included, or the name alone.
-    task = result.get("task") or reward_functions.SCORE
-    if isinstance(task, dict):
-        task = task.get("name", reward_functions.SCORE)
-    if task != reward_functions.SCORE:
-        raise OtherTaskError(f"returns of the task {task!r} are not the game's score")
-    returns = result["returns"]
-    if not returns or not all(
-        type(value) in (int, float) and math.isfinite(value) for value in returns
+    # What fine-tuning inferred, with the reward function's name, or the name alone.
+    reward = result.get("task") or reward_functions.SCORE
+    if isinstance(reward, dict):
+        reward = reward.get("name", reward_functions.SCORE)
+    if reward != reward_functions.SCORE:
+        raise _OtherRewardError(f"returns of {reward!r} are not the game's score")
+    if not result["returns"] or not all(
+        type(value) in (int, float) and math.isfinite(value)
+        for value in result["returns"]
     ):
-        raise UnusableResultError(
-            "returns must be finite numbers, at least one, got "
-            f"{returns[:3]}{'...' if len(returns) > 3 else ''}"
+        raise _UnusableResultError(
+            f"returns must be finite numbers, at least one, got {result['returns'][:3]}"
         )
-    returns = np.array(returns, np.float64)
-    reference = scores.find_reference_scores(result["game"])
-    game = scores.canonical_game(result["game"]) if reference else result["game"]
-    if result["stage"] == "finetune":
-        arm = "scratch" if result.get("init") is None else "pretrained"
-    else:
-        arm = result["stage"]
+    returns = np.array(result["returns"], np.float64)
+    stage, game = result["stage"], result["game"]
+    reference = scores.find_reference_scores(game)
+    if reference is not None:
+        game = scores.canonical_game(game)
+    arm = stage
+    if stage == "finetune":
+        arm = SCRATCH if result.get("init") is None else PRETRAINED
     settings = {
-        "preset": result.get("preset"),
-        "finetune_agent_steps": result.get("finetune_agent_steps"),
-        **{f"protocol.{name}": value for name, value in result["protocol"].items()},
+        name: result.get(name)
+        for name in ("preset", *BUDGETS)
+        if name != "pretrain_frames" or arm != SCRATCH
     }
-    if arm != "scratch":
-        settings["pretrain_frames"] = result.get("pretrain_frames")
+    settings |= {_PROTOCOL + name: value for name, value in result["protocol"].items()}
 
     complaints = []
     episodes = result["protocol"].get("episodes")
@@ -307,44 +268,46 @@ def _parse(folder: pathlib.Path, result: dict[str, Any]) -> tuple[Run, list[str]
         complaints.append(
             f"{returns.size} games were evaluated, its protocol says {episodes}"
         )
-    written = result.get("return_mean")
-    if written is not None and not _close(written, returns.mean()):
-        complaints.append(
-            f"return_mean is {written}, its returns give {returns.mean():.6g}, which "
-            "is used"
+    computed = {"return_mean": float(returns.mean())}
+    if reference is not None and protocol.is_comparable(result["protocol"]):
+        computed["human_normalized_score"] = scores.human_normalized_score(
+            game, computed["return_mean"]
         )
-    written = result.get("human_normalized_score")
-    if reference is not None and written is not None:
-        computed = scores.human_normalized_score(game, float(returns.mean()))
-        if not _close(written, computed):
+    for name, value in computed.items():
+        written = result.get(name)
+        # Results may be rounded to three decimals.
+        if written is not None and not (
+            type(written) in (int, float)
+            and math.isclose(written, value, rel_tol=1e-3, abs_tol=1e-3)
+        ):
             complaints.append(
-                f"human_normalized_score is {written}, its returns give "
-                f"{computed:.6g}, which is used"
+                f"{name} is {written}, its returns give {value:.6g}, which is used"
             )
-    run = Run(folder, game, result["agent"], arm, result["seed"], returns, settings)
+    run = FinishedRun(
+        folder, game, result["agent"], arm, result["seed"], returns, settings
+    )
     return run, complaints
 
 
-def _close(written: Any, computed: float) -> bool:
-    """Tells whether a written number is `computed`, rounded to three decimals."""
-    return type(written) in (int, float) and math.isclose(
-        written, computed, rel_tol=1e-3, abs_tol=1e-3
-    )
-
-
-def _read_options(folder: pathlib.Path) -> dict[str, Any] | None:
-    """Returns the options in a run's `config.json`, however they are nested."""
+def _read_options(folder: pathlib.Path, arm: str) -> dict[str, Any] | None:
+    """Returns the options in `config.json` that define a method, however nested."""
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError):
+        options = dict(_leaves(content["config"]))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    if not isinstance(content, dict):
-        return None
-    known = config.option_fields()
-    return {name: value for name, value in _leaves(content) if name in known}
+    fields = config.option_fields(
+        config.DEFAULT_AGENT
+    )  # All agents' stages have these.
+    return {
+        name: value
+        for name, value in compared_options(options).items()
+        # Scratch had no pretraining, whatever its config says of it.
+        if arm != SCRATCH or name not in fields or fields[name][0] != "pretrain"
+    }
 
 
-def _leaves(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
+def _leaves(tree: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
     for name, value in tree.items():
         if isinstance(value, dict):
             yield from _leaves(value)
@@ -352,45 +315,17 @@ def _leaves(tree: Mapping[str, Any]) -> Iterable[tuple[str, Any]]:
             yield name, value
 
 
-def _compared(run: Run, options: Mapping[str, Any]) -> dict[str, Any]:
-    """Returns the options that define a run's method; scratch had no pretraining."""
-    fields = config.option_fields()
-    return {
-        name: value
-        for name, value in options.items()
-        if name not in _NOT_COMPARED
-        and not (run.arm == "scratch" and fields[name][0] == "pretrain")
-    }
-
-
-def _without_duplicates(runs: Sequence[Run]) -> tuple[list[Run], list[str]]:
+def _without_duplicates(
+    runs: Sequence[FinishedRun],
+) -> tuple[list[FinishedRun], list[str]]:
     """Keeps the first of the runs that differ in nothing but their folder."""
-    kept: dict[tuple, Run] = {}
+    kept: dict[tuple[Any, ...], FinishedRun] = {}
     notices = []
     for run in runs:
         settings = json.dumps(run.settings, sort_keys=True)
         key = (run.game, run.agent, run.arm, run.seed, settings)
-        if key in kept:
-            notices.append(
-                f"{run.path}: duplicate of {kept[key].path} ({run.game}, {run.agent} "
-                f"{run.arm}, seed {run.seed}); left out."
-            )
-        else:
-            kept[key] = run
+        first = kept.setdefault(key, run)
+        if first is not run:
+            same = f"{run.game}, {run.agent} {run.arm}, seed {run.seed}"
+            notices.append(f"{run.path}: duplicate of {first.path} ({same}); left out.")
     return list(kept.values()), notices
-
-
-def _agent_steps(row: Mapping[str, str]) -> float:
-    for column in _STEP_COLUMNS:
-        steps = _number(row.get(column))
-        if math.isfinite(steps):
-            return steps
-    return _number(row.get("frames")) / config.FRAME_SKIP
-
-
-def _number(text: str | None) -> float:
-    """Returns a CSV cell as a number, NaN where it is empty, absent or no number."""
-    try:
-        return float(text)
-    except (TypeError, ValueError):
-        return math.nan

@@ -1,7 +1,4 @@
-"""Reads finished runs and writes what they show: tables, files and pictures.
-
-`report` is the whole of `python -m experiments.report` as a function.
-"""
+"""Reads finished runs and writes what they show: `experiments.report` as a function."""
 
 import json
 import os
@@ -9,6 +6,8 @@ import pathlib
 from collections.abc import Sequence
 
 from aps_jax.report import aggregates, finished_runs, tables
+
+_FILES = ("report.json", "report.csv", "report.md")
 
 
 def report(
@@ -40,67 +39,42 @@ def report(
         something that is not a report.
     """
     systems = aggregates.named_systems(systems)
-    if out is not None:
-        _check_out(pathlib.Path(out))
-    collection = finished_runs.collect(run_dirs) if run_dirs else None
+    folder = None if out is None else pathlib.Path(out)
+    if folder is not None:
+        _check_out(folder)
     built = aggregates.build(
-        collection, systems=systems, num_resamples=num_resamples, seed=seed
+        finished_runs.collect(run_dirs) if run_dirs else None,
+        systems=systems,
+        num_resamples=num_resamples,
+        seed=seed,
     )
-    if out is not None:
-        write(built, out, pictures=pictures)
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        drawn: list[pathlib.Path] = []
+        if pictures:
+            # Matplotlib takes a second to import and is needed for nothing else.
+            from aps_jax.report import figures
+
+            drawn = figures.draw_all(built, folder)
+        content = json.dumps(tables.to_dict(built), indent=1, allow_nan=False)
+        markdown = tables.to_markdown(built, pictures=[path.name for path in drawn])
+        texts = (content + "\n", tables.to_csv(built), markdown)
+        for name, text in zip(_FILES, texts, strict=True):
+            (folder / name).write_text(text, encoding="utf-8")
     return built
-
-
-def write(
-    built: aggregates.Report, out: str | os.PathLike, *, pictures: bool = True
-) -> tuple[pathlib.Path, ...]:
-    """Writes a report's Markdown, CSV, JSON and pictures.
-
-    Args:
-      built: The report.
-      out: Folder to write to, made if need be.
-      pictures: Whether to draw pictures too.
-
-    Returns:
-      The files written.
-
-    Raises:
-      ValueError: `out` holds something that is not a report.
-    """
-    out = pathlib.Path(out)
-    _check_out(out)
-    out.mkdir(parents=True, exist_ok=True)
-    drawn: tuple[pathlib.Path, ...] = ()
-    if pictures:
-        # Matplotlib takes a second to import and is needed for nothing else.
-        from aps_jax.report import figures
-
-        drawn = figures.draw_all(built, out)
-    texts = {
-        "report.json": json.dumps(tables.to_dict(built), indent=1, allow_nan=False)
-        + "\n",
-        "report.csv": tables.to_csv(built),
-        "report.md": tables.to_markdown(built, pictures=[path.name for path in drawn]),
-    }
-    for name, text in texts.items():
-        (out / name).write_text(text, encoding="utf-8")
-    return (*(out / name for name in texts), *drawn)
 
 
 def _check_out(out: pathlib.Path) -> None:
     """Refuses a folder in which a report would replace something else."""
     if out.exists() and not out.is_dir():
         raise ValueError(f"{out} is not a folder.")
-    names = ("report.json", "report.csv", "report.md")
-    if not any((out / name).exists() for name in names):
+    if not any((out / name).exists() for name in _FILES):
         return
     try:
-        content = json.loads((out / "report.json").read_text(encoding="utf-8"))
-        ours = content.get("kind") == tables.KIND
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, AttributeError):
-        ours = False
-    if not ours:
-        raise ValueError(
-            f"{out} holds report files that are not from this program; choose another "
-            "folder."
-        )
+        content = json.loads((out / _FILES[0]).read_text(encoding="utf-8"))
+        is_report = content.get("kind") == tables.KIND
+    except (OSError, ValueError, AttributeError):
+        is_report = False
+    if not is_report:
+        what = "report files that are not from this program"
+        raise ValueError(f"{out} holds {what}; choose another folder.")

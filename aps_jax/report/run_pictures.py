@@ -1,21 +1,20 @@
-"""Pictures of a run: its learning curves, its games, and the features it visited.
-
-Letters: `N` states, `D` feature dimension.
-"""
+"""Pictures of a run: its learning curves, its games, and the features it visited."""
 
 import importlib.util
 import math
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import numpy as np
+from PIL import Image, ImageDraw
 
 from aps_jax.runs import metrics, snapshots
 from aps_jax.scores import scores
 
-_GIF_MILLISECONDS = 70  # an agent step lasts 4/60 s; browsers round to 10 ms
-_STEPS_PER_SECOND = 15  # agent steps of 4 frames, 60 frames a second
-_LABEL_HEIGHT = 14  # pixels above each picture of a grid
+_GIF_MILLISECONDS = 70  # An agent step lasts 4/60 s; browsers round to 10 ms.
+_STEPS_PER_SECOND = 15  # Agent steps of 4 frames, 60 frames a second.
+_LABEL_HEIGHT = 14  # Pixels above each picture of a grid.
 
 
 def check_video_format(name: str) -> None:
@@ -40,13 +39,10 @@ def save_video(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     import imageio_ffmpeg
 
     height, width = pictures[0].shape[:2]
-    writer = imageio_ffmpeg.write_frames(
-        str(path),
-        (width, height),
-        fps=_STEPS_PER_SECOND,
-        macro_block_size=2,  # Atari's 160x210 is no multiple of the usual 16.
-        ffmpeg_log_level="error",
-    )
+    # Atari's 160x210 is no multiple of the usual macro_block_size 16.
+    options: Any = {"fps": _STEPS_PER_SECOND, "macro_block_size": 2}
+    options["ffmpeg_log_level"] = "error"
+    writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
     writer.send(None)
     for picture in pictures:
         writer.send(np.ascontiguousarray(picture))
@@ -66,18 +62,13 @@ def tile(
     Returns:
       As many pictures as the longest video has.
     """
-    from PIL import Image, ImageDraw
-
     num_columns = math.ceil(math.sqrt(len(videos)))
     num_rows = math.ceil(len(videos) / num_columns)
     height, width, _ = videos[0][0].shape
-    blank = Image.new(
-        "RGB", (num_columns * width, num_rows * (height + _LABEL_HEIGHT)), "black"
-    )
-    places = [
-        (index % num_columns * width, index // num_columns * (height + _LABEL_HEIGHT))
-        for index in range(len(videos))
-    ]
+    cell = height + _LABEL_HEIGHT
+    blank = Image.new("RGB", (num_columns * width, num_rows * cell), "black")
+    numbered = [divmod(index, num_columns) for index in range(len(videos))]
+    places = [(column * width, row * cell) for row, column in numbered]
     draw = ImageDraw.Draw(blank)
     for (x, y), label in zip(places, labels, strict=True):
         while draw.textlength(label) > width:
@@ -100,75 +91,81 @@ def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     Raises:
       ValueError: There is no picture.
     """
-    from PIL import Image  # Pure users of the module's curves need no imaging library.
-
     if not pictures:
         raise ValueError("A gif needs at least one picture.")
     images = [Image.fromarray(picture) for picture in pictures]
-    # One palette for the whole game (of its most colourful picture), or colours flicker.
-    richest = max(images[:: max(1, len(images) // 50)], key=_num_colors)
+    # One palette, of the game's most colourful picture, or colours flicker.
+    sample = images[:: max(1, len(images) // 50)]
+    richest = max(sample, key=lambda image: len(image.getcolors(1 << 24) or ()))
     palette = richest.quantize(colors=128)
-    frames = [image.quantize(palette=palette, dither=0) for image in images]
-    frames[0].save(
-        path,
-        save_all=True,
-        append_images=frames[1:],
-        duration=_GIF_MILLISECONDS,
-        loop=0,
-        optimize=False,
-    )
-
-
-def _num_colors(image) -> int:
-    return len(image.getcolors(maxcolors=1 << 24) or ())
+    plain = Image.Dither.NONE
+    first, *rest = (image.quantize(palette=palette, dither=plain) for image in images)
+    options: Any = {"duration": _GIF_MILLISECONDS, "loop": 0, "optimize": False}
+    first.save(path, save_all=True, append_images=rest, **options)
 
 
 def save_learning_curves(
     path: pathlib.Path,
     *,
-    game: str,
+    title: str,
+    reference: scores.ReferenceScores | None,
     pretrain_csv: pathlib.Path | None,
-    finetune_csvs: dict[str, pathlib.Path],
+    finetune_csvs: Mapping[str, pathlib.Path],
 ) -> None:
-    """Draws how a run went: scores above, the reward-free signals below.
+    """Draws how a run went: returns above, what pretraining measured below.
 
     Args:
       path: The png to write.
-      game: The game, whose random and human scores are drawn.
+      title: Names the agent and the game.
+      reference: Random and human scores to draw; None where the returns are no scores
+        that may stand beside them.
       pretrain_csv: Metrics of the pretraining, if there was one.
       finetune_csvs: Metrics of each fine-tuning by the name of its arm.
     """
-    import matplotlib
+    from matplotlib import figure as mpl_figure
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(2, 2, figsize=(10, 6.5), layout="constrained")
-    figure.suptitle(f"APS on {game}")
-    reference = scores.find_reference_scores(game)
-    for axis in axes[0]:
-        axis.set_ylabel("score (points)")
+    figure = mpl_figure.Figure(figsize=(10, 6.5), layout="constrained")
+    figure.suptitle(title)
+    (pretraining, finetuning), (rewards, distances) = figure.subplots(2, 2)
+    for axes in (pretraining, finetuning):
+        axes.set_ylabel("return (points)")
         if reference is not None:
-            axis.axhline(reference.random, color="grey", ls=":", label="random")
-    _draw_pretraining(axes, pretrain_csv)
-    axis = axes[0][1]
-    axis.set_title("fine-tuning: games while learning, and evaluations")
-    axis.set_xlabel("frames with reward")
+            axes.axhline(reference.random, color="grey", ls=":", label="random")
+    pretraining.set_title("pretraining: score, which the agent never sees")
+    rewards.set_title("pretraining: the parts of its reward")
+    distances.set_title("pretraining: distances to the nearest particles")
+    finetuning.set_title("fine-tuning: games while learning, and evaluations")
+    for axes in figure.axes:
+        axes.set_xlabel(f"frames with{'' if axes is finetuning else 'out'} reward")
+    if pretrain_csv is not None:
+        columns = metrics.read_metrics(pretrain_csv)
+        _line(pretraining, columns, "episode_return", label="games")
+        for name in columns:
+            if name.startswith("reward"):
+                _line(rewards, columns, name, label=name)
+            elif "distance" in name:
+                _line(distances, columns, name, label=name)
     for index, (arm, csv_path) in enumerate(finetune_csvs.items()):
         columns = metrics.read_metrics(csv_path)
         color = f"C{index}"
-        _line(axis, columns, "episode_return", color=color, alpha=0.5, label=arm)
-        frames, means = _known(columns, "eval_return_mean")
+        _line(finetuning, columns, "episode_return", color=color, alpha=0.5, label=arm)
         # The later arms' marks are smaller: none hides another of the same score.
-        size = max(11 - 5 * index, 4)
-        label = f"{arm}, evaluated"
-        axis.plot(frames, means, "o", color=color, markersize=size, label=label)
-    if reference is not None and _is_near(axis, reference.human):
-        axis.axhline(reference.human, color="black", ls="--", label="human")
-    axis.legend(fontsize="small")
-    axes[0][0].legend(fontsize="small")
+        style = {"color": color, "marker": "o", "ls": "", "ms": max(11 - 5 * index, 4)}
+        style["label"] = f"{arm}, evaluated"
+        _line(finetuning, columns, "eval_return_mean", **style)
+    if reference is not None:
+        # Where that does not squeeze the curves into a corner.
+        low, high = finetuning.get_ylim()
+        if abs(reference.human - (low + high) / 2) <= 3.5 * (high - low):
+            finetuning.axhline(reference.human, color="black", ls="--", label="human")
+    for axes in figure.axes:
+        if axes.lines:
+            axes.legend(fontsize="small")
+        else:
+            axes.set_visible(
+                False
+            )  # An agent may measure no distance, or have no reward.
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
 def save_feature_picture(
@@ -189,96 +186,46 @@ def save_feature_picture(
     Raises:
       ValueError: There is none.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    from matplotlib import figure as mpl_figure
+    from matplotlib import patches
 
     if not visited:
         raise ValueError("There are no feature snapshots to draw.")
-    chosen = [
-        visited[index]
-        for index in sorted({round(i * (len(visited) - 1) / 5) for i in range(6)})
-    ]
+    moments = {round(i * (len(visited) - 1) / 5) for i in range(6)}
     plane = snapshots.plane_of(visited[-1].arrays["phi"])
-    figure, axes = plt.subplots(
+    size = (2.3 * len(moments) + 1.2, 3.0)
+    figure = mpl_figure.Figure(figsize=size, layout="constrained")
+    *spheres, wheel = figure.subplots(
         1,
-        len(chosen) + 1,
-        figsize=(2.3 * len(chosen) + 1.2, 3.0),
-        layout="constrained",
-        width_ratios=[1.0] * len(chosen) + [0.5],
-        squeeze=False,
+        len(moments) + 1,
+        width_ratios=[1.0] * len(moments) + [0.5],
+        subplot_kw={"aspect": "equal", "xlim": (-1.15, 1.15), "ylim": (-1.15, 1.15)},
     )
-    last = chosen[-1].arrays["phi"] - chosen[-1].arrays["phi"].mean(axis=0)
+    last = visited[-1].arrays["phi"] - visited[-1].arrays["phi"].mean(axis=0)
     share = np.square(last @ plane).sum() / max(np.square(last).sum(), 1e-12)
     figure.suptitle(
         "Visited states on the feature sphere, seen in the plane of their largest "
         f"variation ({100 * share:.0f} % of it at the end)",
         fontsize="medium",
     )
-    for axis, snapshot in zip(axes[0], chosen, strict=False):
+    for axes, moment in zip(spheres, sorted(moments), strict=True):
+        snapshot = visited[moment]
         points, w = snapshot.arrays["phi"] @ plane, snapshot.arrays["task"] @ plane
-        axis.scatter(
-            points[:, 0],
-            points[:, 1],
-            c=np.arctan2(w[:, 1], w[:, 0]),
-            cmap="hsv",
-            vmin=-math.pi,
-            vmax=math.pi,
-            s=9,
-            alpha=0.8,
-            linewidths=0,
-        )
-        axis.set_title(f"{snapshot.agent_steps:,} agent steps", fontsize="small")
+        colors = np.arctan2(w[:, 1], w[:, 0])
+        hues: dict[str, Any] = {"cmap": "hsv", "vmin": -math.pi, "vmax": math.pi}
+        axes.scatter(*points.T, c=colors, s=9, alpha=0.8, linewidths=0, **hues)
+        axes.add_patch(patches.Circle((0, 0), 1.0, fill=False, color="grey", lw=0.8))
+        axes.set_title(f"{snapshot.agent_steps:,} agent steps", fontsize="small")
     angles = np.linspace(-math.pi, math.pi, 60, endpoint=False)
-    wheel = axes[0][-1]
     wheel.scatter(np.cos(angles), np.sin(angles), c=angles, cmap="hsv", s=25)
     wheel.set_title("task", fontsize="small")
-    for axis in axes[0]:
-        if axis is not wheel:
-            axis.add_patch(plt.Circle((0, 0), 1.0, fill=False, color="grey", lw=0.8))
-        axis.set_aspect("equal")
-        axis.set_xlim(-1.15, 1.15)
-        axis.set_ylim(-1.15, 1.15)
-        axis.set_axis_off()
+    for axes in figure.axes:
+        axes.set_axis_off()
     figure.savefig(path, dpi=110)
-    plt.close(figure)
 
 
-def _draw_pretraining(axes, pretrain_csv: pathlib.Path | None) -> None:
-    axes[0][0].set_title("pretraining: score, which the agent never sees")
-    axes[1][0].set_title("pretraining: both halves of its reward")
-    axes[1][1].set_title("pretraining: distances to the nearest particles")
-    for axis in (axes[0][0], *axes[1]):
-        axis.set_xlabel("frames without reward")
-    if pretrain_csv is None:
-        return
-    columns = metrics.read_metrics(pretrain_csv)
-    _line(axes[0][0], columns, "episode_return", color="C0", label="games")
-    _line(axes[1][0], columns, "reward_skill", color="C1", label="skill phi^T w")
-    _line(axes[1][0], columns, "reward_entropy", color="C2", label="entropy")
-    _line(axes[1][1], columns, "knn_distance", color="C3", label="mean of k nearest")
-    _line(axes[1][1], columns, "distance_scale", color="C4", label="running mean")
-    for axis in axes[1]:
-        axis.legend(fontsize="small")
-
-
-def _known(
-    columns: dict[str, list[float]], name: str
-) -> tuple[list[float], list[float]]:
-    pairs = [
-        (frame, value)
-        for frame, value in zip(columns["frames"], columns[name], strict=True)
-        if not math.isnan(value)
-    ]
-    return [frame for frame, _ in pairs], [value for _, value in pairs]
-
-
-def _line(axis, columns: dict[str, list[float]], name: str, **style) -> None:
-    axis.plot(*_known(columns, name), **style)
-
-
-def _is_near(axis, value: float) -> bool:
-    """Whether drawing `value` would not squeeze the curves into a corner."""
-    low, high = axis.get_ylim()
-    return low - 3 * (high - low) <= value <= high + 3 * (high - low)
+def _line(axes: Any, columns: dict[str, list[float]], name: str, **style: Any) -> None:
+    """Draws the known values of a metric over frames."""
+    frames, values = np.array([columns["frames"], columns[name]])
+    known = np.isfinite(values)
+    axes.plot(frames[known], values[known], **style)

@@ -1,20 +1,19 @@
 """Aggregate scores over games and seeds, with stratified bootstrap intervals.
 
 The estimators of rliable, Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, in
-NumPy. A group of scores is a sequence of arrays, one for each game, whose last axis
-holds the runs (seeds) of that game; games may have different numbers of runs. Leading
-axes, where there are any, are bootstrap resamples, so that one function gives both the
-estimate and its resampled twins.
+NumPy. Letters: `G` games, `R` runs (seeds) of one game, `S` resamples, `T` thresholds.
 
-Letters: `G` games, `R` runs of one game, `S` resamples, `T` thresholds.
+`scores` are always `G` arrays `[..., R]`; `R` may differ between games. Leading axes
+are bootstrap resamples, so that one function gives the estimate and its resampled
+values: `[...]`, in the unit of the scores unless the function says otherwise.
 """
 
-import importlib.metadata
 import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
 Scores = Sequence[np.ndarray]
 
@@ -22,43 +21,22 @@ Scores = Sequence[np.ndarray]
 class Estimate(NamedTuple):
     """A point estimate and the ends of its interval, in the unit of the statistic.
 
-    The ends are NaN where the data hold no information about the spread between runs.
+    All are float64, `[]` (NumPy scalars) or `[T]`. The ends are NaN where the data hold
+    no information about the spread between runs.
     """
 
-    value: np.ndarray | float
-    low: np.ndarray | float
-    high: np.ndarray | float
-
-
-class Rliable(NamedTuple):
-    """The parts of the rliable library that are used here."""
-
-    library: types.ModuleType
-    metrics: types.ModuleType
-    version: str
+    value: np.ndarray
+    low: np.ndarray
+    high: np.ndarray
 
 
 def mean(scores: Scores) -> np.ndarray:
-    """Computes the mean over games of each game's mean over runs.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
-    """
+    """Computes the mean over games of each game's mean over runs."""
     return _game_means(scores).mean(axis=-1)
 
 
 def median(scores: Scores) -> np.ndarray:
-    """Computes the median over games of each game's mean over runs.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
-    """
+    """Computes the median over games of each game's mean over runs."""
     return np.median(_game_means(scores), axis=-1)
 
 
@@ -67,12 +45,6 @@ def interquartile_mean(scores: Scores) -> np.ndarray:
 
     rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: of n runs, `int(n / 4)` are
     dropped at either end. Runs are pooled, so a game with more runs weighs more.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-
-    Returns:
-      `[...]`, in the unit of the scores.
     """
     pooled = np.sort(np.concatenate(scores, axis=-1), axis=-1)
     num_runs = pooled.shape[-1]
@@ -80,31 +52,17 @@ def interquartile_mean(scores: Scores) -> np.ndarray:
     return pooled[..., num_dropped : num_runs - num_dropped].mean(axis=-1)
 
 
-def optimality_gap(scores: Scores, *, threshold: float = 1.0) -> np.ndarray:
-    """Computes how far runs fall short of `threshold` on average; 0 is best.
+def optimality_gap(scores: Scores) -> np.ndarray:
+    """Computes how far runs fall short of 1, the human score, on average; 0 is best.
 
-    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264:
-    `threshold - mean(min(score, threshold))`, games weighing equally.
-
-    Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
-      threshold: The score beyond which more is not counted; 1 is human.
-
-    Returns:
-      `[...]`, in the unit of the scores.
+    rliable, Sec. 4.3, https://arxiv.org/abs/2108.13264: `1 - mean(min(score, 1))`,
+    games weighing equally.
     """
-    return threshold - mean([np.minimum(game, threshold) for game in scores])
+    return 1.0 - mean([np.minimum(game, 1.0) for game in scores])
 
 
 def superhuman_count(scores: Scores) -> np.ndarray:
-    """Counts the games whose mean over runs is at least 1, the human score.
-
-    Args:
-      scores: `G` arrays `[..., R]`, human-normalised.
-
-    Returns:
-      `[...]` int.
-    """
+    """Counts the games whose mean over runs is at least 1, the human score."""
     return np.sum(_game_means(scores) >= 1.0, axis=-1)
 
 
@@ -126,10 +84,8 @@ def probability_of_improvement(scores_x: Scores, scores_y: Scores) -> np.ndarray
       ValueError: The numbers of games differ.
     """
     if len(scores_x) != len(scores_y):
-        raise ValueError(
-            "X and Y must hold the same games, got "
-            f"{len(scores_x)} and {len(scores_y)} games."
-        )
+        given = f"{len(scores_x)} and {len(scores_y)} games"
+        raise ValueError(f"X and Y must hold the same games, got {given}.")
     by_game = []
     for x, y in zip(scores_x, scores_y, strict=True):
         pairs_x, pairs_y = x[..., :, np.newaxis], y[..., np.newaxis, :]
@@ -145,7 +101,7 @@ def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
     games weighing equally.
 
     Args:
-      scores: `G` arrays `[..., R]`; `R` may differ between games.
+      scores: `G` arrays `[..., R]`.
       thresholds: `[T]`, in the unit of the scores.
 
     Returns:
@@ -160,7 +116,7 @@ def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
 
 def bootstrap(
     statistic: Callable[..., np.ndarray],
-    *groups: Scores,
+    *groups: Sequence[npt.ArrayLike],
     seed: int,
     num_resamples: int = 10_000,
     confidence: float = 0.95,
@@ -192,47 +148,43 @@ def bootstrap(
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
     if not 0.0 < confidence < 1.0:
         raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
-    groups = tuple([np.asarray(game, np.float64) for game in group] for group in groups)
-    for group in groups:
+    arrays = [[np.asarray(game, np.float64) for game in group] for group in groups]
+    for group in arrays:
         _check_group(group)
 
-    value = statistic(*groups)
-    if any(game.size < 2 for group in groups for game in group):
+    value = statistic(*arrays)
+    if any(game.size < 2 for group in arrays for game in group):
         unknown = np.full(np.shape(value), np.nan)[()]  # A scalar for a scalar.
         return Estimate(value, unknown, unknown)
     rng = np.random.default_rng(seed)
     resampled = [
         [game[rng.integers(game.size, size=(num_resamples, game.size))] for game in g]
-        for g in groups
+        for g in arrays
     ]
     tail = 50.0 * (1.0 - confidence)
     low, high = np.percentile(statistic(*resampled), [tail, 100.0 - tail], axis=0)
     return Estimate(value, low, high)
 
 
-def import_rliable() -> Rliable:
+def import_rliable() -> types.ModuleType:
     """Imports the rliable library, an optional dependency.
 
     Raises:
       RuntimeError: It is not installed, or does not import on this Python.
     """
     try:
-        from rliable import library, metrics
-    except ImportError as error:
+        import rliable.library
+        import rliable.metrics
+    except Exception as error:  # A TypeError where arch 7 meets pandas 3.
         raise RuntimeError(
-            "rliable is not installed; pip install 'rliable>=1.2' 'pandas<3'."
+            f"rliable does not import here ({error!r}); pip install 'rliable>=1.2' "
+            "'pandas<3'."
         ) from error
-    except Exception as error:
-        # With pandas 3, rliable's dependency arch 7 fails with a TypeError on import.
-        raise RuntimeError(
-            f"rliable is installed but does not import here ({error!r}); it needs "
-            "pip install 'pandas<3'."
-        ) from error
-    return Rliable(library, metrics, importlib.metadata.version("rliable"))
+    return rliable
 
 
 def estimates_of_rliable(
-    rliable: Rliable, scores: Scores, *, seed: int, num_resamples: int = 2_000
+    rliable: types.ModuleType, scores: Scores, *, seed: int, num_resamples: int = 2_000
 ) -> dict[str, Estimate]:
     """Computes mean, median, IQM and optimality gap with the rliable library itself.
 
@@ -241,7 +193,7 @@ def estimates_of_rliable(
 
     Args:
       rliable: From `import_rliable`.
-      scores: `G` arrays `[R]`; rliable needs the same `R` in every game.
+      scores: `G` arrays `[R]`.
       seed: Root of rliable's resampling.
       num_resamples: Resamples behind its intervals.
 
@@ -253,35 +205,28 @@ def estimates_of_rliable(
     """
     sizes = sorted({len(game) for game in scores})
     if len(sizes) != 1 or sizes[0] < 2:
-        raise ValueError(
-            "rliable needs the same number of runs, at least 2, in every game; got "
-            f"{', '.join(map(str, sizes))}."
-        )
-    metrics = rliable.metrics
-
-    def all_four(matrix: np.ndarray) -> np.ndarray:
-        return np.array(
-            [
-                metrics.aggregate_mean(matrix),
-                metrics.aggregate_median(matrix),
-                metrics.aggregate_iqm(matrix),
-                metrics.aggregate_optimality_gap(matrix),
-            ]
-        )
-
+        needed = "the same number of runs, at least 2, in every game"
+        raise ValueError(f"rliable needs {needed}; got {', '.join(map(str, sizes))}.")
+    functions = {
+        "mean": rliable.metrics.aggregate_mean,
+        "median": rliable.metrics.aggregate_median,
+        "interquartile_mean": rliable.metrics.aggregate_iqm,
+        "optimality_gap": rliable.metrics.aggregate_optimality_gap,
+    }
     state = np.random.get_state()
     try:
         np.random.seed(seed)
         points, intervals = rliable.library.get_interval_estimates(
-            {"runs": np.stack(scores, axis=-1)}, all_four, reps=num_resamples
+            {"runs": np.stack(scores, axis=-1)},
+            lambda matrix: np.array([f(matrix) for f in functions.values()]),
+            reps=num_resamples,
         )
     finally:
         np.random.set_state(state)
-    names = ("mean", "median", "interquartile_mean", "optimality_gap")
     return {
         name: Estimate(value, low, high)
         for name, value, (low, high) in zip(
-            names, points["runs"], intervals["runs"].T, strict=True
+            functions, points["runs"], intervals["runs"].T, strict=True
         )
     }
 
@@ -296,8 +241,9 @@ def _check_group(group: Scores) -> None:
         raise ValueError("A group must hold at least one game.")
     for game in group:
         if game.ndim != 1 or not game.size:
+            shape = game.shape
             raise ValueError(
-                f"Each game needs a vector of at least one run, got {game.shape}."
+                f"Each game needs a vector of at least one run, got {shape}."
             )
         if not np.all(np.isfinite(game)):
             raise ValueError(f"Scores must be finite, got {game}.")

@@ -1,8 +1,8 @@
 """Random, human and published Atari scores, and the human-normalised score.
 
-The tables lie in `aps_jax/scores/data/`, with their provenance in its README. They are read on
-first use. Games may be spelled as in EnvPool (`UpNDown`) or as in the tables
-(`up_n_down`); the tables' spelling is what the functions return.
+The tables are `aps_jax/scores/data/*.csv`; the README there says where they come from.
+Games may be spelled as in EnvPool (`UpNDown`) or as in the tables (`up_n_down`); the
+functions return the tables' spelling.
 """
 
 import csv
@@ -56,24 +56,6 @@ def reference_scores(game: str) -> ReferenceScores:
     return _references()[canonical_game(game)]
 
 
-def random_score(game: str) -> float:
-    """Returns the mean return, in points, of an agent that acts at random.
-
-    Raises:
-      ValueError: The table has no such game.
-    """
-    return reference_scores(game).random
-
-
-def human_score(game: str) -> float:
-    """Returns the mean return, in points, of a professional game tester.
-
-    Raises:
-      ValueError: The table has no such game.
-    """
-    return reference_scores(game).human
-
-
 def human_normalized_score(game: str, score: _Score) -> _Score:
     """Computes (score - random) / (human - random): 0 is random play, 1 is human.
 
@@ -82,10 +64,8 @@ def human_normalized_score(game: str, score: _Score) -> _Score:
 
     Args:
       game: A game of the table, in either spelling.
-      score: Unclipped return in points, a number or an array of any shape.
-
-    Returns:
-      The normalised score, of the shape of `score`.
+      score: Unclipped return in points, a number or an array of any shape, which the
+        result has too.
 
     Raises:
       ValueError: The table has no such game.
@@ -107,11 +87,9 @@ def canonical_game(game: str) -> str:
     names = _names_by_key()
     key = _key(game)
     if key not in names:
-        nearest = difflib.get_close_matches(key, names, n=3)
-        hint = ", ".join(names[near] for near in nearest) or "none is near"
-        raise ValueError(
-            f"No random and human scores for the game {game!r} (nearest: {hint})."
-        )
+        nearest = (names[near] for near in difflib.get_close_matches(key, names, n=3))
+        hint = ", ".join(nearest) or "none is near"
+        raise ValueError(f"No random and human scores for {game!r} (nearest: {hint}).")
     return names[key]
 
 
@@ -153,20 +131,13 @@ def printed_summaries() -> Mapping[str, PrintedSummary]:
     They are there to be compared with what the cells give, and differ for APS and VISR
     (see `aps_jax/scores/data/README.md`).
     """
-    return types.MappingProxyType(
-        {
-            row["system"]: PrintedSummary(
-                mean=_fraction(row["mean_percent"]),
-                median=_fraction(row["median_percent"]),
-                superhuman=int(row["superhuman"]) if row["superhuman"] else None,
-            )
-            for row in _rows("atari26_printed_summaries.csv")
-        }
-    )
-
-
-def _fraction(percent: str) -> float | None:
-    return float(percent) / 100.0 if percent else None
+    table = {}
+    for row in _rows("atari26_printed_summaries.csv"):
+        printed = (row["mean_percent"], row["median_percent"])
+        mean, median = (float(value) / 100.0 if value else None for value in printed)
+        superhuman = int(row["superhuman"]) if row["superhuman"] else None
+        table[row["system"]] = PrintedSummary(mean, median, superhuman)
+    return types.MappingProxyType(table)
 
 
 def _key(game: str) -> str:

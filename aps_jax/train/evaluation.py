@@ -166,14 +166,12 @@ def protocol_of(config: config_lib.Config) -> dict[str, Any]:
 def summary(config: config_lib.Config, played: Evaluation) -> dict[str, float]:
     """Returns the metrics of an evaluation.
 
-    Games cut before the 30 minutes of the published protocols give no human-normalized
-    score: their sums are not scores.
+    Games under a protocol that is not comparable give no human-normalized score.
     """
     score = float(np.mean(played.score_returns))
-    is_comparable = (
-        scores.find_reference_scores(config.game) is not None
-        and config.environment.max_frames >= protocol.STANDARD["max_frames"]
-    )
+    is_comparable = scores.find_reference_scores(
+        config.game
+    ) is not None and protocol.is_comparable(protocol_of(config))
     return {
         "eval_return_mean": float(np.mean(played.returns)),
         "eval_return_std": float(np.std(played.returns)),

@@ -170,7 +170,7 @@ def test_results_of_another_task_are_not_shown_as_scores(capsys):
     }
     summary.print_results(config, {"pretrained": result})
     said = capsys.readouterr().out
-    assert "return of the task survival per game" in said
+    assert "return of the reward function survival per game" in said
     (line,) = [line for line in said.splitlines() if "pretrained" in line]
     for words in ("150.0", "100 to 200", "-20.5"):
         assert words in line

@@ -1,4 +1,4 @@
-"""Tests of aps_jax.report.report.by_reward."""
+"""Tests of aps_jax.report.by_reward."""
 
 import json
 
@@ -37,7 +37,7 @@ def test_rows_are_means_over_seeds(tmp_path):
     write(tmp_path / "Pong/aps/seed_1/pretrained", {"return_mean": 7.0})
     write(tmp_path / "Pong/aps/seed_2/pretrained_survival", {"return_mean": 3.0})
     score, survival = by_reward.collect(tmp_path, num_resamples=5_000)
-    assert (score.game, score.task, score.num_seeds) == ("Pong", "score", 3)
+    assert (score.game, score.reward, score.num_seeds) == ("Pong", "score", 3)
     assert score.zero_shot.value == 5.0  # (2 + 4 + 9) / 3
     assert score.zero_shot.low == 2.0 and score.zero_shot.high == 9.0
     assert score.random == (1.0, 1.0, 1.0)
@@ -48,9 +48,9 @@ def test_rows_are_means_over_seeds(tmp_path):
     assert (score.num_samples, score.num_nonzero) == (100.0, 10.0)
 
 
-def test_a_users_task_has_a_folder_of_its_own():
-    assert by_reward.task_suffix("score") == ""
-    assert by_reward.task_suffix("my.tasks:left") == "_my.tasks_left"
+def test_a_users_reward_has_a_folder_of_its_own():
+    assert by_reward.folder_suffix("score") == ""
+    assert by_reward.folder_suffix("my.tasks:left") == "_my.tasks_left"
 
 
 def test_words(tmp_path):
@@ -58,11 +58,13 @@ def test_words(tmp_path):
     write_tasks(tmp_path, "Freeway", 0, score=0.0)
     table = by_reward.table(by_reward.collect(tmp_path, num_resamples=10))
     assert table.rows == (
-        ("Freeway", "score", "1", "1.0", "0.0", "", "0.000", "100 (0)"),
-        ("Pong", "left", "1", "1.0", "1,234.5", "", "0.000", "100 (0)"),
+        ("Freeway", "aps", "score", "1", "1.0", "0.0", "-", "0.000", "100 (0)"),
+        ("Pong", "aps", "left", "1", "1.0", "1,234.5", "-", "0.000", "100 (0)"),
     )
     assert len(table.columns) == len(table.rows[0])
-    assert tables.markdown_table(table)[0].startswith("| game | task |")
+    title, _, header, *_ = tables.table_lines(table, "## {}")
+    assert title == f"## {table.title}"
+    assert header.startswith("| game | agent | reward |")
 
 
 def test_nothing_to_read_is_no_row(tmp_path):

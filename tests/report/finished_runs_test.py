@@ -1,9 +1,10 @@
-"""Tests of `aps_jax.report.report.finished_runs`."""
+"""Tests of `aps_jax.report.finished_runs`."""
 
 import fake_runs
 import numpy as np
 import pytest
 
+from aps_jax import config as config_lib
 from aps_jax.report import finished_runs
 
 # Options as `config.json` nests them.
@@ -159,6 +160,25 @@ def test_options_set_methods_apart(tmp_path):
     assert "report_agent_steps" not in first.settings
 
 
+def test_options_say_themselves_whether_they_are_compared():
+    fields = config_lib.option_fields()
+    assert finished_runs.compared_options({"seed": 1, "td_form": "split"}) == {
+        "td_form": "split"
+    }
+    # An agent's own option that the config does not declare sets methods apart.
+    assert finished_runs.compared_options({"unheard_of": 1}) == {"unheard_of": 1}
+    # What `result.json` tells, and what cannot change a result.
+    assert {
+        name for name in fields if not finished_runs.compared_options({name: 0})
+    } == {
+        *("agent", "game", "preset", "seed"),
+        *("finetune_agent_steps", "pretrain_frames"),
+        *("eval_episodes", "eval_epsilon", "max_frames", "noop_max", "sticky"),
+        *("checkpoint_agent_steps", "env_threads", "report_agent_steps", "wandb"),
+        *("eval_agent_steps", "evaluations"),
+    }
+
+
 def test_options_of_pretraining_do_not_concern_scratch(tmp_path):
     values = fake_runs.result(init=None)
     run = only_run(fake_runs.write(tmp_path, values, options=OPTIONS))
@@ -221,7 +241,7 @@ def test_results_that_are_no_json_objects_are_named(tmp_path, text):
     "change",
     [{"task": "survival"}, {"task": {"name": "m:f", "scale": 0.5}}, {"tasks": []}],
 )
-def test_results_of_other_tasks_are_counted_and_left_out(tmp_path, change):
+def test_results_of_other_rewards_are_counted_and_left_out(tmp_path, change):
     for name in ("a", "b"):
         fake_runs.write(tmp_path / name, {**fake_runs.result(), **change})
     with pytest.raises(ValueError, match="No finished run.*2 results are of other"):
@@ -230,10 +250,8 @@ def test_results_of_other_tasks_are_counted_and_left_out(tmp_path, change):
     collection = finished_runs.collect([tmp_path])
     assert [run.seed for run in collection.runs] == [5]
     (notice,) = collection.notices
-    assert notice == (
-        "2 results are of other tasks than the game's score (first: "
-        f"{tmp_path / 'a' / 'result.json'}); left out."
-    )
+    assert notice.startswith("2 results are of other reward functions")
+    assert str(tmp_path / "a" / "result.json") in notice
 
 
 @pytest.mark.parametrize("task", [None, "score", {"scale": 0.5}, {"name": "score"}])
@@ -282,6 +300,15 @@ def test_numbers_that_contradict_the_returns_are_named(tmp_path):
     np.testing.assert_array_equal(collection.runs[0].returns, [0.0, 2.0])
 
 
+def test_a_normalised_score_of_another_game_is_not_looked_at(tmp_path):
+    values = fake_runs.result(
+        [0.0, 2.0],
+        human_normalized_score=0.9,
+        protocol={**fake_runs.PROTOCOL, "episodes": 2, "max_frames": 400},
+    )
+    assert finished_runs.collect([fake_runs.write(tmp_path, values)]).notices == ()
+
+
 def test_rounded_numbers_do_not_contradict(tmp_path):
     # The example of the contract: 14 and 12 give 33.7 / 35.3 = 0.9547, written 0.954.
     values = fake_runs.result([14.0, 12.0], human_normalized_score=0.954)
@@ -309,45 +336,30 @@ def read_curves(folder, metrics, **changes):
     return finished_runs.read_curves(only_run(folder))
 
 
-def test_curves_are_read_in_order(tmp_path):
-    curves = read_curves(
+def test_curves_are_the_known_returns(tmp_path):
+    training, evaluated = read_curves(
         tmp_path,
-        "agent_steps,frames,stage,episode_return,eval_return_mean\n"
-        "9,36,pretrain,99,99\n"
-        "20,80,finetune,2.5,\n"
-        "10,40,finetune,nan,\n"
-        "30,120,finetune,4,7\n",
+        "agent_steps,frames,episode_return,eval_return_mean\n"
+        "10,40,nan,nan\n"
+        "20,80,2.5,nan\n"
+        "30,120,4,7\n",
     )
-    np.testing.assert_array_equal(curves.training.agent_steps, [20, 30])
-    np.testing.assert_array_equal(curves.training.returns, [2.5, 4.0])
-    np.testing.assert_array_equal(curves.evaluation.agent_steps, [30])
-    np.testing.assert_array_equal(curves.evaluation.returns, [7.0])
-
-
-def test_rows_out_of_order_are_sorted(tmp_path):
-    curves = read_curves(tmp_path, "agent_steps,episode_return\n30,3\n10,1\n20,2\n")
-    np.testing.assert_array_equal(curves.training.agent_steps, [10, 20, 30])
-    np.testing.assert_array_equal(curves.training.returns, [1, 2, 3])
-    assert curves.evaluation is None
-
-
-def test_frames_stand_in_for_agent_steps(tmp_path):
-    curves = read_curves(tmp_path, "frames,episode_return_mean\n40,1\n80,2\n")
-    np.testing.assert_array_equal(curves.training.agent_steps, [10, 20])
-
-
-def test_steps_counted_on_from_pretraining_begin_at_zero(tmp_path):
-    metrics = "agent_steps,episode_return\n500100,\n500200,1\n500400,2\n"
-    curves = read_curves(tmp_path, metrics)
-    np.testing.assert_array_equal(curves.training.agent_steps, [100, 300])
-    # A single row at the very end of the budget is where it says it is.
-    curves = read_curves(tmp_path, "agent_steps,eval_return_mean\n12000,1\n")
-    np.testing.assert_array_equal(curves.evaluation.agent_steps, [12000])
+    np.testing.assert_array_equal(training.agent_steps, [20, 30])
+    np.testing.assert_array_equal(training.returns, [2.5, 4.0])
+    np.testing.assert_array_equal(evaluated.agent_steps, [30])
+    np.testing.assert_array_equal(evaluated.returns, [7.0])
 
 
 @pytest.mark.parametrize(
-    "metrics",
-    [None, "", "agent_steps,loss\n1,2\n", "agent_steps,episode_return\n1,x\n"],
+    "text",
+    [
+        None,
+        "",
+        "agent_steps,loss\n1,2\n",
+        "agent_steps,episode_return\n1,x\n",
+        "agent_steps,episode_return\n1\n",
+        "agent_steps,episode_return\n1,nan\n",
+    ],
 )
-def test_no_curve_without_returns(tmp_path, metrics):
-    assert read_curves(tmp_path, metrics) == (None, None)
+def test_no_curve_without_returns(tmp_path, text):
+    assert read_curves(tmp_path, text) == (None, None)

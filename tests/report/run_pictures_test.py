@@ -1,4 +1,4 @@
-"""Tests of aps_jax.report.report.run_pictures and snapshots: grids, videos, the sphere in a plane."""
+"""Tests of a run's pictures: grids, videos, curves, the sphere in a plane."""
 
 import functools
 import importlib.machinery
@@ -8,11 +8,13 @@ import types
 import fakes
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 from PIL import Image
 
 from aps_jax import config as config_lib
 from aps_jax.agents import aps as agent_lib
 from aps_jax.report import run_pictures
+from aps_jax.scores import scores
 from aps_jax.train import snapshots, stages
 
 
@@ -156,3 +158,54 @@ def test_no_snapshots_no_picture(tmp_path):
     assert snapshots.read_snapshots(tmp_path) == []
     with pytest.raises(ValueError, match="no feature snapshots"):
         run_pictures.save_feature_picture(tmp_path / "features.png", [])
+
+
+def draw_curves(folder, monkeypatch, pretraining, reference=None):
+    """Draws one run's curves; returns the four panels."""
+    (folder / "p.csv").write_text(pretraining)
+    (folder / "f.csv").write_text("frames,episode_return,eval_return_mean\n4,1,2\n")
+    drawn = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: drawn.append(self))
+    run_pictures.save_learning_curves(
+        folder / "curves.png",
+        title="some agent on Pong",
+        reference=reference,
+        pretrain_csv=folder / "p.csv",
+        finetune_csvs={"scratch": folder / "f.csv"},
+    )
+    (figure,) = drawn
+    assert figure.get_suptitle() == "some agent on Pong"
+    return figure.axes
+
+
+def labels_of(axes):
+    return [line.get_label() for line in axes.lines]
+
+
+def test_curves_show_what_the_agent_measured(tmp_path, monkeypatch):
+    columns = "frames,episode_return,reward_new,knn_distance,loss\n"
+    games, tuned, rewards, distances = draw_curves(
+        tmp_path, monkeypatch, columns + "4,nan,5,7,9\n8,3,6,8,9\n"
+    )
+    np.testing.assert_array_equal(games.lines[0].get_xydata(), [[8, 3]])
+    assert labels_of(rewards) == ["reward_new"]
+    np.testing.assert_array_equal(rewards.lines[0].get_ydata(), [5, 6])
+    assert labels_of(distances) == ["knn_distance"]
+    assert labels_of(tuned) == ["scratch", "scratch, evaluated"]
+
+
+def test_panels_without_a_curve_are_empty(tmp_path, monkeypatch):
+    axes = draw_curves(tmp_path, monkeypatch, "frames,episode_return\n4,1\n")
+    assert [one.get_visible() for one in axes] == [True, True, False, False]
+
+
+def test_random_and_human_scores_are_drawn_where_they_are_given(tmp_path, monkeypatch):
+    reference = scores.ReferenceScores(0.5, 1.5)
+    text = "frames,episode_return\n4,1\n"
+    games, tuned, *_ = draw_curves(tmp_path, monkeypatch, text, reference)
+    assert "random" in labels_of(games) and {"random", "human"} <= set(labels_of(tuned))
+    far = reference._replace(human=1e6)
+    _, tuned, *_ = draw_curves(tmp_path, monkeypatch, text, far)
+    assert "human" not in labels_of(tuned)
+    games, tuned, *_ = draw_curves(tmp_path, monkeypatch, text)
+    assert not {"random", "human"} & {*labels_of(games), *labels_of(tuned)}

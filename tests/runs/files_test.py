@@ -381,7 +381,8 @@ def test_curves_are_drawn_from_metrics_files(tmp_path):
         writer.write(dict.fromkeys(columns, 1.0) | {"agent_steps": 5})
     run_pictures.save_learning_curves(
         tmp_path / "curves.png",
-        game="Pong",
+        title="aps on Pong",
+        reference=None,
         pretrain_csv=tmp_path / "p" / "metrics.csv",
         finetune_csvs={"scratch": tmp_path / "f" / "metrics.csv"},
     )

@@ -88,10 +88,6 @@ def test_hand_computed():
     )
     # Runs beyond 1 count as 1: gaps of the games (1 + 0) / 2, 0.5, 0.7.
     assert estimates_lib.optimality_gap(scores) == pytest.approx((0.5 + 0.5 + 0.7) / 3)
-    # With threshold 0.5: (0.5 + 0) / 2, 0, (0 + 0.4 + 0.3) / 3.
-    assert estimates_lib.optimality_gap(scores, threshold=0.5) == pytest.approx(
-        (0.25 + 0.0 + 0.7 / 3) / 3
-    )
     # A mean of exactly 1 is at human level.
     assert estimates_lib.superhuman_count(scores) == 1
     # Above 0: 1/2, 1, 1. Above 0.5 (strictly): 1/2, 0, 1/3.
@@ -397,7 +393,7 @@ def forget_rliable():
 
 def test_absent_rliable_is_said_clearly(monkeypatch):
     monkeypatch.setitem(sys.modules, "rliable", None)
-    with pytest.raises(RuntimeError, match="not installed; pip install"):
+    with pytest.raises(RuntimeError, match="pip install 'rliable"):
         estimates_lib.import_rliable()
 
 
@@ -423,7 +419,6 @@ def test_rliable_gets_the_matrix_and_the_global_generator_is_put_back(
         "  return {'runs': func(matrix)}, {'runs': np.stack([low, low + 1])}\n",
     )
     rliable = estimates_lib.import_rliable()
-    assert rliable.version == "9.9"
     before = np.random.get_state()
     first, again, other = (
         estimates_lib.estimates_of_rliable(
