@@ -680,8 +680,8 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
         found = checkpointer.restore_newest({"agent": template})
         if found is None:
             raise ValueError(f"The run in {folder} has no checkpoint yet.")
-        facts, parts = found
-        return Trained(config, agent, parts["agent"], num_actions, facts)
+        agent_state = found.items["agent"]
+        return Trained(config, agent, agent_state, num_actions, found.metadata)
     finally:
         checkpointer.close()
 

@@ -112,7 +112,7 @@ def read_checkpoint(path: pathlib.Path) -> dict:
                 parts[folder.name] = reader.restore(
                     folder, args=ocp.args.StandardRestore()
                 )
-    facts = checkpoints.read_facts(path)
+    facts = checkpoints.read_metadata(path)
     for name in ("git_commit", "config"):  # The policy, which may differ.
         del facts[name]
     return {**parts, "facts": facts}
@@ -138,7 +138,7 @@ def assert_equal(left, right, place="") -> None:
 
 def numbers(stage: pathlib.Path) -> list[int]:
     """Returns the numbers of the whole checkpoints of a stage."""
-    return checkpoints.Checkpointer(stage / "checkpoints").numbers()
+    return checkpoints.Checkpointer(stage / "checkpoints").steps()
 
 
 def assert_on_the_way(workdir: pathlib.Path, whole: pathlib.Path) -> None:

@@ -193,17 +193,17 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
         )
     saver.close()
     reader = checkpoints.Checkpointer(tmp_path / "c")
-    facts, parts = reader.restore_newest(
+    metadata, items, step, damaged = reader.restore_newest(
         {
             "agent": jax.eval_shape(lambda: tree),
             "loop": {"loop": jnp.zeros(3, jnp.int32)},
         }
     )
     reader.close()
-    assert facts["agent_steps"] == 3
-    np.testing.assert_array_equal(parts["agent"]["x"], tree["x"])
-    assert parts["agent"]["n"] == 3
-    np.testing.assert_array_equal(parts["loop"]["loop"], [0, 1, 2])
+    assert metadata["agent_steps"] == step == 3 and damaged == []
+    np.testing.assert_array_equal(items["agent"]["x"], tree["x"])
+    assert items["agent"]["n"] == 3
+    np.testing.assert_array_equal(items["loop"]["loop"], [0, 1, 2])
 
 
 def test_no_checkpoint_is_nothing(tmp_path):
@@ -233,20 +233,26 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplo
     damage(tmp_path / "c" / "2", kind)
     reader = checkpoints.Checkpointer(tmp_path / "c")
     template = {"agent": {"x": jnp.zeros(1000)}}
-    _, parts = reader.restore_newest(template, set_damaged_aside=True)
-    np.testing.assert_array_equal(parts["agent"]["x"], np.arange(1000.0))
+    found = reader.restore_newest(template, set_damaged_aside=True)
+    np.testing.assert_array_equal(found.items["agent"]["x"], np.arange(1000.0))
+    assert found.step == 1 and found.damaged_steps == [2]
     assert str(tmp_path / "c" / "2") in caplog.text
     # Its number is free again, and what is left of it is kept.
     assert (tmp_path / "damaged_checkpoint_2").is_dir()
     reader.save(2, {"agent": {"x": jnp.ones(1000)}}, {})
     reader.close()
     again = checkpoints.Checkpointer(tmp_path / "c")
-    np.testing.assert_array_equal(again.restore_newest(template)[1]["agent"]["x"], 1.0)
+    np.testing.assert_array_equal(
+        again.restore_newest(template).items["agent"]["x"], 1.0
+    )
     damage(tmp_path / "c" / "1", kind)
     damage(tmp_path / "c" / "2", kind)
     with pytest.raises(ValueError, match="None of the checkpoints in"):
         again.restore_newest(template)
     again.close()
+
+
+UNLISTED = ("manifest.sha256", "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @pytest.fixture(scope="module")
@@ -266,6 +272,8 @@ def test_any_byte_that_changes_or_lacks_falls_back(two_checkpoints, data):
     """Never garbage: what is restored is checkpoint 2 as it was, or checkpoint 1."""
     folder, files = two_checkpoints
     path = data.draw(st.sampled_from(files))
+    # Orbax writes these after the manifest, and nobody reads them.
+    hypothesis.assume(path.parent != folder / "2" or path.name not in UNLISTED[1:])
     whole = path.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -276,13 +284,15 @@ def test_any_byte_that_changes_or_lacks_falls_back(two_checkpoints, data):
     said = []
     reader = checkpoints.Checkpointer(folder, warn=said.append)
     try:
-        facts, parts = reader.restore_newest({"agent": make_tree(1)})
+        found = reader.restore_newest({"agent": make_tree(1)})
     finally:
         path.write_bytes(whole)
-    assert facts["agent_steps"] == 1
-    np.testing.assert_array_equal(parts["agent"]["layer"]["kernel"], np.ones((2, 1)))
+    assert found.metadata["agent_steps"] == found.step == 1
+    assert found.damaged_steps == [2]
+    np.testing.assert_array_equal(found.items["agent"]["layer"]["kernel"], np.ones((2, 1)))
     (warning,) = said
     assert str(folder / "2") in warning and path.name in warning
+    assert "step 1 is used in place of step 2" in warning
 
 
 def test_a_manifest_is_what_sha256sum_writes(two_checkpoints):
@@ -294,7 +304,7 @@ def test_a_manifest_is_what_sha256sum_writes(two_checkpoints):
             path.read_bytes()
         ).hexdigest()
         for path in files
-        if path.name != "manifest.sha256"
+        if path.parent != folder / "2" or path.name not in UNLISTED
     }
 
 
@@ -306,10 +316,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
     saver.save(1, {"agent": {"x": x}}, {})
     for _ in range(20):
         x = step(x)
-    saver.finish()
-    _, parts = saver.restore_newest({"agent": {"x": x}})
+    saver.wait_until_finished()
+    found = saver.restore_newest({"agent": {"x": x}})
     saver.close()
-    np.testing.assert_array_equal(parts["agent"]["x"], np.arange(200_000.0))
+    np.testing.assert_array_equal(found.items["agent"]["x"], np.arange(200_000.0))
 
 
 # The first at or after each multiple of 10; the best score; the two newest.
@@ -328,7 +338,7 @@ def test_the_policy_says_what_stays(tmp_path, policy, kept):
     for number, score in scores.items():
         saver.save(number, {"agent": {"x": jnp.ones(1)}}, {"score": score})
     saver.close()
-    assert set(saver.numbers()) == kept
+    assert set(saver.steps()) == kept
     assert {int(p.name) for p in (tmp_path / "c").iterdir()} == kept
 
 
@@ -336,7 +346,7 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     saver = checkpoints.Checkpointer(tmp_path / "c")
     part = {"agent": {"x": jnp.ones(3)}}
     saver.save(1, part, {})
-    saver.finish()
+    saver.wait_until_finished()
     to_disk = checkpoints._to_disk
 
     def full(path):
@@ -345,17 +355,17 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "_to_disk", full)
     saver.save(2, part, {})
     with pytest.raises(OSError, match="No space left"):
-        saver.finish()
+        saver.wait_until_finished()
     assert saver.failure() is None  # Told once.
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["1"]
     saver.save(3, part, {})
     with pytest.raises(OSError, match="No space left"):
         saver.save(4, part, {})  # Of the save before it.
-    saver._wait()
+    saver._join()
     monkeypatch.setattr(checkpoints, "_to_disk", to_disk)
     saver.save(5, part, {})
     saver.close()
-    assert saver.numbers() == [1, 5]
+    assert saver.steps() == [1, 5]
 
 
 def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
@@ -363,24 +373,23 @@ def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
 ):
     saver = checkpoints.Checkpointer(tmp_path / "c")
     saver.save(1, {"agent": {"x": jnp.ones(3)}}, {})
-    saver.finish()
+    saver.wait_until_finished()
     size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file())
     usage = collections.namedtuple("Usage", "free")
     free = [size - 1, size]
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda p: usage(free.pop(0)))
-    saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
     with pytest.raises(OSError, match="No space left on device"):
-        saver.finish()
+        saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
     saver.save(3, {"agent": {"x": jnp.ones(3)}}, {})
     saver.close()
-    assert saver.numbers() == [1, 3]
+    assert saver.steps() == [1, 3]
 
 
 def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
-    for name in ("writing_7", "deleting_3"):
+    for name in ("7.orbax-checkpoint-tmp", "deleting/3"):
         (tmp_path / "c" / name / "agent").mkdir(parents=True)
     saver = checkpoints.Checkpointer(tmp_path / "c")
-    assert saver.numbers() == []
+    assert saver.steps() == []
     assert saver.restore_newest({"agent": make_tree()}) is None
     saver.clean()
     assert list((tmp_path / "c").iterdir()) == []
@@ -393,18 +402,18 @@ def test_death_while_a_checkpoint_is_replaced_loses_none(tmp_path, is_renamed):
     saver = checkpoints.Checkpointer(folder)
     for value in (1.0, 2.0):
         saver.save(7, {"agent": {"x": jnp.full(3, value)}}, {})
-        saver.finish()
+        saver.wait_until_finished()
         if value == 1.0:
             shutil.copytree(folder / "7", tmp_path / "old")
     assert [path.name for path in folder.iterdir()] == ["7"]
     (tmp_path / "old").rename(folder / "replaced_7")
     if not is_renamed:
-        shutil.move(folder / "7", folder / "writing_7")
+        shutil.move(folder / "7", folder / "7.orbax-checkpoint-tmp")
     saver.clean()
-    _, parts = saver.restore_newest({"agent": {"x": jnp.ones(3)}})
+    found = saver.restore_newest({"agent": {"x": jnp.ones(3)}})
     saver.close()
     assert [path.name for path in folder.iterdir()] == ["7"]
-    assert parts["agent"]["x"][0] == (2.0 if is_renamed else 1.0)
+    assert found.items["agent"]["x"][0] == (2.0 if is_renamed else 1.0)
 
 
 def test_a_folder_taken_by_another_is_left_alone(tmp_path):

@@ -101,8 +101,8 @@ def newest(workdir):
         "loop": (memory.actor, memory.episodes, memory.regression, session.sums),
         "replay": memory.replay,
     }
-    facts, parts = checkpointer.restore_newest(templates)
-    numbers = checkpointer.numbers()
+    facts, parts, *_ = checkpointer.restore_newest(templates)
+    numbers = checkpointer.steps()
     checkpointer.close()
     return numbers, facts, jax.device_get(parts)
 

@@ -553,9 +553,9 @@ def test_the_best_checkpoint_is_the_one_that_was_evaluated(
     result = finetune(config, tmp_path / "f", folder / "pretrain")
     steps = [at["agent_steps"] for at in result["evaluations"]]
     assert len(steps) == 3
-    kept = checkpoints.Checkpointer(tmp_path / "f" / "checkpoints").numbers()
+    kept = checkpoints.Checkpointer(tmp_path / "f" / "checkpoints").steps()
     assert kept == sorted({steps[best], steps[-1]})
-    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / str(steps[best]))
+    facts = checkpoints.read_metadata(tmp_path / "f" / "checkpoints" / str(steps[best]))
     assert facts["score"] == 9.0
 
 
@@ -574,7 +574,7 @@ def test_an_evaluation_without_a_score_is_saved_without_one(
     monkeypatch.setattr(recorders, "_patiently", lambda write, *_: write())
     config = make_config(keep_best=True)
     finetune(config, tmp_path / "f", folder / "pretrain")
-    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / "120")
+    facts = checkpoints.read_metadata(tmp_path / "f" / "checkpoints" / "120")
     assert facts.get("score") is None or math.isfinite(facts["score"])
     assert "cannot write" not in caplog.text
 
