@@ -167,7 +167,7 @@ class Checkpointer:
             try:
                 manager.save(step, args=_save_args(items), force=True)
             # Orbax and TensorStore raise errors of many types, also for a full disk.
-            except Exception as error:  # noqa: BLE001
+            except Exception as error:
                 raise OSError(_line(error)) from error
             self._saving = self._thread.submit(self._finish, manager, held.pop_all())
         if failures:
