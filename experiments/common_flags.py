@@ -306,7 +306,8 @@ def use_compilation_cache() -> None:
     if folder == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
-        folder = str(machine.cache_folder() / "xla")
+        cache = machine.cache_folder()
+        folder = str(cache / "xla") if cache else ""
     if not folder:
         return
     jax.config.update("jax_compilation_cache_dir", folder)

@@ -72,9 +72,9 @@ def pretrain(
     """
     started = time.monotonic()
     mesh = devices.make_mesh(config.num_devices)
-    machine.check_memory(config, is_pretraining=True)
+    check_memory(config, is_pretraining=True)
     warn = _warning(progress)
-    machine.check_cores(config, warn)
+    machine.check_cores(config.environment.env_threads, warn)
     values = config.pretrain
     num_envs = values.num_envs
     with contextlib.ExitStack() as held:
@@ -147,9 +147,9 @@ def pretrain_seeds(
     started = time.monotonic()
     config = next(iter(configs.values()))
     seeds_lib.check_configs(list(configs.values()))
-    machine.check_memory(config, is_pretraining=True, num_seeds=len(configs))
+    check_memory(config, is_pretraining=True, num_seeds=len(configs))
     warn = _warning(progress)
-    machine.check_cores(config, warn)
+    machine.check_cores(config.environment.env_threads, warn)
     with contextlib.ExitStack() as held:
 
         def make_pool(run_seeds: Sequence[int]) -> loop.Pool:
@@ -309,9 +309,9 @@ def finetune(
     started = time.monotonic()
     constructor = reward_functions.constructor_for(config.finetune.task, constructor)
     mesh = devices.make_mesh(config.num_devices)
-    machine.check_memory(config, is_pretraining=False)
+    check_memory(config, is_pretraining=False)
     warn = _warning(progress)
-    machine.check_cores(config, warn)
+    machine.check_cores(config.environment.env_threads, warn)
     values, learner = config.finetune, config.learner
     num_envs = values.finetune_num_envs
     with contextlib.ExitStack() as held:
@@ -626,6 +626,34 @@ def _evaluation_points(
     count = values.evaluations
     points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
     return points if count > 1 else [total]
+
+
+def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, Any]:
+    """Returns the arguments of `machine.needed_bytes` for a stage."""
+    if is_pretraining:
+        num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size
+    else:
+        num_envs = config.finetune.finetune_num_envs
+        size = config.finetune.finetune_agent_steps + num_envs
+    ring = buffer.make_replay(
+        num_envs=num_envs, size=size, feature_dim=config.learner.feature_dim
+    )
+    return {
+        "replay_bytes": ring.num_bytes,
+        "num_devices": config.num_devices,
+        "is_copied": config.report.checkpoint_replay,
+    }
+
+
+def check_memory(
+    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+) -> None:
+    """Checks that the replay of a stage fits, as `machine.check_memory`."""
+    machine.check_memory(
+        **memory_of(config, is_pretraining=is_pretraining),
+        option="replay_size" if is_pretraining else "finetune_agent_steps",
+        num_seeds=num_seeds,
+    )
 
 
 def _warn_of_seed(warn: Callable[[str], None], seed: int, text: str) -> None:

@@ -21,10 +21,10 @@ from faults import harness
 from hypothesis import strategies as st
 from PIL import Image
 
+from aps_jax import config as config_lib
 from aps_jax.report import run_pictures
 from aps_jax.runs import checkpoints, folders, machine, metrics, progress
 from aps_jax.train import preflight
-from aps_jax import config as config_lib
 
 COLUMNS = ("agent_steps", "frames", "loss_td")
 
@@ -169,6 +169,89 @@ def test_a_run_knows_its_versions(tmp_path):
     assert folders.open_run(tmp_path / "r", stage="pretrain", config=config)
 
 
+def open_finetuning(workdir, init):
+    return folders.open_run(
+        workdir, stage="finetune", config=config_lib.Config(), init=init
+    )
+
+
+def test_a_run_is_known_by_its_id_not_by_its_path(tmp_path, monkeypatch):
+    config = config_lib.Config()
+    folders.open_run(tmp_path / "p", stage="pretrain", config=config)
+    assert not open_finetuning(tmp_path / "f", f"{tmp_path}/p/")
+    metadata, _ = folders.read_run(tmp_path / "f")
+    assert metadata["init"] == str(tmp_path / "p")
+    shutil.copytree(tmp_path / "p", tmp_path / "copy")
+    shutil.copytree(tmp_path / "f", tmp_path / "copy_of_f")
+    (tmp_path / "link").symlink_to("copy")
+    monkeypatch.chdir(tmp_path)
+    for init in ("p", "./p/", tmp_path / "copy", "link", "copy/../link/"):
+        assert open_finetuning("f", init)
+        assert open_finetuning(tmp_path / "copy_of_f", init)
+    shutil.rmtree("copy")
+    folders.open_run("other", stage="pretrain", config=config)
+    for init in ("other", None):
+        with pytest.raises(ValueError, match="holds another run .init is "):
+            open_finetuning("f", init)
+    shutil.rmtree("p")
+    folders.open_run("p", stage="pretrain", config=config)
+    with pytest.raises(ValueError, match="init is 'an earlier run in .*/p' there"):
+        open_finetuning("f", "p")
+
+
+def test_runs_without_ids_are_known_by_their_resolved_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, extra in (("p", {}), ("f", {"init": "p"})):
+        stage = "finetune" if extra else "pretrain"
+        folders.open_run(name, stage=stage, config=config_lib.Config(), **extra)
+        found = folders.read_json(f"{name}/config.json")
+        kept = {key: found[key] for key in found if not key.endswith("_id")}
+        folders.write_json(f"{name}/config.json", kept | extra)
+    assert open_finetuning("f", tmp_path / "p")
+    with pytest.raises(ValueError, match="holds another run"):
+        open_finetuning("f", tmp_path / "q")
+
+
+@pytest.mark.parametrize("text", ["gs://b/x", "s3://b/x", pathlib.Path("gs://b/x")])
+def test_urls_are_refused_in_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    for refuse in (folders.as_path, lambda text: open_finetuning(text, None)):
+        with pytest.raises(ValueError, match="is a URL") as caught:
+            refuse(text)
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    assert folders.as_path("~/y") == pathlib.Path("/home/x/y")
+    assert folders.as_path("a/~") == pathlib.Path("a/~")
+    with pytest.raises(ValueError, match="home"):
+        folders.as_path("~nobody_of_this_name/y")
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, code):
+    assert folders.lock_warning(tmp_path) is None
+
+    def no_locks(file, operation):
+        raise OSError(getattr(errno, code), "no locks")
+
+    folders.write_json(tmp_path / "config.json", {})
+    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    said = []
+    with folders.RunLock(tmp_path, warn=said.append) as lock:
+        assert not lock.ensure()
+    assert said == [folders.lock_warning(tmp_path)]
+    assert str(tmp_path) in said[0] and "no locks" in said[0]
+
+
+def test_git_is_asked_once(monkeypatch):
+    found = folders.git_commit()
+    monkeypatch.setattr(folders.subprocess, "run", None)
+    assert folders.git_commit() == found
+
+
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="is a file"):
@@ -204,6 +287,54 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
     np.testing.assert_array_equal(items["agent"]["x"], tree["x"])
     assert items["agent"]["n"] == 3
     np.testing.assert_array_equal(items["loop"]["loop"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lr=[1e-4]", "a[1]b", "a b", "a\\b", "*?", "\u00fc\u4e2d", "{x}"),
+        *("a'b#c", "a%20b", 'a"b', "new\nline", os.fsdecode(b"\xff\xfe")),
+    ],
+)
+def test_what_is_saved_can_be_read_under_every_path(tmp_path, name):
+    saver = checkpoints.Checkpointer(tmp_path / name / "c")
+    saver.save(7, {"agent": make_tree()}, {})
+    saver.close()
+    found = checkpoints.Checkpointer(tmp_path / name / "c").restore_newest(
+        {"agent": make_tree()}
+    )
+    assert found.step == 7
+    np.testing.assert_array_equal(found.items["agent"]["layer"]["kernel"], 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_may_be_relative_or_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("real", target_is_directory=True)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    saver = checkpoints.Checkpointer("link/c")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saver.save(7, {"agent": make_tree()}, {})
+    saver.close()
+    assert checkpoints.Checkpointer("../real/c").steps() == [7]
+
+
+def test_arrays_that_cannot_be_read_back_are_no_checkpoint(tmp_path, monkeypatch):
+    saver = checkpoints.Checkpointer(tmp_path / "c")
+    saver.save(1, {"agent": make_tree()}, {})
+    saver.wait_until_finished()
+    # So it is where Orbax does not find what it has written.
+    merge = "orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files"
+
+    async def merge_nothing(*args, **kwargs):
+        pass
+
+    monkeypatch.setattr(merge, merge_nothing)
+    saver.save(2, {"agent": make_tree()}, {})
+    with pytest.raises(OSError, match="0 of 2 arrays can be read"):
+        saver.wait_until_finished()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
 def test_no_checkpoint_is_nothing(tmp_path):
@@ -536,10 +667,13 @@ def test_durations_are_written_for_people(seconds, text):
 
 
 def test_a_replay_larger_than_memory_is_refused_with_the_estimate():
-    huge = config_lib.replace_options(config_lib.Config(), replay_size=2 * 10**9)
-    with pytest.raises(ValueError, match=r"needs about 2\d{4}\.\d GiB.*--replay_size"):
-        machine.check_memory(huge, is_pretraining=True)
-    machine.check_memory(config_lib.preset_config("smoke"), is_pretraining=False)
+    options = {"num_devices": 1, "is_copied": True, "option": "replay_size"}
+    assert machine.replay_bytes(num_envs=3, size=10, bytes_per_step=7) == 9 * 7
+    with pytest.raises(ValueError, match=r"needs about 2000\.7 GiB.*--replay_size"):
+        machine.check_memory(1000 * 2**30, **options)  # Twice, and 0.7 GiB besides.
+    with pytest.raises(ValueError, match="replays of 3 seeds need .*--num_seeds or --"):
+        machine.check_memory(1000 * 2**30, **options, num_seeds=3)
+    machine.check_memory(10**6, **options)
 
 
 def write_files(root, files):
@@ -596,11 +730,9 @@ def test_limits_are_those_of_the_control_group(tmp_path, files, free, cores):
 def test_threads_beyond_the_quota_are_warned_of(monkeypatch):
     monkeypatch.setattr(machine, "usable_cores", lambda: 1.5)
     said = []
-    config = config_lib.replace_options(config_lib.Config(), env_threads=2)
-    machine.check_cores(config, said.append)
+    machine.check_cores(2, said.append)
     assert said == []
-    config = config_lib.replace_options(config, env_threads=3)
-    machine.check_cores(config, said.append)
+    machine.check_cores(3, said.append)
     (warning,) = said
     assert warning == (
         "3 emulator threads share 1.5 cores, the quota of this process: give "
