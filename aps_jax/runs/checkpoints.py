@@ -4,6 +4,7 @@ import concurrent.futures
 import contextlib
 import errno
 import hashlib
+import itertools
 import json
 import os
 import pathlib
@@ -44,17 +45,19 @@ class Policy(NamedTuple):
     keep_every: int = 0  # the first at or after each multiple of this; 0 for none
     keep_best: bool = False  # the one of the highest score
 
-    def kept(self, steps: Sequence[int], scores: Mapping[int, float]) -> set[int]:
-        """Returns the steps to keep of `steps`, which are sorted."""
+    def kept(self, scores: Mapping[int, float | None]) -> set[int]:
+        """Returns which steps stay of those in `scores`, in which None is no score."""
+        steps = sorted(scores)
         kept = set(steps[-self.keep_last :])
         if self.keep_every:
             # The first of each interval, so that the choice never changes later.
-            first: dict[int, int] = {}
-            for step in steps:
-                first.setdefault(step // self.keep_every, step)
+            first = {step // self.keep_every: step for step in reversed(steps)}
             kept |= {step for interval, step in first.items() if interval > 0}
-        if self.keep_best and scores:
-            kept.add(max(scores, key=lambda step: (scores[step], step)))
+        if self.keep_best:
+            known = [
+                (score, step) for step, score in scores.items() if score is not None
+            ]
+            kept |= {step for _, step in sorted(known)[-1:]}
         return kept
 
 
@@ -98,7 +101,8 @@ class Checkpointer:
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, not a folder of checkpoints.")
         self._folder = folder.resolve()
-        if not (_is_plain(self._folder) or os.path.isdir("/proc/self/fd")):
+        is_plain = _PLAIN_PATH.fullmatch(str(self._folder))
+        if not (is_plain or pathlib.Path("/proc/self/fd").is_dir()):
             raise ValueError(
                 f"Checkpoints cannot be saved under {str(folder)!r} on this system: use "
                 "a path of letters and digits."
@@ -136,13 +140,13 @@ class Checkpointer:
         if "environment" in metadata:
             values["environment"] = hosts.gather(metadata["environment"])
         text = json.dumps(values, indent=1, allow_nan=False)
-        failures = [text for text in hosts.gather(self._join()) if text is not None]
+        previous = self._join()
+        failures = hosts.gather(None if previous is None else str(previous))
         failure = hosts.by_first(lambda: self._prepare(step))
         if failure is not None:
             raise OSError(failure)
-        scores = self._scores() if self._policy.keep_best else {}
-        if metadata.get("score") is not None:
-            scores[step] = metadata["score"]
+        scores = {old: self._score(old) for old in self.steps()}
+        scores[step] = metadata.get("score")
         with contextlib.ExitStack() as held:
             root = held.enter_context(_orbax_path(self._folder))
             num_arrays = {name: len(jax.tree.leaves(x)) for name, x in items.items()}
@@ -155,7 +159,7 @@ class Checkpointer:
                     lightweight_initialize=True,
                     save_root_metadata=False,
                     todelete_subdir=_DELETING,
-                    preservation_policy=_Preservation(self._policy, scores),
+                    preservation_policy=_Preservation(self._policy.kept(scores)),
                     async_options=ocp.options.AsyncOptions(
                         post_finalization_callback=lambda: _complete(
                             root, step, text, num_arrays
@@ -164,14 +168,15 @@ class Checkpointer:
                 ),
             )
             held.callback(manager.close)
+            args = {name: _save_args(item) for name, item in items.items()}
             try:
-                manager.save(step, args=_save_args(items), force=True)
+                manager.save(step, args=ocp.args.Composite(**args), force=True)
             # Orbax and TensorStore raise errors of many types, also for a full disk.
             except Exception as error:
                 raise OSError(_line(error)) from error
             self._saving = self._thread.submit(self._finish, manager, held.pop_all())
-        if failures:
-            raise OSError(failures[0])
+        for failure in filter(None, failures):
+            raise OSError(failure)
 
     def delete(self, steps: Collection[int]) -> None:
         """Deletes checkpoints; no save may be under way."""
@@ -184,8 +189,7 @@ class Checkpointer:
         """Returns why the last save failed, once; None if it did not, or is under way."""
         if self._saving is None or not self._saving.done():
             return None
-        text = self._join()
-        return None if text is None else OSError(text)
+        return self._join()
 
     def wait_until_finished(self) -> None:
         """Waits until the save under way is on disk.
@@ -193,15 +197,15 @@ class Checkpointer:
         Raises:
           OSError: It failed; older checkpoints are as they were.
         """
-        text = self._join()
-        if text is not None:
-            raise OSError(text)
+        failure = self._join()
+        if failure is not None:
+            raise failure
 
     def close(self) -> None:
         """Waits for the save under way and ends the thread; a failure is a warning."""
-        text = self._join()
-        if text is not None:
-            self._warn(text)
+        failure = self._join()
+        if failure is not None:
+            self._warn(str(failure))
         self._thread.shutdown()
 
     def clean(self) -> None:
@@ -279,10 +283,8 @@ class Checkpointer:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             self.clean()
-            needed = 0
-            for newest in self.steps()[-1:]:
-                files = (self._folder / str(newest)).rglob("*")
-                needed = sum(path.stat().st_size for path in files if path.is_file())
+            newest = [self._folder / str(old) for old in self.steps()[-1:]]
+            needed = sum(p.stat().st_size for path in newest for p in path.rglob("*"))
             if shutil.disk_usage(self._folder).free < needed:
                 # Early, since Orbax would say so late and with pages of tracebacks.
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -306,36 +308,32 @@ class Checkpointer:
                 if hosts.is_first():
                     self.clean()
 
-    def _join(self) -> str | None:
+    def _join(self) -> OSError | None:
         """Waits for the save under way; returns why it failed."""
         if self._saving is None:
             return None
         saving, self._saving = self._saving, None
         error = saving.exception()
-        return None if error is None else _line(error)
+        return None if error is None else OSError(_line(error))
 
-    def _scores(self) -> dict[int, float]:
-        scores = {}
-        for step in self.steps():
-            with contextlib.suppress(OSError, ValueError):
-                score = read_metadata(self._folder / str(step)).get("score")
-                if score is not None:
-                    scores[step] = score
-        return scores
+    def _score(self, step: int) -> float | None:
+        try:
+            return read_metadata(self._folder / str(step)).get("score")
+        except (OSError, ValueError):
+            return None
 
 
 class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
-    """Tells Orbax what a `Policy` keeps."""
+    """Tells Orbax which steps to keep."""
 
-    def __init__(self, policy: Policy, scores: Mapping[int, float]):
-        self._policy = policy
-        self._scores = scores
+    def __init__(self, kept: set[int]):
+        self._kept = kept
 
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+    def should_preserve(
+        self, checkpoints: Sequence[Any], *, context: Any
+    ) -> list[bool]:
         del context
-        steps = [checkpoint.step for checkpoint in checkpoints]
-        kept = self._policy.kept(steps, self._scores)
-        return [step in kept for step in steps]
+        return [checkpoint.step in self._kept for checkpoint in checkpoints]
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
@@ -348,10 +346,6 @@ def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
     return json.loads(pathlib.Path(path, METADATA_NAME).read_text())
 
 
-def _is_plain(folder: pathlib.Path) -> bool:
-    return _PLAIN_PATH.fullmatch(str(folder)) is not None
-
-
 @contextlib.contextmanager
 def _orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     """Yields a path of an existing folder that Orbax and TensorStore understand.
@@ -359,7 +353,7 @@ def _orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
     Orbax takes brackets for a pattern, and TensorStore refuses what is not UTF-8. On
     Linux every open folder also has a plain name.
     """
-    if _is_plain(folder):
+    if _PLAIN_PATH.fullmatch(str(folder)):
         yield folder
         return
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
@@ -369,16 +363,9 @@ def _orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         os.close(descriptor)
 
 
-def _save_args(items: Mapping[str, Any]) -> ocp.args.Composite:
-    def chunked(item: Any) -> Any:
-        return jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
-
-    return ocp.args.Composite(
-        **{
-            name: ocp.args.StandardSave(item, save_args=chunked(item))
-            for name, item in items.items()
-        }
-    )
+def _save_args(item: Any) -> ocp.args.StandardSave:
+    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
+    return ocp.args.StandardSave(item, save_args=chunked)
 
 
 def _complete(
@@ -408,7 +395,9 @@ def _read_back(item: pathlib.Path, num_arrays: int) -> None:
     """
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
     keys = ts.KvStore.open(store).result().list().result()
-    paths = [key.decode()[: -len(".zarray")] for key in keys if key.endswith(b".zarray")]
+    paths = [
+        key.decode()[: -len(".zarray")] for key in keys if key.endswith(b".zarray")
+    ]
     if len(paths) != num_arrays:
         raise OSError(f"{len(paths)} of {num_arrays} arrays can be read in {item}")
     for path in paths:
@@ -458,10 +447,9 @@ def _line(error: BaseException) -> str:
 
 
 def _free_name(folder: pathlib.Path, step: str) -> pathlib.Path:
-    names = [f"damaged_checkpoint_{step}"]
-    while (folder / names[-1]).exists():
-        names.append(f"damaged_checkpoint_{step}_{len(names) + 1}")
-    return folder / names[-1]
+    name = f"damaged_checkpoint_{step}"
+    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
+    return next(folder / name for name in names if not (folder / name).exists())
 
 
 def _restore(
