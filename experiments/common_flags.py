@@ -306,7 +306,9 @@ def use_compilation_cache() -> None:
     if folder == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
-        cache = machine.cache_folder()
+        cache = machine.cache_folder(
+            lambda text: print(f"warning: {text}", file=sys.stderr)
+        )
         folder = str(cache / "xla") if cache else ""
     if not folder:
         return

@@ -3,6 +3,7 @@
 import concurrent.futures
 import contextlib
 import errno
+import functools
 import hashlib
 import itertools
 import json
@@ -248,7 +249,7 @@ class Checkpointer:
         damaged: dict[int, str] = {}
         for step in reversed(hosts.by_first(self.steps)):
             path = self._folder / str(step)
-            reason = hosts.by_first(lambda path=path: _damage(path))
+            reason = hosts.by_first(functools.partial(_damage, path))
             try:
                 if reason is None:
                     found = _restore(path, templates, optional)

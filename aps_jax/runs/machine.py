@@ -157,17 +157,18 @@ def needed_bytes(
     return (there + copied) // jax.process_count() + _BASE_BYTES
 
 
-def cache_folder() -> pathlib.Path | None:
+def cache_folder(
+    warn: Callable[[str], None] = logging.warning,
+) -> pathlib.Path | None:
     """Returns the user's cache folder for this version of JAX and this kind of CPU.
 
     It lies in `$XDG_CACHE_HOME/aps_jax` (by default `~/.cache/aps_jax`). Where there is no
     home folder, as in some containers, it warns and returns None.
     """
-    root = os.environ.get("XDG_CACHE_HOME")
     try:
-        root = root or pathlib.Path.home() / ".cache"
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     except RuntimeError:
-        logging.warning("This user has no home folder: nothing compiled is cached.")
+        warn("this user has no home folder: compiled programs are not cached.")
         return None
     kind = f"{platform.machine()} {jax.__version__} {_cpu_flags()}"
     digest = hashlib.sha256(kind.encode()).hexdigest()[:12]

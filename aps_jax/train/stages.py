@@ -88,7 +88,9 @@ def pretrain(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+            held.enter_context(folders.RunLock(workdir, warn=warn))
+            if hosts.is_first()
+            else None
         )
         parts = loop.make_pretraining(config, pool, mesh)
         agent, ring, session = parts.agent, parts.ring, parts.session
@@ -177,7 +179,9 @@ def pretrain_seeds(
         if len(left) < len(configs):
             held.close()  # These environments are too many.
             pool = make_pool(run_seeds)
-        locks = [held.enter_context(folders.RunLock(workdir)) for workdir in left]
+        locks = [
+            held.enter_context(folders.RunLock(workdir, warn=warn)) for workdir in left
+        ]
         parts = seeds_lib.make_pretraining(config, run_seeds, pool)
         written = [
             recorders.Recorder(
@@ -338,7 +342,9 @@ def finetune(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+            held.enter_context(folders.RunLock(workdir, warn=warn))
+            if hosts.is_first()
+            else None
         )
         ring = buffer.make_replay(
             num_envs=num_envs,
