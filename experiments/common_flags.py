@@ -307,10 +307,13 @@ def use_compilation_cache() -> None:
     if folder == "auto":
         if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
             return
+        cache = machine.cache_folder(_note)
+        if cache is None:
+            return
+        path = cache / "xla"
         try:
-            path = machine.cache_folder() / "xla"
             path.mkdir(parents=True, exist_ok=True)
-        except (RuntimeError, OSError) as error:  # No home, or none to write to.
+        except OSError as error:
             _note(f"compiled programs are not kept for the next start: {error}")
             return
         folder = str(path)

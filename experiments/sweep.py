@@ -36,6 +36,7 @@ from aps_jax.parallel import interrupts
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import folders, machine, metrics
 from aps_jax.scores import scores
+from aps_jax.train import stages
 from experiments import common_flags
 
 _GAMES = flags.DEFINE_list(
@@ -322,7 +323,9 @@ def slots(config: config_lib.Config) -> list[dict[str, Any]]:
         count = gpus
     else:
         needed = max(
-            machine.needed_bytes(config, is_pretraining=is_pretraining)
+            machine.needed_bytes(
+                **stages.memory_of(config, is_pretraining=is_pretraining)
+            )
             for is_pretraining in (True, False)
         )
         count = max(1, min(count, int(0.9 * machine.available_bytes()) // needed))

@@ -165,8 +165,7 @@ def remembered(workdir):
         }
 
     saved = checkpoints.Checkpointer(workdir / "pretrain" / "checkpoints")
-    _, parts = saved.restore_newest(jax.eval_shape(init))
-    return flat(parts)
+    return flat(saved.restore_newest(jax.eval_shape(init)).items)
 
 
 def files(workdir):

@@ -1,15 +1,23 @@
-"""A run's folder: whose it is, what it holds, and how its JSON files are written."""
+"""A run's folder: which run it holds, its lock, and how its JSON files are written."""
 
 import contextlib
+import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
 import os
 import pathlib
 import platform
+import re
 import subprocess
 import sys
+import tempfile
+import uuid
+from collections.abc import Callable
 from typing import IO, Any, Self
+
+from absl import logging
 
 from aps_jax import config as config_lib
 
@@ -24,22 +32,47 @@ _UNFINISHED = ".tmp"  # appended to the name of a file while it is written
 # Where a run of several stages keeps each.
 STAGE_FOLDERS = {"pretrain": "pretrain", "finetune": "pretrained"}
 
-# What two starts of the same run may differ in: where and when it was started, and which
-# checkpoints are kept, and on how many devices it runs, which changes no number of the
-# run but for rounding.
-_NO_VALUES = ("schema", "versions", "git_commit", "command")
-_FREE = ("config.report.keep_", "config.report.checkpoint_", "config.num_devices")
+# What two starts of the same run may differ in: where and when it was started. And the
+# options that are declared resumable.
+_NO_VALUES = ("schema", "run_id", "versions", "git_commit", "command")
+
+# Values that name another run by its path. That run's id is stored beside them.
+_RUNS = ("init", "checkpoint")
+
+# What `flock` raises on file systems without locks.
+_NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+PathLike = str | os.PathLike[str]
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "rlax", "flashbax", "numpy", "envpool")
 
 
-def write_json(path: pathlib.Path, values: dict[str, Any]) -> None:
+def as_path(text: PathLike) -> pathlib.Path:
+    """Returns the path that a flag or a caller names, with `~` expanded.
+
+    Raises:
+      ValueError: It is a URL, or there is no home folder to expand.
+    """
+    found = re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(text))
+    if found:
+        raise ValueError(
+            f"{os.fspath(text)} is a URL: a run needs a folder of a mounted file system, "
+            f"and {found[1]}: is not supported."
+        )
+    try:
+        return pathlib.Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(f"{os.fspath(text)}: {error}") from error
+
+
+def write_json(path: PathLike, values: dict[str, Any]) -> None:
     """Writes a JSON file whole or not at all."""
     write_text(path, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
 
-def write_text(path: pathlib.Path, text: str) -> None:
+def write_text(path: PathLike, text: str) -> None:
     """Writes a text file whole or not at all, also where the power fails."""
+    path = pathlib.Path(path)
     temporary = path.with_name(path.name + _UNFINISHED)
     with temporary.open("w", newline="") as file:
         file.write(text)
@@ -48,14 +81,14 @@ def write_text(path: pathlib.Path, text: str) -> None:
     temporary.replace(path)
 
 
-def read_json(path: pathlib.Path) -> dict[str, Any]:
+def read_json(path: PathLike) -> dict[str, Any]:
     """Reads a JSON file that holds an object.
 
     Raises:
       ValueError: The file is missing, unreadable or no JSON object.
     """
     try:
-        values = json.loads(path.read_text())
+        values = json.loads(pathlib.Path(path).read_text())
     except OSError as error:
         raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
@@ -77,6 +110,7 @@ def versions() -> dict[str, str]:
     return found
 
 
+@functools.cache  # Asked often, and it starts a process.
 def git_commit() -> str | None:
     """Returns the commit of the source tree, marked if changed; None outside git."""
     root = pathlib.Path(__file__).resolve().parents[2]
@@ -91,29 +125,35 @@ def git_commit() -> str | None:
 
 
 def open_run(
-    workdir: pathlib.Path, *, stage: str, config: config_lib.Config, **facts: Any
+    workdir: PathLike, *, stage: str, config: config_lib.Config, **metadata: Any
 ) -> bool:
-    """Makes a folder this run's own, or finds that it already is.
+    """Creates the folder of a run, or finds that it holds this run.
 
     Args:
-      workdir: The folder; it is created if it does not exist.
+      workdir: The folder.
       stage: Name of the stage.
       config: The run's config.
-      **facts: What else a later user of the folder must know, as JSON values.
+      **metadata: What else a later user of the folder must know, as JSON values. `init`
+        and `checkpoint` are paths of other runs; they are compared by the run there.
 
     Returns:
-      Whether the folder already held this very run, which is then continued.
+      Whether the folder already held this run, which is then continued.
 
     Raises:
-      ValueError: The folder holds another run, or something else, or is no folder.
+      ValueError: The folder holds another run or something else, or is a file or a URL.
     """
-    facts = {"stage": stage, "config": config_lib.to_dict(config), **facts}
+    workdir = as_path(workdir)
+    metadata = {"stage": stage, "config": config_lib.to_dict(config), **metadata}
+    for name in _RUNS:
+        if metadata.get(name) is not None:
+            path = pathlib.Path(metadata[name]).resolve()
+            metadata |= {name: str(path), f"{name}_id": _run_id(path)}
     if workdir.exists() and not workdir.is_dir():
         raise ValueError(f"{workdir} is a file; a run needs a folder of its own.")
     path = workdir / CONFIG_NAME
     if path.exists():
         found = read_json(path)
-        differences = _differences(found, facts)
+        differences = _differences(found, metadata)
         if differences:
             raise ValueError(
                 f"{workdir} holds another run ({'; '.join(differences)}). Give another "
@@ -133,7 +173,8 @@ def open_run(
             path,
             {
                 "schema": SCHEMA,
-                **facts,
+                "run_id": uuid.uuid4().hex,
+                **metadata,
                 "versions": versions(),
                 "git_commit": git_commit(),
                 "command": sys.argv,
@@ -144,19 +185,62 @@ def open_run(
     return False
 
 
-class RunLock:
-    """Keeps other processes out of a run's folder; it dies with the process."""
+def _run_id(workdir: pathlib.Path) -> str | None:
+    """Returns the id of the run in a folder; None for runs of older versions."""
+    try:
+        return read_json(workdir / CONFIG_NAME).get("run_id")
+    except ValueError:
+        return None
 
-    def __init__(self, workdir: pathlib.Path):
-        """Takes the folder, which exists.
+
+def lock_warning(folder: PathLike) -> str | None:
+    """Returns a warning if the file system of a folder has no locks, else None.
+
+    Raises:
+      OSError: Nothing can be written to the folder.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        return None if _try_lock(file) else _no_locks(folder)
+
+
+def _try_lock(file: IO[Any]) -> bool:
+    """Locks a file; returns False if its file system has no locks.
+
+    Raises:
+      BlockingIOError: Another process holds the lock.
+    """
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno not in _NO_LOCKS:
+            raise
+        return False
+    return True
+
+
+def _no_locks(folder: PathLike) -> str:
+    return (
+        f"the file system of {folder} has no locks: nothing keeps a second process out "
+        "of a run's folder."
+    )
+
+
+class RunLock:
+    """Keeps other processes out of a run's folder; it ends with the process."""
+
+    def __init__(
+        self, workdir: PathLike, *, warn: Callable[[str], None] = logging.warning
+    ):
+        """Locks an existing folder, or warns that its file system has no locks.
 
         Raises:
           ValueError: Another process holds it, with its number.
         """
-        self._workdir = workdir
-        self._path = workdir / LOCK_NAME
-        self._file = _lock(workdir)
-        self._identity = (workdir / CONFIG_NAME).read_bytes()
+        self._workdir = pathlib.Path(workdir)
+        self._path = self._workdir / LOCK_NAME
+        self._file = _lock(self._workdir, warn)
+        self._warn = warn
+        self._identity = (self._workdir / CONFIG_NAME).read_bytes()
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +263,7 @@ class RunLock:
             return False
         self._workdir.mkdir(parents=True, exist_ok=True)
         if not self._is_held():
-            taken = _lock(self._workdir)
+            taken = _lock(self._workdir, self._warn)
             self._file.close()
             self._file = taken
         if not path.exists():
@@ -196,10 +280,11 @@ class RunLock:
             return False
 
 
-def _lock(workdir: pathlib.Path) -> IO[str]:
+def _lock(workdir: pathlib.Path, warn: Callable[[str], None]) -> IO[str]:
     file = (workdir / LOCK_NAME).open("a+")
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not _try_lock(file):
+            warn(_no_locks(workdir))
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().strip()
@@ -216,8 +301,8 @@ def _lock(workdir: pathlib.Path) -> IO[str]:
     return file
 
 
-def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:
-    """Reads whose folder this is.
+def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
+    """Reads which run a folder holds.
 
     Returns:
       All that `config.json` says, and the config in it.
@@ -225,6 +310,7 @@ def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:
     Raises:
       ValueError: It is no run's folder, with what is there instead.
     """
+    workdir = pathlib.Path(workdir)
     path = workdir / CONFIG_NAME
     if not path.exists():
         if not workdir.exists():
@@ -237,51 +323,74 @@ def read_run(workdir: pathlib.Path) -> tuple[dict[str, Any], config_lib.Config]:
         raise ValueError(
             f"{workdir} is not a run's folder: it has no {CONFIG_NAME}; it {there}."
         )
-    facts = read_json(path)
-    if facts.get("schema") != SCHEMA:
+    metadata = read_json(path)
+    if metadata.get("schema") != SCHEMA:
         raise ValueError(
-            f"{path} has schema {facts.get('schema')}, this version reads {SCHEMA}."
+            f"{path} has schema {metadata.get('schema')}, this version reads {SCHEMA}."
         )
     try:
-        return facts, config_lib.from_dict(facts["config"])
+        return metadata, config_lib.from_dict(metadata["config"])
     except (KeyError, TypeError, AttributeError, ValueError) as error:
         raise ValueError(f"{path} does not hold a valid config: {error}") from error
 
 
-def find_result(workdir: pathlib.Path) -> dict[str, Any] | None:
-    """Returns what a finished run's `result.json` holds, None before it is finished."""
-    path = workdir / RESULT_NAME
+def find_result(workdir: PathLike) -> dict[str, Any] | None:
+    """Returns the `result.json` of a finished run, None before it is finished."""
+    path = pathlib.Path(workdir, RESULT_NAME)
     return read_json(path) if path.exists() else None
 
 
-def find_stage(workdir: pathlib.Path, stage: str) -> pathlib.Path:
-    """Returns the folder of a stage: `workdir` itself, or one in a run of several.
+def find_stage(workdir: PathLike, stage: str) -> pathlib.Path:
+    """Returns the folder of a stage: `workdir` itself, or one inside a run of several.
 
     Raises:
       ValueError: There is none, with what is there instead.
     """
-    facts, _ = read_run(workdir)
-    if facts.get("stage") == stage:
+    workdir = pathlib.Path(workdir)
+    metadata, _ = read_run(workdir)
+    if metadata.get("stage") == stage:
         return workdir
     inner = workdir / STAGE_FOLDERS[stage]
     if (inner / CONFIG_NAME).exists():
         return inner
     raise ValueError(
-        f"{workdir} holds a run of stage {facts.get('stage')!r}, and none of stage "
+        f"{workdir} holds a run of stage {metadata.get('stage')!r}, and none of stage "
         f"{stage!r}."
     )
 
 
 def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Says in words where two descriptions of a run differ."""
+    """Returns a sentence for each value in which two descriptions of a run differ."""
+    # Options that an older version did not have take their defaults.
+    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
+        config = config_lib.to_dict(config_lib.from_dict(found["config"]))
+        found = {**found, "config": config}
     left, right = _flatten(found), _flatten(wanted)
+    fields = config_lib.all_option_fields().items()
+    resumable = {name for name, field in fields if field.metadata["resumable"]}
+    for name in _RUNS:
+        ids = left.pop(f"{name}_id", None), right.pop(f"{name}_id", None)
+        if None in (left.get(name), right.get(name)):
+            continue
+        # Runs of older versions have no id.
+        is_same = (
+            ids[0] == ids[1] if None not in ids else _is_same_path(left, right, name)
+        )
+        if is_same:
+            del left[name], right[name]
+        elif left[name] == right[name]:
+            left[name] = f"an earlier run in {left[name]}"
     return [
         f"{name.split('.')[-1]} is {left.get(name)!r} there and {right.get(name)!r} here"
         for name in sorted(set(left) | set(right))
         if name.split(".")[0] not in _NO_VALUES
-        and not name.startswith(_FREE)
+        and name.split(".")[-1] not in resumable
         and left.get(name) != right.get(name)
     ]
+
+
+def _is_same_path(left: dict[str, Any], right: dict[str, Any], name: str) -> bool:
+    return pathlib.Path(left[name]).resolve() == pathlib.Path(right[name]).resolve()
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

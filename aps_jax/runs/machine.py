@@ -1,4 +1,4 @@
-"""What a run will take, and what this machine has: told before heavy work starts."""
+"""Estimates the memory and disk that a run needs, and reads what the machine offers."""
 
 import contextlib
 import ctypes
@@ -12,18 +12,14 @@ import shutil
 from collections.abc import Callable
 
 import jax
+from absl import logging
 
-from aps_jax import config as config_lib
-from aps_jax.parallel import hosts
-from aps_jax.replay import buffer
-
-# Networks, optimiser, activations and the libraries themselves: a floor, measured with
-# the smallest encoder, that no run goes under.
+# Networks, optimiser, activations and libraries: no run needs less. Measured with the
+# smallest encoder.
 _BASE_BYTES = 700 * 2**20
-# Of the memory there is, some is left to the rest of the system.
+# The share of free memory that a run may take.
 _USABLE = 0.9
-# How much smaller the replay can be on disk, at most: a floor for refusing a start.
-# (Random play of Pong is 180 times smaller.)
+# Compression of the replay on disk, at most. (Random play of Pong reaches 180.)
 _MOST_COMPRESSED = 1000
 _ROOT = pathlib.Path("/")
 # Parameters of mallopt, from malloc.h.
@@ -37,7 +33,7 @@ _KEPT_BYTES = 2**31 - 1
 
 
 def available_bytes() -> int:
-    """Returns the memory of the first device; of the host if that is a CPU."""
+    """Returns the free memory of the first device, of the host if that is a CPU."""
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         stats = device.memory_stats() or {}
@@ -47,7 +43,7 @@ def available_bytes() -> int:
 
 
 def host_bytes(root: pathlib.Path = _ROOT) -> int:
-    """Returns what the host's memory and the process's control groups leave free.
+    """Returns the free memory: the host's, or less if a control group limits it.
 
     Args:
       root: Where `proc` and `sys` are.
@@ -72,7 +68,7 @@ def host_bytes(root: pathlib.Path = _ROOT) -> int:
 
 
 def usable_cores(root: pathlib.Path = _ROOT) -> float:
-    """Returns the cores that this process may use: its affinity and its quota.
+    """Returns how many cores this process may use, by its affinity and its quota.
 
     Args:
       root: Where `proc` and `sys` are.
@@ -128,44 +124,52 @@ def _number(path: pathlib.Path) -> float | None:
     return float(text) if text.lstrip("-").isdigit() else None
 
 
-def replay_bytes(config: config_lib.Config, *, is_pretraining: bool) -> int:
-    """Returns the bytes of the replay of one stage, without an agent's extras.
+def replay_bytes(*, num_envs: int, size: int, bytes_per_step: int) -> int:
+    """Returns the bytes of a replay.
 
-    Those are some twenty bytes beside the 7,074 of a step.
+    Args:
+      num_envs: Environments that add a step together.
+      size: Agent steps held; rounded down to a multiple of `num_envs`.
+      bytes_per_step: Bytes of one step of one environment.
     """
-    if is_pretraining:
-        num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size
-    else:
-        num_envs = config.finetune.finetune_num_envs
-        size = config.finetune.finetune_agent_steps + num_envs
-    return buffer.num_bytes({}, num_envs=num_envs, size=size)
+    return size // num_envs * num_envs * bytes_per_step
 
 
 def needed_bytes(
-    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+    replay_bytes: int, *, num_devices: int, is_copied: bool, num_seeds: int = 1
 ) -> int:
-    """Returns the memory that a stage needs, about: of each device, or of the host.
+    """Estimates the memory that a stage needs: of each device, or of the host.
 
-    Several devices of a CPU are all in the host's memory; of several processes each has
-    its share. Of many seeds at once the replay of one is there twice while it is taken
-    out for its checkpoint.
+    All devices of a CPU share the host's memory, and each of several processes has its
+    part. With several seeds at once, one replay is there twice while it is taken out for
+    a checkpoint.
+
+    Args:
+      replay_bytes: Of one seed, over all devices.
+      num_devices: Devices that share the replay.
+      is_copied: Whether checkpoints hold the replay, which copies it on the host.
+      num_seeds: Seeds at once.
     """
-    ring = replay_bytes(config, is_pretraining=is_pretraining)
-    there = num_seeds * ring + (ring if num_seeds > 1 else 0)
+    there = replay_bytes * (num_seeds + (num_seeds > 1))
     if jax.default_backend() != "cpu":
-        return there // config.num_devices + _BASE_BYTES
-    # One copy more while a checkpoint is written.
-    copied = num_seeds * ring if config.report.checkpoint_replay else 0
-    return (there + copied) // hosts.num_processes() + _BASE_BYTES
+        return there // num_devices + _BASE_BYTES
+    copied = num_seeds * replay_bytes if is_copied else 0
+    return (there + copied) // jax.process_count() + _BASE_BYTES
 
 
-def cache_folder() -> pathlib.Path:
-    """Returns the user's folder for what can be made again on this kind of machine.
+def cache_folder(
+    warn: Callable[[str], None] = logging.warning,
+) -> pathlib.Path | None:
+    """Returns the user's cache folder for this version of JAX and this kind of CPU.
 
-    `$XDG_CACHE_HOME/aps_jax` (`~/.cache/aps_jax`), and in it a folder for this version of
-    JAX and this CPU's instructions.
+    It lies in `$XDG_CACHE_HOME/aps_jax` (by default `~/.cache/aps_jax`). Where there is no
+    home folder, as in some containers, it warns and returns None.
     """
-    root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+    except RuntimeError:
+        warn("this user has no home folder: compiled programs are not cached.")
+        return None
     kind = f"{platform.machine()} {jax.__version__} {_cpu_flags()}"
     digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
     return pathlib.Path(root, "aps_jax", digest)
@@ -182,41 +186,62 @@ def _cpu_flags() -> str:
 
 
 def check_memory(
-    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+    replay_bytes: int,
+    *,
+    num_devices: int,
+    is_copied: bool,
+    option: str,
+    num_seeds: int = 1,
 ) -> None:
-    """Checks that a stage's replay can fit, or those of many seeds at once.
+    """Checks that the replay fits into memory, or those of several seeds at once.
+
+    Args:
+      replay_bytes: As in `needed_bytes`.
+      num_devices: As there.
+      is_copied: As there.
+      option: The flag that sets the size of the replay, for the message.
+      num_seeds: As there.
 
     Raises:
-      ValueError: It cannot, with the estimate and what there is.
+      ValueError: It does not fit, with the estimate and what is free.
     """
-    needed = needed_bytes(config, is_pretraining=is_pretraining, num_seeds=num_seeds)
-    there = available_bytes()
-    name = "replay_size" if is_pretraining else "finetune_agent_steps"
+    needed = needed_bytes(
+        replay_bytes,
+        num_devices=num_devices,
+        is_copied=is_copied,
+        num_seeds=num_seeds,
+    )
+    free = available_bytes()
     whose = "The replay needs"
     if num_seeds > 1:
-        whose, name = f"The replays of {num_seeds} seeds need", f"num_seeds or --{name}"
-    if needed > _USABLE * there:
+        whose = f"The replays of {num_seeds} seeds need"
+        option = f"num_seeds or --{option}"
+    if needed > _USABLE * free:
         raise ValueError(
             f"{whose} about {size_text(needed)} with what goes with it, and "
-            f"{size_text(there)} of memory are free: give a smaller --{name}, or "
+            f"{size_text(free)} of memory are free: give a smaller --{option}, or "
             "--nocheckpoint_replay, which saves its copy."
         )
-    if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
+    if jax.default_backend() == "cpu" or not is_copied:
         return
-    ring = replay_bytes(config, is_pretraining=is_pretraining)
-    needed = num_seeds * ring // hosts.num_processes() + _BASE_BYTES
-    there = host_bytes()
-    if needed > _USABLE * there:
+    needed = num_seeds * replay_bytes // jax.process_count() + _BASE_BYTES
+    free = host_bytes()
+    if needed > _USABLE * free:
         raise ValueError(
             f"Checkpoints copy the replay to the host, which needs about "
-            f"{size_text(needed)}, and {size_text(there)} of its memory are free: give "
-            f"--nocheckpoint_replay or a smaller --{name}."
+            f"{size_text(needed)}, and {size_text(free)} of its memory are free: give "
+            f"--nocheckpoint_replay or a smaller --{option}."
         )
 
 
-def check_cores(config: config_lib.Config, warn: Callable[[str], None]) -> None:
-    """Warns of emulator threads that the control group has no cores for."""
-    cores, threads = usable_cores(), config.environment.env_threads
+def check_cores(env_threads: int, warn: Callable[[str], None]) -> None:
+    """Warns if there are more emulator threads than cores in the control group.
+
+    Args:
+      env_threads: Threads that step the emulators; 0 for one per core of the affinity.
+      warn: Called with the sentence.
+    """
+    cores, threads = usable_cores(), env_threads
     if hasattr(os, "sched_getaffinity"):
         threads = threads or len(os.sched_getaffinity(0))
     if threads > math.ceil(cores):
@@ -226,13 +251,13 @@ def check_cores(config: config_lib.Config, warn: Callable[[str], None]) -> None:
         )
 
 
-def check_writable(workdir: pathlib.Path) -> None:
+def check_writable(workdir: str | os.PathLike[str]) -> None:
     """Checks that a folder can be written, by writing to it.
 
     Raises:
       ValueError: It cannot, with the reason.
     """
-    path = workdir / f"probe_{os.getpid()}"
+    path = pathlib.Path(workdir, f"probe_{os.getpid()}")
     try:
         with path.open("wb") as file:
             file.write(bytes(2**20))
@@ -246,7 +271,7 @@ def check_writable(workdir: pathlib.Path) -> None:
 
 
 def check_disk(
-    workdir: pathlib.Path,
+    workdir: str | os.PathLike[str],
     *,
     fixed_bytes: int,
     replay_bytes: int,
@@ -257,10 +282,10 @@ def check_disk(
 
     Args:
       workdir: The run's folder.
-      fixed_bytes: Arrays of a checkpoint but for the replay.
-      replay_bytes: Its replay; 0 where it is not saved.
+      fixed_bytes: Bytes of a checkpoint without the replay.
+      replay_bytes: Bytes of its replay; 0 if it is not saved.
       kept: Checkpoints that stay on disk while one more is written.
-      warn: Is told if there may be too little room.
+      warn: Called with a sentence if there may be too little room.
 
     Raises:
       ValueError: It cannot be written, or not even one checkpoint can fit.

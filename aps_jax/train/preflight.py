@@ -15,7 +15,7 @@ import rich.table
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import devices, hosts
-from aps_jax.runs import machine
+from aps_jax.runs import folders, machine
 from aps_jax.train import loop, seeds, stages
 from aps_jax.types import FRAME_SKIP
 
@@ -61,7 +61,12 @@ def run_checks(
     place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
     try:
         machine.check_writable(place)
-        checks.append(Check("work directory", f"{place} can be written"))
+        warning = folders.lock_warning(place)
+        checks.append(
+            Check("work directory", warning, "warning")
+            if warning
+            else Check("work directory", f"{place} can be written")
+        )
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
     checks += [_disk(config, place, name, num_seeds) for name in stage_names]
@@ -111,7 +116,9 @@ def _share(config: config_lib.Config, name: str) -> Check:
     """Says what lies on each of several devices."""
     count, plan = config.num_devices, _plan(config, name)
     batch = plan.phase.learner.batch
-    ring = machine.replay_bytes(config, is_pretraining=name == stages.PRETRAIN)
+    ring = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)[
+        "replay_bytes"
+    ]
     text = (
         f"{plan.num_envs // count} environments and their replay "
         f"({machine.size_text(ring / count)}); {batch.num_samples // count} targets"
@@ -123,24 +130,23 @@ def _share(config: config_lib.Config, name: str) -> Check:
 
 def _cores(config: config_lib.Config) -> Check:
     warnings: list[str] = []
-    machine.check_cores(config, warnings.append)
+    machine.check_cores(config.environment.env_threads, warnings.append)
     text = f"{machine.usable_cores():g} that this process may use"
     return Check("cores", "; ".join([text, *warnings]), "warning" if warnings else "ok")
 
 
 def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
     of_stage = {"is_pretraining": name == stages.PRETRAIN, "num_seeds": num_seeds}
-    needed = machine.needed_bytes(config, **of_stage)
-    ring = num_seeds * machine.replay_bytes(
-        config, is_pretraining=name == stages.PRETRAIN
-    )
+    memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
+    needed = machine.needed_bytes(**memory, num_seeds=num_seeds)
+    ring = num_seeds * memory["replay_bytes"]
     text = (
         f"needs about {machine.size_text(needed)}, "
         f"{machine.size_text(ring)} of it the replay; "
         f"{machine.size_text(machine.available_bytes())} free"
     )
     try:
-        machine.check_memory(config, **of_stage)
+        stages.check_memory(config, **of_stage)
     except ValueError as error:
         return Check(f"memory, {name}", str(error), "failed")
     return Check(f"memory, {name}", text)
@@ -150,8 +156,8 @@ def _disk(
     config: config_lib.Config, place: pathlib.Path, name: str, num_seeds: int
 ) -> Check:
     warnings: list[str] = []
-    replay_bytes = machine.replay_bytes(config, is_pretraining=name == stages.PRETRAIN)
-    size = replay_bytes if config.report.checkpoint_replay else 0
+    memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
+    size = memory["replay_bytes"] if config.report.checkpoint_replay else 0
     agent = config.make_agent(_MOST_ACTIONS)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))

@@ -152,7 +152,7 @@ class Recorder:
             templates, optional=("replay",), set_damaged_aside=True
         )
         if found is not None:
-            self._restore(*found, templates["replay"])
+            self._restore(found.metadata, found.items, templates["replay"])
         if hosts.is_first():
             self._writer = metrics.MetricsWriter(
                 self._workdir,
@@ -169,7 +169,7 @@ class Recorder:
     def numbers(self) -> list[int]:
         """Tidies up, and returns the agent steps of the checkpoints, oldest first."""
         self._checkpointer.clean()
-        return self._checkpointer.numbers()
+        return self._checkpointer.steps()
 
     def go_back(self, number: int) -> None:
         """Deletes what is newer than a checkpoint that the run goes back to."""
@@ -298,7 +298,7 @@ class Recorder:
     def _complain(self, error: Exception) -> None:
         """Warns that something could not be written."""
         self._is_behind = True
-        numbers = self._checkpointer.numbers()
+        numbers = self._checkpointer.steps()
         last = f"of agent step {numbers[-1]:,}" if numbers else "missing yet"
         self._warn(
             f"cannot write to {self._workdir} at agent step "
@@ -397,7 +397,7 @@ class Recorder:
     def _finish(self) -> str | None:
         """Waits for the checkpoint under way; returns why it is not on disk."""
         try:
-            self._checkpointer.finish()
+            self._checkpointer.wait_until_finished()
         except OSError as error:
             return str(error)
         return f"{self._workdir} cannot be written" if self._is_behind else None
@@ -433,19 +433,19 @@ class Recorder:
         """Writes a batch; says where it is, and which checkpoint is the last."""
         path = self._workdir / f"nonfinite_{self._session.agent_steps}.npz"
         with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
-            self._checkpointer.finish()
+            self._checkpointer.wait_until_finished()
         try:
             np.savez_compressed(path, **batch)
             where = f"The batch is in {path}."
         except OSError as failure:
             where = f"The batch could not be written ({failure})."
-        numbers = self._checkpointer.numbers()
+        numbers = self._checkpointer.steps()
         last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
         return f"{where} The last good checkpoint {last}."
 
     def _last_words(self) -> str:
         """Says how a run goes on whose other processes are lost."""
-        numbers = self._checkpointer.numbers()
+        numbers = self._checkpointer.steps()
         last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist yet"
         return f"The last checkpoint {last}; the same commands on all hosts continue the run"
 

@@ -14,9 +14,11 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
+from aps_jax import types
 from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, hosts, interrupts
+from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import evaluation, loop, recorders
@@ -83,7 +85,7 @@ def pretrain(
             mesh,
         )
         held.callback(pool.close)
-        lock = _open(held, workdir, **facts)
+        lock = _open(held, workdir, warn, **facts)
         agent = config.make_agent(pool.num_actions)
         plan = loop.pretrain_plan(config, agent)
         state = loop.init_state(agent, config.seed, mesh)
@@ -169,7 +171,7 @@ def pretrain_seeds(
         )
         held.callback(pool.close)
         locks = [
-            _open(held, workdir, stage=PRETRAIN, config=one)
+            _open(held, workdir, warn, stage=PRETRAIN, config=one)
             for workdir, one in left.items()
         ]
         session, embed = seeds_lib.start_pretraining(config, run_seeds, pool)
@@ -211,9 +213,9 @@ def _check_machine(
 ) -> tuple[devices.Mesh, Callable[[str], None]]:
     """Checks devices, memory and cores; returns the mesh and where warnings go."""
     mesh = devices.make_mesh(config.num_devices)
-    machine.check_memory(config, **of_stage)
+    check_memory(config, **of_stage)
     warn = progress.warn
-    machine.check_cores(config, warn)
+    machine.check_cores(config.environment.env_threads, warn)
     return mesh, warn
 
 
@@ -324,7 +326,7 @@ def finetune(
             trained = load_pretrained(init)
             check_fits(trained, init, config, pool.num_actions)
             state = trained.state
-        lock = _open(held, workdir, **facts)
+        lock = _open(held, workdir, warn, **facts)
         state = devices.put(jax.jit(agent.start_finetune)(state), mesh)
         plan = loop.finetune_plan(config, agent)
         session = loop.start(config, plan, pool, state, mesh=mesh)
@@ -394,7 +396,10 @@ def _find_finished(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None
 
 
 def _open(
-    held: contextlib.ExitStack, workdir: pathlib.Path, **facts: Any
+    held: contextlib.ExitStack,
+    workdir: pathlib.Path,
+    warn: Callable[[str], None],
+    **facts: Any,
 ) -> folders.RunLock | None:
     """Claims the run's folder, and locks it in the first process.
 
@@ -403,7 +408,9 @@ def _open(
     """
     hosts.by_first(lambda: folders.open_run(workdir, **facts))
     hosts.check_shared(workdir)
-    return held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+    if not hosts.is_first():
+        return None
+    return held.enter_context(folders.RunLock(workdir, warn=warn))
 
 
 def roll_out(
@@ -560,6 +567,34 @@ def _warn_of_seed(warn: Callable[[str], None], seed: int, text: str) -> None:
     warn(f"seed {seed}: {text}")
 
 
+def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, Any]:
+    """Returns the arguments of `machine.needed_bytes` for a stage.
+
+    An agent's extras are left out: some twenty bytes beside the 7,074 of a step.
+    """
+    if is_pretraining:
+        num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size
+    else:
+        num_envs = config.finetune.finetune_num_envs
+        size = config.finetune.finetune_agent_steps + num_envs
+    return {
+        "replay_bytes": buffer.num_bytes({}, num_envs=num_envs, size=size),
+        "num_devices": config.num_devices,
+        "is_copied": config.report.checkpoint_replay,
+    }
+
+
+def check_memory(
+    config: config_lib.Config, *, is_pretraining: bool, num_seeds: int = 1
+) -> None:
+    """Checks that the replay of a stage fits, as `machine.check_memory`."""
+    machine.check_memory(
+        **memory_of(config, is_pretraining=is_pretraining),
+        option="replay_size" if is_pretraining else "finetune_agent_steps",
+        num_seeds=num_seeds,
+    )
+
+
 def load_pretrained(workdir: pathlib.Path) -> Trained:
     """Loads the newest agent of a pretraining.
 
@@ -587,23 +622,23 @@ def load_finetuned(workdir: pathlib.Path) -> Trained:
 def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
     _, config = folders.read_run(folder)
     checkpointer = checkpoints.Checkpointer(folder / folders.CHECKPOINTS_NAME)
-    try:
-        steps = checkpointer.numbers()
-        if not steps:
-            raise ValueError(f"The run in {folder} has no checkpoint yet.")
-        num_actions = checkpointer.read_facts(steps[-1])["num_actions"]
-        agent = config.make_agent(num_actions)
 
-        def init(key):
+    def template(metadata: dict[str, Any]) -> dict[str, Any]:
+        agent = config.make_agent(metadata["num_actions"])
+
+        def init(key: types.PRNGKey) -> base.AgentState:
             state = agent.init(key)
             return agent.start_finetune(state) if is_finetuned else state
 
-        template = jax.eval_shape(init, jax.random.key(0))
-        found = checkpointer.restore_newest({"agent": template})
+        return {"agent": jax.eval_shape(init, jax.random.key(0))}
+
+    try:
+        found = checkpointer.restore_newest(template)
         if found is None:
             raise ValueError(f"The run in {folder} has no checkpoint yet.")
-        facts, parts = found
-        return Trained(config, agent, parts["agent"], num_actions, facts)
+        num_actions = found.metadata["num_actions"]
+        agent = config.make_agent(num_actions)
+        return Trained(config, agent, found.items["agent"], num_actions, found.metadata)
     finally:
         checkpointer.close()
 

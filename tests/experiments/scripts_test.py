@@ -18,7 +18,6 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
-from aps_jax.runs import machine
 from aps_jax.train import loop, snapshots, stages
 from experiments import (
     common_flags,
@@ -338,7 +337,7 @@ def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
             flags.FLAGS(["test", f"--preset={preset}", *words])
             config = common_flags.config_from_flags()
             for is_pretraining in (True, False):
-                machine.check_memory(config, is_pretraining=is_pretraining)
+                stages.check_memory(config, is_pretraining=is_pretraining)
         except (flags.Error, ValueError) as error:
             assert str(error)
             return

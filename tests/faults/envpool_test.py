@@ -53,7 +53,7 @@ def test_the_main_job_goes_on_after_kills_and_a_request(tmp_path):
             said = process.communicate()[0]
             assert process.returncode == (75 if number == signal.SIGTERM else -9), said
         print(f"signal {number} at row {target}", flush=True)
-        if harness.numbers(workdir / "pretrain"):
+        if harness.steps(workdir / "pretrain"):
             stages.load_pretrained(workdir)
     with start(workdir) as process:
         said = process.communicate()[0]

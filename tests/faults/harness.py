@@ -8,6 +8,7 @@ import signal
 import time
 
 import forks
+import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import tensorboardX.proto.event_pb2
@@ -75,7 +76,7 @@ class Process:
     def is_saving(self) -> bool:
         """Whether a checkpoint is half written right now."""
         return any(
-            next((self.workdir / stage / "checkpoints").glob("writing_*"), None)
+            next((self.workdir / stage / "checkpoints").glob("*-tmp"), None)
             for stage in STAGES
         )
 
@@ -104,18 +105,17 @@ def finish(workdir: pathlib.Path, **options) -> str:
 
 
 def read_checkpoint(path: pathlib.Path) -> dict:
-    """Reads all arrays and facts of a checkpoint, without any template."""
-    parts = {}
+    """Reads all arrays and metadata of a checkpoint, without any template."""
+    items = {}
     for folder in sorted(path.iterdir()):
         if folder.is_dir():
             with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader:
-                parts[folder.name] = reader.restore(
-                    folder, args=ocp.args.StandardRestore()
-                )
-    facts = checkpoints.read_facts(path)
+                arrays = reader.restore(folder, args=ocp.args.StandardRestore())
+            items[folder.name] = jax.device_get(arrays)
+    metadata = checkpoints.read_metadata(path)
     for name in ("git_commit", "config"):  # The policy, which may differ.
-        del facts[name]
-    return {**parts, "facts": facts}
+        del metadata[name]
+    return {**items, "metadata": metadata}
 
 
 def assert_equal(left, right, place="") -> None:
@@ -136,15 +136,15 @@ def assert_equal(left, right, place="") -> None:
         assert left == right, place
 
 
-def numbers(stage: pathlib.Path) -> list[int]:
-    """Returns the numbers of the whole checkpoints of a stage."""
-    return checkpoints.Checkpointer(stage / "checkpoints").numbers()
+def steps(stage: pathlib.Path) -> list[int]:
+    """Returns the steps of the whole checkpoints of a stage."""
+    return checkpoints.Checkpointer(stage / "checkpoints").steps()
 
 
 def assert_on_the_way(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     """Checks that a killed run's newest checkpoint and its rows are the whole run's."""
     for stage in STAGES:
-        found = numbers(workdir / stage)
+        found = steps(workdir / stage)
         if found:
             here = workdir / stage / "checkpoints" / str(found[-1])
             there = whole / stage / "checkpoints" / str(found[-1])
@@ -157,15 +157,14 @@ def assert_same_end(workdir: pathlib.Path, whole: pathlib.Path) -> None:
     """Checks that a run ended as one that was never killed."""
     assert_on_the_way(workdir, whole)
     for stage in STAGES:
-        assert numbers(workdir / stage)[-1] == numbers(whole / stage)[-1]
+        assert steps(workdir / stage)[-1] == steps(whole / stage)[-1]
         here, there = (root / stage for root in (workdir, whole))
         assert (here / "metrics.csv").read_bytes() == (
             there / "metrics.csv"
         ).read_bytes()
         assert_equal(read_events(here), read_events(there), f"{here}/events")
         assert_equal(read_result(here, workdir), read_result(there, whole), f"{here}")
-        left = {path.name.split("_")[0] for path in (here / "checkpoints").iterdir()}
-        assert not left & {"writing", "deleting"}
+        assert all(p.name.isdecimal() for p in (here / "checkpoints").iterdir())
 
 
 def read_rows(stage: pathlib.Path) -> list[list[str]]:

@@ -10,6 +10,8 @@ import hosts_runs
 import numpy as np
 import pytest
 
+from aps_jax.runs import checkpoints
+
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
 KILLED = -signal.SIGKILL
@@ -70,7 +72,8 @@ def test_a_request_to_one_stops_all_and_other_numbers_go_on(tmp_path):
         assert f"a checkpoint of agent step {saved:,} was saved" in last_line(
             processes, 0
         )
-        assert (path / str(saved) / f"facts_{count - 1}.json").exists()
+        metadata = checkpoints.read_metadata(path / str(saved))
+        assert len(metadata["environment"]) == count
     processes = hosts_runs.Processes(workdir, 1, num_devices=2, **longer)
     processes.finish()
     assert f"resumed at agent step {saved:,}" in processes.said(0)

@@ -21,10 +21,10 @@ from faults import harness
 from hypothesis import strategies as st
 from PIL import Image
 
+from aps_jax import config as config_lib
 from aps_jax.report import run_pictures
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.train import preflight
-from aps_jax import config as config_lib
 
 # Folders.
 
@@ -59,6 +59,89 @@ def test_a_run_knows_its_versions(tmp_path):
     assert folders.open_run(tmp_path / "r", stage="pretrain", config=config)
 
 
+def open_finetuning(workdir, init):
+    return folders.open_run(
+        workdir, stage="finetune", config=config_lib.Config(), init=init
+    )
+
+
+def test_a_run_is_known_by_its_id_not_by_its_path(tmp_path, monkeypatch):
+    config = config_lib.Config()
+    folders.open_run(tmp_path / "p", stage="pretrain", config=config)
+    assert not open_finetuning(tmp_path / "f", f"{tmp_path}/p/")
+    metadata, _ = folders.read_run(tmp_path / "f")
+    assert metadata["init"] == str(tmp_path / "p")
+    shutil.copytree(tmp_path / "p", tmp_path / "copy")
+    shutil.copytree(tmp_path / "f", tmp_path / "copy_of_f")
+    (tmp_path / "link").symlink_to("copy")
+    monkeypatch.chdir(tmp_path)
+    for init in ("p", "./p/", tmp_path / "copy", "link", "copy/../link/"):
+        assert open_finetuning("f", init)
+        assert open_finetuning(tmp_path / "copy_of_f", init)
+    shutil.rmtree("copy")
+    folders.open_run("other", stage="pretrain", config=config)
+    for init in ("other", None):
+        with pytest.raises(ValueError, match="holds another run .init is "):
+            open_finetuning("f", init)
+    shutil.rmtree("p")
+    folders.open_run("p", stage="pretrain", config=config)
+    with pytest.raises(ValueError, match="init is 'an earlier run in .*/p' there"):
+        open_finetuning("f", "p")
+
+
+def test_runs_without_ids_are_known_by_their_resolved_paths(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name, extra in (("p", {}), ("f", {"init": "p"})):
+        stage = "finetune" if extra else "pretrain"
+        folders.open_run(name, stage=stage, config=config_lib.Config(), **extra)
+        found = folders.read_json(f"{name}/config.json")
+        kept = {key: found[key] for key in found if not key.endswith("_id")}
+        folders.write_json(f"{name}/config.json", kept | extra)
+    assert open_finetuning("f", tmp_path / "p")
+    with pytest.raises(ValueError, match="holds another run"):
+        open_finetuning("f", tmp_path / "q")
+
+
+@pytest.mark.parametrize("text", ["gs://b/x", "s3://b/x", pathlib.Path("gs://b/x")])
+def test_urls_are_refused_in_one_line(tmp_path, monkeypatch, text):
+    monkeypatch.chdir(tmp_path)
+    for refuse in (folders.as_path, lambda text: open_finetuning(text, None)):
+        with pytest.raises(ValueError, match="is a URL") as caught:
+            refuse(text)
+        assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_tilde_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/x")
+    assert folders.as_path("~/y") == pathlib.Path("/home/x/y")
+    assert folders.as_path("a/~") == pathlib.Path("a/~")
+    with pytest.raises(ValueError, match="home"):
+        folders.as_path("~nobody_of_this_name/y")
+
+
+@pytest.mark.parametrize("code", ["ENOSYS", "ENOLCK", "EOPNOTSUPP"])
+def test_a_file_system_without_locks_is_warned_of(tmp_path, monkeypatch, code):
+    assert folders.lock_warning(tmp_path) is None
+
+    def no_locks(file, operation):
+        raise OSError(getattr(errno, code), "no locks")
+
+    folders.write_json(tmp_path / "config.json", {})
+    monkeypatch.setattr(folders.fcntl, "flock", no_locks)
+    said = []
+    with folders.RunLock(tmp_path, warn=said.append) as lock:
+        assert not lock.ensure()
+    assert said == [folders.lock_warning(tmp_path)]
+    assert str(tmp_path) in said[0] and "no locks" in said[0]
+
+
+def test_git_is_asked_once(monkeypatch):
+    found = folders.git_commit()
+    monkeypatch.setattr(folders.subprocess, "run", None)
+    assert folders.git_commit() == found
+
+
 def test_a_file_is_no_workdir(tmp_path):
     (tmp_path / "f").write_text("")
     with pytest.raises(ValueError, match="is a file"):
@@ -83,17 +166,65 @@ def test_checkpoints_come_back_bit_for_bit(tmp_path):
         )
     saver.close()
     reader = checkpoints.Checkpointer(tmp_path / "c")
-    facts, parts = reader.restore_newest(
+    metadata, items, step, damaged = reader.restore_newest(
         {
             "agent": jax.eval_shape(lambda: tree),
             "loop": {"loop": jnp.zeros(3, jnp.int32)},
         }
     )
     reader.close()
-    assert facts["agent_steps"] == 3
-    np.testing.assert_array_equal(parts["agent"]["x"], tree["x"])
-    assert parts["agent"]["n"] == 3
-    np.testing.assert_array_equal(parts["loop"]["loop"], [0, 1, 2])
+    assert metadata["agent_steps"] == step == 3 and damaged == []
+    np.testing.assert_array_equal(items["agent"]["x"], tree["x"])
+    assert items["agent"]["n"] == 3
+    np.testing.assert_array_equal(items["loop"]["loop"], [0, 1, 2])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lr=[1e-4]", "a[1]b", "a b", "a\\b", "*?", "\u00fc\u4e2d", "{x}"),
+        *("a'b#c", "a%20b", 'a"b', "new\nline", os.fsdecode(b"\xff\xfe")),
+    ],
+)
+def test_what_is_saved_can_be_read_under_every_path(tmp_path, name):
+    saver = checkpoints.Checkpointer(tmp_path / name / "c")
+    saver.save(7, {"agent": make_tree()}, {})
+    saver.close()
+    found = checkpoints.Checkpointer(tmp_path / name / "c").restore_newest(
+        {"agent": make_tree()}
+    )
+    assert found.step == 7
+    np.testing.assert_array_equal(found.items["agent"]["layer"]["kernel"], 1.0)
+    assert [path.name for path in tmp_path.iterdir()] == [name]
+
+
+def test_a_folder_may_be_relative_or_a_link(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "link").symlink_to("real", target_is_directory=True)
+    (tmp_path / "real").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    saver = checkpoints.Checkpointer("link/c")
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    saver.save(7, {"agent": make_tree()}, {})
+    saver.close()
+    assert checkpoints.Checkpointer("../real/c").steps() == [7]
+
+
+def test_arrays_that_cannot_be_read_back_are_no_checkpoint(tmp_path, monkeypatch):
+    saver = checkpoints.Checkpointer(tmp_path / "c")
+    saver.save(1, {"agent": make_tree()}, {})
+    saver.wait_until_finished()
+    # So it is where Orbax does not find what it has written.
+    merge = "orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files"
+
+    async def merge_nothing(*args, **kwargs):
+        pass
+
+    monkeypatch.setattr(merge, merge_nothing)
+    saver.save(2, {"agent": make_tree()}, {})
+    with pytest.raises(OSError, match="0 of 2 arrays can be read"):
+        saver.wait_until_finished()
+    assert [path.name for path in (tmp_path / "c").iterdir()] == ["1"]
 
 
 def test_no_checkpoint_is_nothing(tmp_path):
@@ -123,20 +254,26 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(tmp_path, kind, caplo
     damage(tmp_path / "c" / "2", kind)
     reader = checkpoints.Checkpointer(tmp_path / "c")
     template = {"agent": {"x": jnp.zeros(1000)}}
-    _, parts = reader.restore_newest(template, set_damaged_aside=True)
-    np.testing.assert_array_equal(parts["agent"]["x"], np.arange(1000.0))
+    found = reader.restore_newest(template, set_damaged_aside=True)
+    np.testing.assert_array_equal(found.items["agent"]["x"], np.arange(1000.0))
+    assert found.step == 1 and found.damaged_steps == [2]
     assert str(tmp_path / "c" / "2") in caplog.text
     # Its number is free again, and what is left of it is kept.
     assert (tmp_path / "damaged_checkpoint_2").is_dir()
     reader.save(2, {"agent": {"x": jnp.ones(1000)}}, {})
     reader.close()
     again = checkpoints.Checkpointer(tmp_path / "c")
-    np.testing.assert_array_equal(again.restore_newest(template)[1]["agent"]["x"], 1.0)
+    np.testing.assert_array_equal(
+        again.restore_newest(template).items["agent"]["x"], 1.0
+    )
     damage(tmp_path / "c" / "1", kind)
     damage(tmp_path / "c" / "2", kind)
     with pytest.raises(ValueError, match="None of the checkpoints in"):
         again.restore_newest(template)
     again.close()
+
+
+UNLISTED = ("manifest.sha256", "_CHECKPOINT_METADATA", "commit_success.txt")
 
 
 @pytest.fixture(scope="module")
@@ -156,6 +293,8 @@ def test_any_byte_that_changes_or_lacks_falls_back(two_checkpoints, data):
     """Never garbage: what is restored is checkpoint 2 as it was, or checkpoint 1."""
     folder, files = two_checkpoints
     path = data.draw(st.sampled_from(files))
+    # Orbax writes these after the manifest, and nobody reads them.
+    hypothesis.assume(path.parent != folder / "2" or path.name not in UNLISTED[1:])
     whole = path.read_bytes()
     place = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -166,13 +305,15 @@ def test_any_byte_that_changes_or_lacks_falls_back(two_checkpoints, data):
     said = []
     reader = checkpoints.Checkpointer(folder, warn=said.append)
     try:
-        facts, parts = reader.restore_newest({"agent": make_tree(1)})
+        found = reader.restore_newest({"agent": make_tree(1)})
     finally:
         path.write_bytes(whole)
-    assert facts["agent_steps"] == 1
-    np.testing.assert_array_equal(parts["agent"]["layer"]["kernel"], np.ones((2, 1)))
+    assert found.metadata["agent_steps"] == found.step == 1
+    assert found.damaged_steps == [2]
+    np.testing.assert_array_equal(found.items["agent"]["layer"]["kernel"], np.ones((2, 1)))
     (warning,) = said
     assert str(folder / "2") in warning and path.name in warning
+    assert "step 1 is used in place of step 2" in warning
 
 
 def test_a_manifest_is_what_sha256sum_writes(two_checkpoints):
@@ -184,7 +325,7 @@ def test_a_manifest_is_what_sha256sum_writes(two_checkpoints):
             path.read_bytes()
         ).hexdigest()
         for path in files
-        if path.name != "manifest.sha256"
+        if path.parent != folder / "2" or path.name not in UNLISTED
     }
 
 
@@ -196,10 +337,10 @@ def test_a_checkpoint_is_of_the_moment_it_was_asked_for(tmp_path):
     saver.save(1, {"agent": {"x": x}}, {})
     for _ in range(20):
         x = step(x)
-    saver.finish()
-    _, parts = saver.restore_newest({"agent": {"x": x}})
+    saver.wait_until_finished()
+    found = saver.restore_newest({"agent": {"x": x}})
     saver.close()
-    np.testing.assert_array_equal(parts["agent"]["x"], np.arange(200_000.0))
+    np.testing.assert_array_equal(found.items["agent"]["x"], np.arange(200_000.0))
 
 
 # The first at or after each multiple of 10; the best score; the two newest.
@@ -218,7 +359,7 @@ def test_the_policy_says_what_stays(tmp_path, policy, kept):
     for number, score in scores.items():
         saver.save(number, {"agent": {"x": jnp.ones(1)}}, {"score": score})
     saver.close()
-    assert set(saver.numbers()) == kept
+    assert set(saver.steps()) == kept
     assert {int(p.name) for p in (tmp_path / "c").iterdir()} == kept
 
 
@@ -226,7 +367,7 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     saver = checkpoints.Checkpointer(tmp_path / "c")
     part = {"agent": {"x": jnp.ones(3)}}
     saver.save(1, part, {})
-    saver.finish()
+    saver.wait_until_finished()
     to_disk = checkpoints._to_disk
 
     def full(path):
@@ -235,17 +376,17 @@ def test_a_save_that_fails_says_so_and_leaves_what_there_was(tmp_path, monkeypat
     monkeypatch.setattr(checkpoints, "_to_disk", full)
     saver.save(2, part, {})
     with pytest.raises(OSError, match="No space left"):
-        saver.finish()
+        saver.wait_until_finished()
     assert saver.failure() is None  # Told once.
     assert [p.name for p in (tmp_path / "c").iterdir()] == ["1"]
     saver.save(3, part, {})
     with pytest.raises(OSError, match="No space left"):
         saver.save(4, part, {})  # Of the save before it.
-    saver._wait()
+    saver._join()
     monkeypatch.setattr(checkpoints, "_to_disk", to_disk)
     saver.save(5, part, {})
     saver.close()
-    assert saver.numbers() == [1, 5]
+    assert saver.steps() == [1, 5]
 
 
 def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
@@ -253,24 +394,23 @@ def test_a_checkpoint_without_room_for_one_like_the_last_is_not_begun(
 ):
     saver = checkpoints.Checkpointer(tmp_path / "c")
     saver.save(1, {"agent": {"x": jnp.ones(3)}}, {})
-    saver.finish()
+    saver.wait_until_finished()
     size = sum(p.stat().st_size for p in (tmp_path / "c").rglob("*") if p.is_file())
     usage = collections.namedtuple("Usage", "free")
     free = [size - 1, size]
     monkeypatch.setattr(checkpoints.shutil, "disk_usage", lambda p: usage(free.pop(0)))
-    saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
     with pytest.raises(OSError, match="No space left on device"):
-        saver.finish()
+        saver.save(2, {"agent": {"x": jnp.ones(3)}}, {})
     saver.save(3, {"agent": {"x": jnp.ones(3)}}, {})
     saver.close()
-    assert saver.numbers() == [1, 3]
+    assert saver.steps() == [1, 3]
 
 
 def test_what_a_dead_process_left_is_no_checkpoint(tmp_path):
-    for name in ("writing_7", "deleting_3"):
+    for name in ("7.orbax-checkpoint-tmp", "deleting/3"):
         (tmp_path / "c" / name / "agent").mkdir(parents=True)
     saver = checkpoints.Checkpointer(tmp_path / "c")
-    assert saver.numbers() == []
+    assert saver.steps() == []
     assert saver.restore_newest({"agent": make_tree()}) is None
     saver.clean()
     assert list((tmp_path / "c").iterdir()) == []
@@ -283,18 +423,18 @@ def test_death_while_a_checkpoint_is_replaced_loses_none(tmp_path, is_renamed):
     saver = checkpoints.Checkpointer(folder)
     for value in (1.0, 2.0):
         saver.save(7, {"agent": {"x": jnp.full(3, value)}}, {})
-        saver.finish()
+        saver.wait_until_finished()
         if value == 1.0:
             shutil.copytree(folder / "7", tmp_path / "old")
     assert [path.name for path in folder.iterdir()] == ["7"]
     (tmp_path / "old").rename(folder / "replaced_7")
     if not is_renamed:
-        shutil.move(folder / "7", folder / "writing_7")
+        shutil.move(folder / "7", folder / "7.orbax-checkpoint-tmp")
     saver.clean()
-    _, parts = saver.restore_newest({"agent": {"x": jnp.ones(3)}})
+    found = saver.restore_newest({"agent": {"x": jnp.ones(3)}})
     saver.close()
     assert [path.name for path in folder.iterdir()] == ["7"]
-    assert parts["agent"]["x"][0] == (2.0 if is_renamed else 1.0)
+    assert found.items["agent"]["x"][0] == (2.0 if is_renamed else 1.0)
 
 
 def test_a_folder_taken_by_another_is_left_alone(tmp_path):
@@ -395,10 +535,13 @@ def test_curves_are_drawn_from_metrics_files(tmp_path):
 
 
 def test_a_replay_larger_than_memory_is_refused_with_the_estimate():
-    huge = config_lib.replace_options(config_lib.Config(), replay_size=2 * 10**9)
-    with pytest.raises(ValueError, match=r"needs about 2\d{4}\.\d GiB.*--replay_size"):
-        machine.check_memory(huge, is_pretraining=True)
-    machine.check_memory(config_lib.preset_config("smoke"), is_pretraining=False)
+    options = {"num_devices": 1, "is_copied": True, "option": "replay_size"}
+    assert machine.replay_bytes(num_envs=3, size=10, bytes_per_step=7) == 9 * 7
+    with pytest.raises(ValueError, match=r"needs about 2000\.7 GiB.*--replay_size"):
+        machine.check_memory(1000 * 2**30, **options)  # Twice, and 0.7 GiB besides.
+    with pytest.raises(ValueError, match="replays of 3 seeds need .*--num_seeds or --"):
+        machine.check_memory(1000 * 2**30, **options, num_seeds=3)
+    machine.check_memory(10**6, **options)
 
 
 def write_files(root, files):
@@ -455,11 +598,9 @@ def test_limits_are_those_of_the_control_group(tmp_path, files, free, cores):
 def test_threads_beyond_the_quota_are_warned_of(monkeypatch):
     monkeypatch.setattr(machine, "usable_cores", lambda: 1.5)
     said = []
-    config = config_lib.replace_options(config_lib.Config(), env_threads=2)
-    machine.check_cores(config, said.append)
+    machine.check_cores(2, said.append)
     assert said == []
-    config = config_lib.replace_options(config, env_threads=3)
-    machine.check_cores(config, said.append)
+    machine.check_cores(3, said.append)
     (warning,) = said
     assert warning == (
         "3 emulator threads share 1.5 cores, the quota of this process: give "

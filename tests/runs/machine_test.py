@@ -1,9 +1,11 @@
-"""Tests of aps_jax.runs.machine: what the allocator keeps."""
+"""Tests of aps_jax.runs.machine: what the allocator keeps, and machines without a home."""
 
 import pathlib
 
 import pytest
 from scripts import run_python
+
+from aps_jax.runs import machine
 
 # 40 MiB is more than glibc ever keeps by itself: it gives blocks above 32 MiB back. 80 MiB
 # is more than it keeps for any thread whose arena is not the first.
@@ -11,9 +13,9 @@ _PROGRAM = """
 import concurrent.futures
 import resource
 import numpy as np
-from aps_jax import resources
+from aps_jax.runs import machine
 if {is_tuned}:
-    resources.tune_allocator()
+    machine.tune_allocator()
 size = {mebibytes} * 2**20
 
 def faults():
@@ -45,13 +47,13 @@ def test_what_an_update_frees_stays_with_the_process(mebibytes, in_thread):
 def test_the_heap_is_on_huge_pages_and_takes_no_memory_before_it_is_used():
     program = (
         "import numpy as np\n"
-        "from aps_jax import resources\n"
+        "from aps_jax.runs import machine\n"
         "def kibibytes(name):\n"
         "    for line in open('/proc/self/smaps_rollup'):\n"
         "        if line.startswith(name + ':'):\n"
         "            return int(line.split()[1])\n"
         "before = kibibytes('Rss')\n"
-        "resources.tune_allocator()\n"
+        "machine.tune_allocator()\n"
         "print(kibibytes('Rss') - before)\n"
         "held = np.full(2**27, 1, np.uint8)\n"
         "print(kibibytes('AnonHugePages'))\n"
@@ -67,12 +69,24 @@ def test_the_heap_is_on_huge_pages_and_takes_no_memory_before_it_is_used():
 def test_a_process_without_room_for_a_larger_heap_goes_on():
     program = (
         "import resource\n"
-        "from aps_jax import resources\n"
+        "from aps_jax.runs import machine\n"
         "import numpy as np\n"
         "used = int(open('/proc/self/statm').read().split()[0]) * 4096\n"
         "limit = used + 2**29\n"
         "resource.setrlimit(resource.RLIMIT_AS, (limit, limit))\n"
-        "resources.tune_allocator()\n"
+        "machine.tune_allocator()\n"
         "print(np.full(2**20, 1, np.uint8).sum())\n"
     )
     assert run_python("-c", program) == "1048576\n"
+
+
+def test_without_a_home_folder_nothing_is_cached(monkeypatch, caplog):
+    def no_home():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(pathlib.Path, "home", no_home)
+    assert machine.cache_folder() is None
+    assert "no home folder" in caplog.text
+    monkeypatch.setenv("XDG_CACHE_HOME", "/cache")
+    assert machine.cache_folder().parent == pathlib.Path("/cache/aps_jax")

@@ -101,8 +101,8 @@ def newest(workdir):
         "loop": (memory.actor, memory.episodes, memory.regression, session.sums),
         "replay": memory.replay,
     }
-    facts, parts = checkpointer.restore_newest(templates)
-    numbers = checkpointer.numbers()
+    facts, parts, *_ = checkpointer.restore_newest(templates)
+    numbers = checkpointer.steps()
     checkpointer.close()
     return numbers, facts, jax.device_get(parts)
 
@@ -345,12 +345,10 @@ def test_what_cannot_run_at_once_is_refused(options, message):
 def test_memory_counts_every_replay():
     """On a CPU: S replays, one taken out, and S copies that are being written."""
     config = make_config(replay_size=10**6)
-    ring = machine.replay_bytes(config, is_pretraining=True)
+    memory = stages.memory_of(config, is_pretraining=True)
+    ring = memory["replay_bytes"]
     assert ring == 10**6 * (7091 - 3 * 4)  # D = 2 in place of 5.
-    one, four = (
-        machine.needed_bytes(config, is_pretraining=True, num_seeds=count)
-        for count in (1, 4)
-    )
+    one, four = (machine.needed_bytes(**memory, num_seeds=count) for count in (1, 4))
     assert four - one == (4 + 1 + 4 - 2) * ring
     with pytest.raises(
         ValueError, match="replays of 3 seeds need .*num_seeds or --rep"

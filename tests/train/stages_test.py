@@ -338,9 +338,10 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
     to_disk, tries = checkpoints._to_disk, []
 
     def full(path):
-        if path.name.startswith("writing_"):
-            tries.append(path.name)
-            if path.name == "writing_120" or 1 <= tries.count("writing_240") <= 2:
+        step = path.name.removesuffix(".orbax-checkpoint-tmp")
+        if step != path.name:
+            tries.append(step)
+            if step == "120" or 1 <= tries.count("240") <= 2:
                 raise OSError(errno.ENOSPC, "No space left on device")
         to_disk(path)
 
@@ -348,7 +349,7 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(recorders, "_RETRY_SECONDS", 0.0)
     wait_for_saves(monkeypatch)
     result = pretrain(make_config(), tmp_path / "p")
-    assert tries[0] == "writing_120" and tries.count("writing_240") == 3
+    assert tries[0] == "120" and tries.count("240") == 3
     assert result["updates"] == pretrained["updates"]
     assert "No space left on device" in caplog.text
     assert "the last good checkpoint is missing yet" in caplog.text
@@ -559,9 +560,9 @@ def test_the_best_checkpoint_is_the_one_that_was_evaluated(
     result = finetune(config, tmp_path / "f", folder / "pretrain")
     steps = [at["agent_steps"] for at in result["evaluations"]]
     assert len(steps) == 3
-    kept = checkpoints.Checkpointer(tmp_path / "f" / "checkpoints").numbers()
+    kept = checkpoints.Checkpointer(tmp_path / "f" / "checkpoints").steps()
     assert kept == sorted({steps[best], steps[-1]})
-    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / str(steps[best]))
+    facts = checkpoints.read_metadata(tmp_path / "f" / "checkpoints" / str(steps[best]))
     assert facts["score"] == 9.0
 
 
@@ -580,7 +581,7 @@ def test_an_evaluation_without_a_score_is_saved_without_one(
     monkeypatch.setattr(recorders, "_patiently", lambda write, *_: write())
     config = make_config(keep_best=True)
     finetune(config, tmp_path / "f", folder / "pretrain")
-    facts = checkpoints.read_facts(tmp_path / "f" / "checkpoints" / "120")
+    facts = checkpoints.read_metadata(tmp_path / "f" / "checkpoints" / "120")
     assert facts.get("score") is None or math.isfinite(facts["score"])
     assert "cannot write" not in caplog.text
 
