@@ -2,7 +2,7 @@
 
 One mesh axis: what belongs to an environment (its memory, its part of the replay) and to a
 window of a batch is sharded over it, all else lies on every device alike. One device has
-no mesh, so that a run on it is compiled without any. Of several processes (`hosts`) each
+no mesh, so that a run on it is compiled without any. Of several processes (`processes`) each
 has as many devices of the mesh, in the order of the processes, and plays the environments
 that lie on its own.
 """
@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
-from aps_jax.parallel import hosts
+from aps_jax.parallel import processes
 
 AXIS = "devices"
 
@@ -72,7 +72,7 @@ def _acquaint(mesh: Mesh) -> None:
     Gloo gives up on a process that comes 30 seconds late to the first collective, such as
     one that compiles for longer; to later ones all may come as late as they like.
     """
-    hosts.gather(None)
+    processes.all_gather(None)
     nothing = np.zeros(len(mesh.local_devices), np.int32)
     jax.block_until_ready(_largest(sharding(mesh))(put(nothing, mesh, SHARDED)))
 

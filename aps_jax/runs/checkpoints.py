@@ -25,7 +25,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from absl import logging
 
-from aps_jax.parallel import devices, hosts, shards
+from aps_jax.parallel import devices, processes, shards
 
 FORMAT = 2
 FACTS_NAME = "facts.json"
@@ -119,7 +119,7 @@ class Checkpointer:
         text = json.dumps({"format": FORMAT, **facts}, indent=1, allow_nan=False)
         failure = self._wait()
         copied = {name: _copy_to_host(part) for name, part in parts.items()}
-        write = self._write if hosts.is_first() else self._write_share
+        write = self._write if processes.is_primary() else self._write_share
         order = f"save/{next(_SAVES)}"
         self._saving = self._thread.submit(write, number, copied, text, order)
         if failure is not None:
@@ -202,7 +202,7 @@ class Checkpointer:
             found.extend(restored)
             return number
 
-        number = hosts.by_first(choose)
+        number = processes.broadcast_from_primary(choose)
         if number is None:
             return None
         # What the first has found whole need not be verified again.
@@ -305,10 +305,10 @@ class Checkpointer:
         self, number: int, parts: dict[str, Any], facts: str, order: str
     ) -> None:
         """Writes what one process but the first has of a checkpoint; runs in the thread."""
-        if "error" in hosts.hear(f"{order}/room"):
+        if "error" in processes.hear(f"{order}/room"):
             return  # The first tells of it.
         temporary = self._folder / f"{_WRITING}{number}"
-        index = hosts.process_index()
+        index = jax.process_index()
         with contextlib.suppress(Exception), _telling(f"{order}/{index}") as answer:
             folders = [
                 shards.write(temporary / name, part, index=index)
@@ -390,8 +390,8 @@ def _telling(key: str) -> Iterator[dict[str, Any]]:
         answer["error"] = f"{type(error).__name__}: {lines[0]}"
         raise
     finally:
-        if hosts.num_processes() > 1:
-            hosts.tell(key, answer)
+        if processes.num_processes() > 1:
+            processes.tell(key, answer)
 
 
 @contextlib.contextmanager
@@ -406,8 +406,8 @@ def _hearing(order: str) -> Iterator[list[str]]:
     try:
         yield manifests
     finally:
-        for index in range(1, hosts.num_processes()):
-            answers.append(hosts.hear(f"{order}/{index}"))
+        for index in range(1, processes.num_processes()):
+            answers.append(processes.hear(f"{order}/{index}"))
     for index, answer in enumerate(answers, start=1):
         if "error" in answer:
             raise OSError(f"process {index}: {answer['error']}")
@@ -468,7 +468,7 @@ def _copy_to_host(tree: Any) -> Any:
 
 def _own_paths(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns what the first process has written of a checkpoint, and vouches for."""
-    others = range(1, hosts.num_processes())
+    others = range(1, processes.num_processes())
     theirs = {_facts_name(index) for index in others}
     theirs |= {f"{p.name}/{index}" for p in folder.iterdir() for index in others}
     return [
@@ -543,9 +543,9 @@ def _restore(
             f"reads {FORMAT}."
         )
     if "environment" in facts:
-        own = path / _facts_name(hosts.process_index())
+        own = path / _facts_name(jax.process_index())
         # Each process wrote such a file.
-        is_same_count = hosts.num_processes() == len(list(path.glob("facts*.json")))
+        is_same_count = processes.num_processes() == len(list(path.glob("facts*.json")))
         facts["environment"] = (
             json.loads(own.read_text())["environment"] if is_same_count else None
         )

@@ -14,7 +14,7 @@ from collections.abc import Callable
 import jax
 
 from aps_jax import config as config_lib
-from aps_jax.parallel import hosts
+from aps_jax.parallel import processes
 from aps_jax.replay import buffer
 
 # Networks, optimiser, activations and the libraries themselves: a floor, measured with
@@ -155,7 +155,7 @@ def needed_bytes(
         return there // config.num_devices + _BASE_BYTES
     # One copy more while a checkpoint is written.
     copied = num_seeds * ring if config.report.checkpoint_replay else 0
-    return (there + copied) // hosts.num_processes() + _BASE_BYTES
+    return (there + copied) // processes.num_processes() + _BASE_BYTES
 
 
 def cache_folder() -> pathlib.Path:
@@ -203,7 +203,7 @@ def check_memory(
     if jax.default_backend() == "cpu" or not config.report.checkpoint_replay:
         return
     ring = replay_bytes(config, is_pretraining=is_pretraining)
-    needed = num_seeds * ring // hosts.num_processes() + _BASE_BYTES
+    needed = num_seeds * ring // processes.num_processes() + _BASE_BYTES
     there = host_bytes()
     if needed > _USABLE * there:
         raise ValueError(

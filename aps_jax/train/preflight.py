@@ -17,7 +17,7 @@ from aps_jax import config as config_lib
 from aps_jax.agents import aps as agent_lib
 from aps_jax.config import FRAME_SKIP
 from aps_jax.envs import atari
-from aps_jax.parallel import devices, hosts
+from aps_jax.parallel import devices, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import machine, metrics
 from aps_jax.train import loop, seeds, stages
@@ -68,7 +68,7 @@ def run_checks(
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
     checks += [_disk(config, place, name, num_seeds) for name in stage_names]
-    if hosts.is_connected():
+    if processes.num_processes() > 1:
         checks = _of_all(checks)
     if any(check.verdict == "failed" for check in checks):
         return checks
@@ -88,8 +88,8 @@ def print_table(checks: Sequence[Check]) -> None:
 
 def _of_all(checks: list[Check]) -> list[Check]:
     """Puts together what the processes of several hosts have found."""
-    found = [Check("processes", hosts.text())]
-    for index, own in enumerate(hosts.gather(checks)):
+    found = [Check("processes", processes.describe())]
+    for index, own in enumerate(processes.all_gather(checks)):
         for name, *rest in own:
             found.append(Check(f"process {index}: {name}", *rest))
     return found
@@ -323,8 +323,8 @@ def _play(
         session.state, session.sums = state, sums
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
-    is_over = devices.Vote(session.mesh)  # Several processes end at the same step.
-    while not is_over.ask(time.monotonic() - started >= seconds):
+    # Several processes end at the same step.
+    while not processes.any_process(time.monotonic() - started >= seconds):
         session.step(act, learn, schedule)
     jax.block_until_ready(session.state)
     played = session.agent_steps - before

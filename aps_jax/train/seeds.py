@@ -19,7 +19,7 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import aps as agent_lib
-from aps_jax.parallel import devices, hosts
+from aps_jax.parallel import devices, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import metrics
 from aps_jax.train import loop
@@ -44,7 +44,7 @@ def check_configs(configs: Sequence[config_lib.Config]) -> None:
             "Many seeds at once share one device, got num_devices="
             f"{first.num_devices}: leave it out, or give --seeds in place of --num_seeds."
         )
-    if hosts.is_connected():
+    if processes.num_processes() > 1:
         raise ValueError(
             "Many seeds at once are for one process: give --seeds in place of --num_seeds."
         )

@@ -19,7 +19,7 @@ from aps_jax.agents import aps as agent_lib
 from aps_jax.config import FRAME_SKIP
 from aps_jax.envs import atari, reward_functions
 from aps_jax.ops import tasks
-from aps_jax.parallel import devices, hosts, interrupts
+from aps_jax.parallel import devices, interrupts, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
@@ -88,7 +88,7 @@ def pretrain(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+            held.enter_context(folders.RunLock(workdir)) if processes.is_primary() else None
         )
         parts = loop.make_pretraining(config, pool, mesh)
         agent, ring, session = parts.agent, parts.ring, parts.session
@@ -338,7 +338,7 @@ def finetune(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if hosts.is_first() else None
+            held.enter_context(folders.RunLock(workdir)) if processes.is_primary() else None
         )
         ring = buffer.make_replay(
             num_envs=num_envs,
@@ -404,13 +404,13 @@ def _open(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None:
     Raises:
       ValueError: As `rundir.open_run`; or not all processes see the folder.
     """
-    result = hosts.by_first(
+    result = processes.broadcast_from_primary(
         lambda: (
             folders.find_result(workdir) if folders.open_run(workdir, **facts) else None
         )
     )
     if result is None:
-        hosts.check_shared(workdir)
+        processes.check_shared(workdir)
     return result
 
 
@@ -586,7 +586,7 @@ def _learn_task(
                 stop=stop,
             ).to_lists()
 
-        played = evaluation.from_lists(hosts.by_first(play))
+        played = evaluation.from_lists(processes.broadcast_from_primary(play))
         summary = evaluation.summary(config, played)
         evaluations.append(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
