@@ -22,9 +22,9 @@ SECONDS = 300.0  # after which a process is taken for hanging
 
 
 def _run(*arguments):
-    import hosts_program  # In the child, where it is imported already.
+    import processes_program  # In the child, where it is imported already.
 
-    hosts_program.run(*arguments)
+    processes_program.run(*arguments)
 
 
 def free_port() -> int:
@@ -72,7 +72,7 @@ class Processes:
                 *flags,
                 *(each[index] if each else []),
             ]
-            process = forks.server("hosts_program").Process(
+            process = forks.server("processes_program").Process(
                 target=_run, args=(argv, str(self.logs[index]), environment)
             )
             process.start()
@@ -175,7 +175,7 @@ def files(workdir):
         str(path.relative_to(workdir))
         for stage in STAGES
         for path in (workdir / stage).glob("*")
-        if not path.name.startswith("events.") and path.name != "hosts.json"
+        if not path.name.startswith("events.") and path.name != "processes.json"
     }
 
 

@@ -88,7 +88,9 @@ def pretrain(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if processes.is_primary() else None
+            held.enter_context(folders.RunLock(workdir))
+            if processes.is_primary()
+            else None
         )
         parts = loop.make_pretraining(config, pool, mesh)
         agent, ring, session = parts.agent, parts.ring, parts.session
@@ -338,7 +340,9 @@ def finetune(
         if result is not None:
             return result
         lock = (
-            held.enter_context(folders.RunLock(workdir)) if processes.is_primary() else None
+            held.enter_context(folders.RunLock(workdir))
+            if processes.is_primary()
+            else None
         )
         ring = buffer.make_replay(
             num_envs=num_envs,

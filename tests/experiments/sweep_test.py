@@ -328,7 +328,10 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/experiments'}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/experiments'}",
+        },
     )
     assert done.returncode == 0, done.stderr
     assert f"finished: {kind} 0" in done.stdout

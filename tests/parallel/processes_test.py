@@ -4,145 +4,115 @@ What real processes are asked here is little, because each compiles for itself;
 `make test-faults` asks for more.
 """
 
-import pathlib
 import signal
 
-import hosts_runs
 import numpy as np
+import processes_runs
 import pytest
 import scripts
 
-from aps_jax.parallel import hosts
+from aps_jax.parallel import processes
 
 
 def test_two_processes_one_of_them_killed_are_the_run_of_one(tmp_path):
     """Kill -9 in the midst; the same command goes on, and all is equal to the bit."""
     one, two = tmp_path / "one", tmp_path / "two"
-    hosts_runs.Processes(one, 1, num_devices=2).finish()
-    processes = hosts_runs.Processes(two, 2, "--step_seconds=0.05")
-    processes.wait_for((two / "pretrain/checkpoints/80").exists)
-    processes.send(1, signal.SIGKILL)
-    assert processes.end(within=60) == [1, -signal.SIGKILL]
-    said = processes.said(0).splitlines()[-1]
-    assert said.startswith("error: process 1 (")
-    assert "is gone: not heard of for " in said
+    processes_runs.Processes(one, 1, num_devices=2).finish()
+    both = processes_runs.Processes(two, 2, "--step_seconds=0.05")
+    both.wait_for((two / "pretrain/checkpoints/80").exists)
+    both.send(1, signal.SIGKILL)
+    assert both.end(within=60) == [1, -signal.SIGKILL]
+    said = both.said(0).splitlines()[-1]
+    assert said.startswith("error: lost another process (")
     assert said.endswith(
-        "The last checkpoint is of agent step 80; the same commands on all hosts "
-        "continue the run."
+        "The same commands on all hosts continue the run from its last checkpoint."
     )
-    processes = hosts_runs.Processes(two, 2)
-    processes.finish()
-    assert "found by flags, on " in processes.said(0)
-    assert "both stages ended" in processes.said(0)
-    said = processes.said(1)
+    both = processes_runs.Processes(two, 2)
+    both.finish()
+    assert "A run of process 0 (" in both.said(0)
+    assert "both stages ended" in both.said(0)
+    said = both.said(1)
     assert [line for line in said.splitlines() if "[Gloo]" not in line] == []
 
-    assert hosts_runs.files(one) == hosts_runs.files(two)
-    for stage in hosts_runs.STAGES:
+    assert processes_runs.files(one) == processes_runs.files(two)
+    for stage in processes_runs.STAGES:
         rows = (one / stage / "metrics.csv").read_text()
         assert (two / stage / "metrics.csv").read_text() == rows
         assert rows.count("\n") > 4
-        assert hosts_runs.result_of(one / stage) == hosts_runs.result_of(two / stage)
-    for read in (hosts_runs.learned, hosts_runs.remembered):
+        assert processes_runs.result_of(one / stage) == processes_runs.result_of(
+            two / stage
+        )
+    for read in (processes_runs.learned, processes_runs.remembered):
         there, here = read(one), read(two)
         assert set(there) == set(here)
         for name in there:
             np.testing.assert_array_equal(there[name], here[name], err_msg=name)
 
 
-def test_a_coordinator_that_does_not_answer_is_named():
-    place = hosts.Place(f"localhost:{hosts_runs.free_port()}", 2, 1, None, "by flags")
-    with pytest.raises(
-        ValueError,
-        match=rf"^No answer from process 0 at {place.coordinator}, the "
-        r"coordinator_address, within 0 s \(.*refused\)\. Was it started, ",
-    ):
-        hosts.connect(place, {}, timeout_seconds=0)
-    assert not hosts.is_connected()
-
-
-def flags(address=None, count=None, index=None):
-    return {
-        "coordinator_address": address,
-        "num_processes": count,
-        "process_id": index,
-    }
-
-
 SLURM = {
-    "SLURM_JOB_ID": "4097",
-    "SLURM_STEP_ID": "2",
-    "SLURM_STEP_NUM_TASKS": "4",
-    "SLURM_PROCID": "3",
     "SLURM_LOCALID": "1",
-    "SLURM_STEP_NODELIST": "gpu[007-008]",
-    "SLURM_STEP_TASKS_PER_NODE": "2(x2)",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NUM_NODES": "2",
 }
 
 
-def test_a_place_by_flags():
-    assert hosts.find_place(**flags(), environment={}) is None
-    assert hosts.find_place(**flags("a:1", 1, 0), environment=SLURM) is None
-    assert hosts.find_place(**flags(count=1), environment=SLURM) is None
-    found = hosts.find_place(**flags("a:80", 2, 1), environment=SLURM)
-    assert found == hosts.Place("a:80", 2, 1, None, "by flags")
+def choose(address=None, count=None, index=None, environment=None):
+    return processes.distributed_arguments(address, count, index, environment or {})
+
+
+def test_one_process_is_not_connected():
+    assert choose() is None
+    assert choose("a:1", 1, 0, SLURM) is None
+    assert choose(count=1, environment=SLURM) is None
+    # One task of Slurm, and a script in a batch job outside of any step.
+    assert choose(environment={**SLURM, "SLURM_STEP_NUM_TASKS": "1"}) is None
+    assert choose(environment={"SLURM_JOB_ID": "4097", "SLURM_NTASKS": "4"}) is None
+
+
+def test_flags_come_before_slurm():
+    found = choose("a:80", 2, 1, SLURM)
+    assert found == {
+        "coordinator_address": "a:80",
+        "num_processes": 2,
+        "process_id": 1,
+        "cluster_detection_method": "deactivate",
+    }
+
+
+@pytest.mark.parametrize("address", ["a", "a:b", "a:70000", ":80", None])
+def test_a_wrong_address_is_refused(address):
+    with pytest.raises(ValueError, match="HOST:PORT of process 0, got "):
+        choose(address, 2, 0)
 
 
 @pytest.mark.parametrize(
-    "given, message",
-    [
-        (
-            flags("a:80"),
-            "--coordinator_address without --num_processes and --process_id",
-        ),
-        (flags(count=2), "--num_processes without --coordinator_address and "),
-        (flags(index=0), "--process_id without --coordinator_address and "),
-        (flags("a:80", 2), "--coordinator_address and --num_processes without --proc"),
-        (flags("a", 2, 0), "HOST:PORT of process 0, got 'a'"),
-        (flags("a:b", 2, 0), "HOST:PORT of process 0, got 'a:b'"),
-        (flags("a:70000", 2, 0), "HOST:PORT of process 0, got 'a:70000'"),
-        (flags("a:80", 2, 2), r"in \[0, 2\), the --num_processes, got 2"),
-        (flags("a:80", 1, 1), r"in \[0, 1\), the --num_processes, got 1"),
-    ],
+    "given", [("a:80", None, 0), ("a:80", 2, None), ("a:80", 2, 2)]
 )
-def test_flags_that_do_not_fit_together_are_refused(given, message):
-    with pytest.raises(ValueError, match=message):
-        hosts.find_place(**given, environment={})
+def test_incomplete_flags_are_refused(given):
+    arguments = choose(*given)
+    with pytest.raises(ValueError, match="^Cannot connect .* all three of --coord"):
+        processes.connect(arguments, {})
+    assert processes.num_processes() == 1
 
 
 @pytest.mark.parametrize(
-    "changes, address, devices",
+    "changes, devices",
     [
-        # 61440 + (4097 + 2) % 4096.
-        ({}, "gpu007:61443", None),
-        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, "gpu007:61443", (2, 3)),
-        ({"CUDA_VISIBLE_DEVICES": "5"}, "gpu007:61443", None),
-        ({"SLURM_STEP_NODELIST": "a,b"}, "a:61443", None),
-        ({"SLURM_STEP_NODELIST": "n[3,5]-ib"}, "n3-ib:61443", None),
-        ({"SLURM_STEP_NODELIST": "solo"}, "solo:61443", None),
-        (
-            {
-                "SLURM_STEP_TASKS_PER_NODE": "1(x4)",
-                "SLURM_LOCALID": "0",
-                "CUDA_VISIBLE_DEVICES": "0,1",
-            },
-            "gpu007:61443",
-            None,
-        ),
+        # Two tasks on each of two nodes; this is the second of its node.
+        ({}, None),
+        ({"CUDA_VISIBLE_DEVICES": "0,1,2,3"}, [2, 3]),
+        ({"CUDA_VISIBLE_DEVICES": "5"}, []),
+        ({"CUDA_VISIBLE_DEVICES": "0,1", "SLURM_STEP_NUM_NODES": "4"}, []),
+        ({"SLURM_STEP_NUM_NODES": "4"}, []),
     ],
 )
-def test_a_place_in_slurm(changes, address, devices):
-    found = hosts.find_place(**flags(), environment={**SLURM, **changes})
-    assert found == hosts.Place(address, 4, 3, devices, "by Slurm")
-
-
-def test_a_step_that_says_too_little_is_refused():
-    environment = {**SLURM}
-    del environment["SLURM_LOCALID"]
-    with pytest.raises(
-        ValueError, match="of 4 tasks .* SLURM_LOCALID is not set: give"
-    ):
-        hosts.find_place(**flags(), environment=environment)
+def test_tasks_of_slurm_share_the_gpus_of_a_node(changes, devices):
+    found = choose(environment={**SLURM, **changes})
+    assert found == {
+        "num_processes": 4,
+        "cluster_detection_method": "slurm",
+        "local_device_ids": devices,
+    }
 
 
 def test_a_script_for_one_process_refuses_to_be_one_of_several():
@@ -150,24 +120,21 @@ def test_a_script_for_one_process_refuses_to_be_one_of_several():
     done = scripts.run_script("evaluate", *given)
     assert done.returncode == 2
     assert done.stderr.splitlines()[-1] == (
-        "error: evaluate runs in one process, and this is one of 2, found by flags: "
-        "start one task, or give --num_processes=1."
+        "error: evaluate runs in one process, and this is one of 2: start one task, or "
+        "give --num_processes=1."
     )
 
 
-def test_one_task_of_slurm_is_one_process():
-    """So is a script in a batch job, whose own step has one task."""
-    environment = {**SLURM, "SLURM_STEP_NUM_TASKS": "1"}
-    assert hosts.find_place(**flags(), environment=environment) is None
-    del environment["SLURM_STEP_NUM_TASKS"]
-    assert hosts.find_place(**flags(), environment=environment) is None
-
-
-def test_a_process_that_is_alone_agrees_with_itself(tmp_path):
-    assert hosts.by_first(lambda: hosts.by_first(lambda: [1, None])) == [1, None]
-    assert hosts.num_processes() == 1 and hosts.is_first()
-    hosts.check_shared(pathlib.Path(tmp_path))
+def test_a_single_process_agrees_with_itself(tmp_path):
+    nested = processes.broadcast_from_primary(
+        lambda: processes.broadcast_from_primary(lambda: [1, None])
+    )
+    assert nested == [1, None]
+    assert processes.all_gather("a") == ["a"]
+    assert processes.num_processes() == 1 and processes.is_primary()
+    assert [processes.any_process(flag) for flag in (False, True)] == [False, True]
+    assert not processes.is_other_stopped()
+    processes.check_shared(tmp_path)
     assert list(tmp_path.iterdir()) == []
-    assert not hosts.is_stop_wished()
-    hosts.finish(0)
-    hosts.fail(1, "nothing")
+    assert processes.lost_process(ValueError("Gloo")) is None
+    processes.disconnect()
