@@ -48,6 +48,10 @@ class Pool(fakes.ChainPool):
 
     steps = 0
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print("environments started", flush=True)
+
     def send(self, actions):
         Pool.steps += 1
         if Pool.steps == _RAISE_AT.value and _RAISE_IN.value == jax.process_index():

@@ -94,6 +94,11 @@ class Processes:
         """Sends a signal to one."""
         os.kill(self._processes[index].pid, number)
 
+    def wait_for_end_of(self, index: int, *, within: float) -> None:
+        """Waits for the end of one."""
+        self._processes[index].join(within)
+        assert not self._processes[index].is_alive(), self._all()
+
     def end(self, *, within: float = SECONDS) -> list[int]:
         """Waits for the end of all; returns their exit codes."""
         deadline = time.monotonic() + within
