@@ -118,7 +118,7 @@ def device_put(tree: Any, mesh: Mesh = None, specs: Any = REPLICATED) -> Any:
 def make_global(value: Any, where: Sharding) -> jax.Array:
     """Makes an array of all processes from the rows of this one, or a replicated one."""
     rows = np.asarray(value)
-    if where.is_fully_replicated:
+    if where.is_fully_replicated or not isinstance(where, NamedSharding):
         return jax.make_array_from_callback(rows.shape, where, lambda i: rows[i])
     shape = (rows.shape[0] * num_processes(where.mesh), *rows.shape[1:])
     return jax.make_array_from_process_local_data(where, rows, shape)

@@ -133,12 +133,12 @@ def connect(
             ValueError(f"All processes need as many devices, and have {num_devices}.")
         )
     # The first collective: to later ones a process may come as late as it likes.
-    found = all_gather({"host": platform.node(), "same": dict(same)})
-    _host_names[:] = [each["host"] for each in found]
-    wanted, differences = found[0]["same"], []
-    for index, each in enumerate(found):
-        for name in sorted(set(wanted) | set(each["same"])):
-            here, there = each["same"].get(name), wanted.get(name)
+    _host_names[:] = all_gather(platform.node())
+    wanted, *others = all_gather(dict(same))
+    differences = []
+    for index, other in enumerate(others, start=1):
+        for name in sorted(set(wanted) | set(other)):
+            here, there = other.get(name), wanted.get(name)
             if here != there:
                 differences.append(
                     f"{name} is {here!r} in {process_name(index)} and {there!r} in "
@@ -228,7 +228,7 @@ _KINDS: tuple[type[Exception], ...] = (
 
 
 def any_process(flag: bool) -> bool:
-    """Returns whether any process has set a flag, in about 1 ms. Collective."""
+    """Returns whether any process has set a flag, in 1 to 3 ms. Collective."""
     if num_processes() == 1 or _is_alone:
         return flag or is_other_stopped()
     return bool(_any(flag, False)[0])
