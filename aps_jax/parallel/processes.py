@@ -56,11 +56,17 @@ def distributed_arguments(
     `CUDA_VISIBLE_DEVICES` of `environment` names, unless Slurm has shared it out already.
 
     Raises:
-      ValueError: `coordinator_address` is not `HOST:PORT`.
+      ValueError: One of the three is missing, or the address is not `HOST:PORT`.
     """
     if num_processes == 1 and process_id in (None, 0):
         return None
-    if (coordinator_address, num_processes, process_id) != (None, None, None):
+    flags = (coordinator_address, num_processes, process_id)
+    if flags != (None, None, None):
+        if None in flags:
+            raise ValueError(
+                "A run over several hosts needs all of --coordinator_address, "
+                "--num_processes and --process_id, on Slurm none of them."
+            )
         host, _, port = (coordinator_address or "").rpartition(":")
         if not (host and port.isdecimal() and 0 < int(port) < 2**16):
             raise ValueError(
@@ -119,12 +125,11 @@ def connect(
             initialization_timeout=timeout_seconds,
             heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
         )
-    except (jax.errors.JaxRuntimeError, ValueError) as error:
+    except (RuntimeError, ValueError) as error:
         _print_if_killed(None)
         raise ValueError(
-            f"Cannot connect to the other processes at {place}: {error} A run over "
-            "several hosts needs a free port, and all three of --coordinator_address, "
-            "--num_processes and --process_id, on Slurm none of them."
+            f"Cannot connect to the other processes at {place}: {error}. Is the port "
+            "in use?"
         ) from error
     _print_if_killed(f"error: process {jax.process_index()} lost the others. {_HINT}")
     num_devices = np.bincount([device.process_index for device in jax.devices()])
