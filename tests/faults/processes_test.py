@@ -70,9 +70,7 @@ def test_a_request_to_one_stops_all_and_other_numbers_go_on(tmp_path):
         saved = max(int(p.name) for p in path.iterdir() if p.name.isdecimal())
         # Of 8 environments: those until the look, and 8 iterations.
         assert step <= saved <= step + 80 + 8 * 8
-        assert f"a checkpoint of agent step {saved:,} was saved" in last_line(
-            processes, 0
-        )
+        assert f"a checkpoint of agent step {saved:,} was saved" in last_line(run, 0)
         assert (path / str(saved) / f"facts_{count - 1}.json").exists()
     run = processes_runs.Processes(workdir, 1, num_devices=2, **longer)
     run.finish()
