@@ -114,8 +114,8 @@ def connect(
     place = arguments.get("coordinator_address", "the address that Slurm gives")
     _print_if_killed(
         f"error: not all processes of this run came to {place} within "
-        f"{timeout_seconds} s. Was each of them started, and does the network let this "
-        "port through?"
+        f"{timeout_seconds} s. Was each of them started, is that port of process 0 free, "
+        "and does the network let it through?"
     )
     # It would take SIGTERM, for which `interrupts` listens.
     jax.config.update("jax_enable_preemption_service", False)
