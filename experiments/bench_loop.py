@@ -196,7 +196,7 @@ def _act_alone(parts: loop.Pretraining, iterations: int) -> None:
     session = parts.session
     for _ in range(iterations):
         session.memory, action = parts.act(
-            session.state.params, session.memory, devices.put(session.timestep)
+            session.state.params, session.memory, devices.device_put(session.timestep)
         )
         jax.device_get(action)
     jax.block_until_ready(session.memory)
@@ -362,7 +362,7 @@ def _play_without_overlap(parts: loop.Pretraining, iterations: int) -> None:
     for _ in range(iterations):
         before = session.agent_steps
         session.memory, action = parts.act(
-            session.state.params, session.memory, devices.put(session.timestep)
+            session.state.params, session.memory, devices.device_put(session.timestep)
         )
         pool.send(jax.device_get(action))
         session.timestep = pool.recv()
@@ -408,7 +408,7 @@ def _make_scan(parts: loop.Pretraining, iterations: int) -> Callable[[], None]:
     def play() -> None:
         nonlocal handle
         # All committed to the device alike, or the scan would be compiled twice.
-        carry = devices.put(
+        carry = devices.device_put(
             (
                 handle,
                 session.state,
@@ -437,7 +437,7 @@ class _HostLoop:
             learner, self._config.finetune, num_actions=self._pool.num_actions
         )
         self._state = loop.init_state(self._agent, 0)
-        self._actor = devices.put(self._agent.init_actor(1))
+        self._actor = devices.device_put(self._agent.init_actor(1))
         self._steps: buffer.Step | None = None
         self._num_steps = 0
         self._rng = np.random.default_rng(0)

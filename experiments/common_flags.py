@@ -19,7 +19,7 @@ from absl import app, flags, logging
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
-from aps_jax.parallel import hosts, interrupts
+from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import console, folders, machine, progress, tracking
 from aps_jax.train import loop, preflight
 from aps_jax.train import seeds as seeds_lib
@@ -337,15 +337,15 @@ def _connect(script: str, *, is_for_several: bool) -> None:
       ValueError: They cannot be reached, were started otherwise, or a script is none
         that runs on several.
     """
-    place = hosts.find_place(
+    arguments = processes.distributed_arguments(
         _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ
     )
-    if place is None:
+    if arguments is None:
         return
     if not is_for_several:
         raise ValueError(
-            f"{script} runs in one process, and this is one of {place.count}, found "
-            f"{place.found}: start one task, or give --num_processes=1."
+            f"{script} runs in one process, and this is one of "
+            f"{arguments['num_processes']}: start one task, or give --num_processes=1."
         )
     given = {
         f"--{flag.name}": str(flag.value)
@@ -353,11 +353,10 @@ def _connect(script: str, *, is_for_several: bool) -> None:
         for flag in module_flags
         if flag.present and flag.name not in _OWN
     }
-    hosts.connect(
-        place, {**given, **folders.versions(), "git_commit": folders.git_commit()}
-    )
-    if hosts.is_first():
-        print(f"A run of {hosts.text()}.", file=sys.stderr)
+    same = {**given, **folders.versions(), "git_commit": folders.git_commit()}
+    processes.connect(arguments, same)
+    if processes.is_primary():
+        print(f"A run of {processes.describe()}.", file=sys.stderr)
     else:  # What there is to say, process 0 says.
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
@@ -370,9 +369,10 @@ def watched() -> Iterator[dict[str, Any]]:
       `stop` and `progress`, as the stages take them.
     """
     with contextlib.ExitStack() as held:
-        stop = held.enter_context(interrupts.StopRequests(is_told=hosts.is_stop_wished))
-        held.enter_context(hosts.listening(stop))
-        stream = None if hosts.is_first() else sys.stdout
+        stop = held.enter_context(
+            interrupts.StopRequests(is_other_stopped=processes.is_other_stopped)
+        )
+        stream = None if processes.is_primary() else sys.stdout
         shown = held.enter_context(progress.Progress(stream))
         yield {"stop": stop, "progress": shown}
 
@@ -405,29 +405,32 @@ def run(
         try:
             _connect(pathlib.Path(argv[0]).stem, is_for_several=is_for_several)
             main(argv)
-            hosts.finish(0)
+            processes.disconnect()
         except interrupts.Interrupted as error:
-            if hosts.is_first():
-                print(error, file=sys.stderr)
-            hosts.finish(interrupts.EXIT_CODE)
+            if processes.is_primary():
+                interrupts.say(str(error))
+            processes.disconnect()
             sys.exit(interrupts.EXIT_CODE)
-        except Exception as error:
-            if hosts.is_of_all(error):
-                hosts.await_verdict()
+        except (Exception, KeyboardInterrupt) as error:
             code, text = _explain(error)
+            is_single = processes.num_processes() == 1
+            # What all processes raise together, the primary says for all.
+            is_agreed = (
+                is_single
+                or isinstance(error, loop.NonFinite)
+                or processes.is_agreed(error)
+            )
+            is_said = processes.is_primary() or not is_agreed
             if text is None or flags.FLAGS.pdb or flags.FLAGS.showtraceback:
-                if hosts.is_connected():
+                if is_single:
+                    raise
+                if is_said:
                     traceback.print_exc()
-                hosts.fail(code, repr(error))
-                raise
-            # What all processes have found together, the first tells for all.
-            is_agreed = isinstance(error, loop.NonFinite)
-            if hosts.is_first() or not is_agreed:
-                print(f"error: {text}", file=sys.stderr)
-            if is_agreed:
-                hosts.finish(code)
-            else:
-                hosts.fail(code, text)
+            elif is_said:
+                interrupts.say(f"error: {text}")
+            if not is_agreed:
+                processes.fail(code, text or repr(error))
+            processes.disconnect()
             sys.exit(code)
 
     app.run(guarded)
@@ -444,8 +447,10 @@ def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
 
 
-def _explain(error: Exception) -> tuple[int, str | None]:
+def _explain(error: BaseException) -> tuple[int, str | None]:
     """Returns the exit code of an error, and what to say of it if it is the user's."""
+    if lost := processes.lost_process(error):
+        return 1, lost
     if isinstance(error, loop.EnvironmentFailure):
         return 1, f"{error}; the same command continues"
     if isinstance(error, ValueError | FloatingPointError | OSError):

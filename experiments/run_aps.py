@@ -18,7 +18,7 @@ from typing import Any
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari, reward_functions
-from aps_jax.parallel import devices, hosts
+from aps_jax.parallel import devices, processes
 from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import report, run_pictures, tables
 from aps_jax.runs import folders, metrics, snapshots
@@ -65,7 +65,7 @@ def main(argv: Sequence[str]) -> None:
                 print(f"Visited features: {folder / 'features.png'}")
             print(f"The agent playing: {folder / 'game.gif'}")
     is_gain_known = len(arms) == 2 and config.finetune.task == "score"
-    if is_gain_known and hosts.is_first():
+    if is_gain_known and processes.is_primary():
         tables.show_gain(report.report(list(runs)))
 
 
@@ -78,7 +78,7 @@ def _run(
     stop: StopRequests,
 ) -> dict[str, dict[str, Any]]:
     """Runs all arms of one seed; returns the result of each."""
-    hosts.by_first(
+    processes.broadcast_from_primary(
         lambda: folders.open_run(workdir, stage="run_aps", config=config, arms=arms)
     )
     watched = {"progress": progress, "stop": stop}
@@ -104,7 +104,7 @@ def _run(
         )
         _draw(config, workdir, list(results), **watched)
 
-    hosts.by_first(write)
+    processes.broadcast_from_primary(write)
     return results
 
 

@@ -11,6 +11,7 @@ is finished is skipped, what was interrupted continues. Ends with one table.
 """
 
 import collections
+import contextlib
 import dataclasses
 import glob
 import os
@@ -352,7 +353,7 @@ def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
     def stop(number: int, frame: object) -> None:
         raise KeyboardInterrupt
 
-    previous = signal.signal(signal.SIGTERM, stop)
+    previous = {number: signal.signal(number, stop) for number in interrupts.SIGNALS}
     try:
         while waiting or running:
             while waiting and free:
@@ -380,7 +381,8 @@ def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
             process.wait()
         raise interrupts.Interrupted from None
     finally:
-        signal.signal(signal.SIGTERM, previous)
+        for number, handler in previous.items():
+            signal.signal(number, handler)
     return failed
 
 
@@ -407,26 +409,33 @@ class SlurmTask:
     def __init__(self, job: Job):
         """Holds the job."""
         self._job = job
+        self._process: subprocess.Popen | None = None
 
     def __call__(self) -> int:
         """Runs the job, again while it says so; returns its exit code."""
         for _ in range(_MAX_REQUEUES):
             with self._job.log.open("a") as log:
-                done = subprocess.run(
-                    self._job.command,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    check=False,
+                self._process = subprocess.Popen(
+                    self._job.command, stdout=log, stderr=subprocess.STDOUT
                 )
-            if done.returncode != interrupts.EXIT_CODE:
+            code = self._process.wait()
+            if code != interrupts.EXIT_CODE:
                 break
-        return done.returncode
+        return code
 
     def checkpoint(self) -> Any:
-        """Tells submitit what to submit after a time limit: the same command."""
+        """Lets the run save before a time limit; returns what submitit submits again.
+
+        submitit calls it in its signal handler, and ends this process after it.
+        """
         import submitit
 
-        return submitit.helpers.DelayedSubmission(self)
+        if self._process is not None:
+            # `Popen.wait` holds a lock, within which this handler runs.
+            with contextlib.suppress(ProcessLookupError, ChildProcessError):
+                os.kill(self._process.pid, signal.SIGTERM)
+                os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
+        return submitit.helpers.DelayedSubmission(SlurmTask(self._job))
 
 
 def _run_slurm(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, int]:

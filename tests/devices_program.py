@@ -80,9 +80,9 @@ def random_replay(mesh):
         experience=steps, current_index=np.int32(7), is_full=np.bool_(True)
     )
     specs = jax.tree.map(
-        lambda x: devices.SHARDED if np.ndim(x) else devices.EVERYWHERE, state
+        lambda x: devices.SHARDED if np.ndim(x) else devices.REPLICATED, state
     )
-    return devices.put(state, mesh, specs)
+    return devices.device_put(state, mesh, specs)
 
 
 def learned(num_devices, *, is_pretraining):
@@ -96,14 +96,14 @@ def learned(num_devices, *, is_pretraining):
         names = names + metrics.PRETRAINING
         learn = loop.make_pretrain_learn(AGENT, sample, mesh)
     else:
-        state = devices.put(AGENT.init_finetune(state), mesh)
+        state = devices.device_put(AGENT.init_finetune(state), mesh)
         task = np.float32([0.6, 0.8])
         learn = loop.make_finetune_learn(
             AGENT, sample, task=task, reward_scale=np.float32(2.0), mesh=mesh
         )
-    sums = devices.put(loop.init_sums(loop.names_of(names)), mesh)
+    sums = devices.device_put(loop.init_sums(loop.names_of(names)), mesh)
     ring = random_replay(mesh)
-    drawn = jax.jit(sample.drawn)(ring, devices.put(np.int32(5), mesh))
+    drawn = jax.jit(sample.drawn)(ring, devices.device_put(np.int32(5), mesh))
     start = jax.device_get(state.params)
     learn = learn.lower(state, sums, ring).compile()
     losses = []
@@ -146,14 +146,14 @@ def acted(num_devices):
         memory=loop.init_memory(
             AGENT, RING, num_envs=NUM_ENVS, feature_dim=DIM, mesh=mesh
         ),
-        sums=devices.put(loop.init_sums(["loss_td"]), mesh),
+        sums=devices.device_put(loop.init_sums(["loss_td"]), mesh),
         mesh=mesh,
     )
     act = loop.make_act(
         AGENT, RING, KEY, epsilon=0.5, explore=True, regress_clip=1.0, mesh=mesh
     )
     session.step(act)
-    timestep = devices.put(session.timestep, mesh, devices.SHARDED)
+    timestep = devices.device_put(session.timestep, mesh, devices.SHARDED)
     compiled = act.lower(session.state.params, session.memory, timestep).compile()
     for _ in range(LENGTH + 4):
         session.step(act)

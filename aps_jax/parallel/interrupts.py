@@ -1,5 +1,6 @@
-"""Requests to stop: SIGTERM and SIGINT, noticed at once and obeyed between two steps."""
+"""Requests to stop: signals, noticed at once and obeyed between two steps."""
 
+import contextlib
 import os
 import selectors
 import signal
@@ -7,14 +8,27 @@ import sys
 import threading
 import time
 from collections.abc import Callable
-from typing import NoReturn, Self
+from types import TracebackType
+from typing import Any, NoReturn, Self
 
 # What a scheduler reads as "try again": EX_TEMPFAIL of sysexits.h.
 EXIT_CODE = 75
 
-# XLA compiles for many seconds in one call, in which Python runs nothing. What such a
-# call is given to end before the process is ended from a thread, so that a checkpoint can
-# be saved after it: less than the 30 seconds that Slurm and spot machines leave.
+# What schedulers, containers and terminals send to end a job: kill, Docker, Kubernetes,
+# Slurm (TERM); Ctrl-C; a closed terminal (HUP); submitit, LSF and Grid Engine before a
+# time limit (USR1, USR2); a limit of processor time (XCPU).
+SIGNALS = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGHUP,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGXCPU,
+)
+
+# XLA compiles for many seconds in one call, in which Python runs nothing. How long to
+# wait for such a call, so that a checkpoint can be saved after it, before the process is
+# ended: less than the 30 seconds that Slurm and spot machines leave.
 _PATIENCE_SECONDS = 20.0
 
 
@@ -22,46 +36,65 @@ class Interrupted(Exception):
     """A stage was asked to stop, and has saved what it had."""
 
 
+_active: "StopRequests | None" = None  # A process has one set of signal handlers.
+
+
+def is_requested() -> bool:
+    """Returns whether this process was asked to stop, as far as anybody listens."""
+    return _active is not None and _active.is_requested()
+
+
 class StopRequests:
-    """Listens for SIGTERM and SIGINT while it is entered, in the main thread.
+    """Listens for `SIGNALS` while it is entered, in the main thread.
 
     A thread says at once that a request was noticed; `check`, which stages call in every
-    step, raises. A second Ctrl-C stops the process at once.
+    step, raises. A second Ctrl-C ends the process at once. `SIGHUP` stays ignored where
+    it is, as under nohup.
     """
 
     def __init__(
         self,
         *,
-        is_told: Callable[[], bool] = lambda: False,
+        is_other_stopped: Callable[[], bool] = lambda: False,
         patience_seconds: float = _PATIENCE_SECONDS,
     ):
         """Listens to nothing yet.
 
         Args:
-          is_told: Whether somebody else was asked to stop, and this process with them.
+          is_other_stopped: Whether another process of the run was asked to stop.
           patience_seconds: How long a request may wait for `check` before the process
-            is ended. What is lost is what came after the last checkpoint, which stays
-            whole.
+            is ended. What came after the last checkpoint is then lost.
         """
-        self._is_told = is_told
+        self._is_other_stopped = is_other_stopped
         self._patience = patience_seconds
         self._requested = threading.Event()
         self._noticed = threading.Event()
-        self._previous: dict[signal.Signals, object] = {}
+        self._previous: dict[signal.Signals, Any] = {}
         self._reader = self._writer = -1
 
     def __enter__(self) -> Self:
+        global _active
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._previous_fd = signal.set_wakeup_fd(
             self._writer, warn_on_full_buffer=False
         )
-        for number in (signal.SIGTERM, signal.SIGINT):
-            self._previous[number] = signal.signal(number, self._handle)
+        for number in SIGNALS:
+            is_ignored = signal.getsignal(number) == signal.SIG_IGN
+            if not (number == signal.SIGHUP and is_ignored):
+                self._previous[number] = signal.signal(number, self._handle)
+        self._outer, _active = _active, self
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        global _active
+        _active = self._outer
         self._noticed.set()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
@@ -69,12 +102,12 @@ class StopRequests:
         os.close(self._writer)  # Ends the thread.
 
     def check(self) -> None:
-        """Raises `Interrupted` if a stop was requested.
+        """Raises if a stop was requested.
 
         Raises:
           Interrupted: The stage should save and end.
         """
-        if self.is_requested() or self._is_told():
+        if self.is_requested() or self._is_other_stopped():
             self.obey()
 
     def is_requested(self) -> bool:
@@ -109,18 +142,18 @@ class StopRequests:
                     if not received:
                         break
                     number = received[0]
-                    if number not in (signal.SIGTERM, signal.SIGINT):
+                    if number not in self._previous:
                         continue
                     if deadline is None:
                         deadline = time.monotonic() + self._patience
-                        _say(
+                        say(
                             f"{signal.Signals(number).name} noticed: stopping at the "
                             "next step; a second Ctrl-C stops at once"
                         )
                     elif number == signal.SIGINT:
                         os._exit(EXIT_CODE)
                 elif not self._noticed.is_set():
-                    _say(
+                    say(
                         "stopped within a long computation; the same command continues "
                         "from the last checkpoint"
                     )
@@ -128,5 +161,7 @@ class StopRequests:
         os.close(self._reader)
 
 
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+def say(text: str) -> None:
+    """Prints to standard error, or not if that is closed or full."""
+    with contextlib.suppress(OSError, ValueError):
+        print(text, file=sys.stderr, flush=True)

@@ -19,7 +19,7 @@ import orbax.checkpoint as ocp
 import tensorstore as ts
 from absl import logging
 
-from aps_jax.parallel import hosts
+from aps_jax.parallel import processes
 
 FORMAT = 3
 METADATA_NAME = "metadata.json"
@@ -139,11 +139,11 @@ class Checkpointer:
         """
         values = {"format": FORMAT, **metadata}
         if "environment" in metadata:
-            values["environment"] = hosts.gather(metadata["environment"])
+            values["environment"] = processes.all_gather(metadata["environment"])
         text = json.dumps(values, indent=1, allow_nan=False)
         previous = self._join()
-        failures = hosts.gather(None if previous is None else str(previous))
-        failure = hosts.by_first(lambda: self._prepare(step))
+        failures = processes.all_gather(None if previous is None else str(previous))
+        failure = processes.broadcast_from_primary(lambda: self._prepare(step))
         if failure is not None:
             raise OSError(failure)
         scores = {old: self._score(old) for old in self.steps()}
@@ -248,9 +248,9 @@ class Checkpointer:
             both sides), or there are checkpoints and none of them can be read.
         """
         damaged: dict[int, str] = {}
-        for step in reversed(hosts.by_first(self.steps)):
+        for step in reversed(processes.broadcast_from_primary(self.steps)):
             path = self._folder / str(step)
-            reason = hosts.by_first(functools.partial(_damage, path))
+            reason = processes.broadcast_from_primary(functools.partial(_damage, path))
             try:
                 if reason is None:
                     found = _restore(path, templates, optional)
@@ -258,7 +258,7 @@ class Checkpointer:
             except _MisfitError:
                 raise
             except Exception as error:
-                if hosts.num_processes() > 1:
+                if processes.num_processes() > 1:
                     raise  # Others may have read it: they must not go apart.
                 reason = _line(error)
             damaged[step] = str(reason)
@@ -269,7 +269,7 @@ class Checkpointer:
             raise ValueError(
                 f"None of the checkpoints in {self._folder} can be read ({reasons})."
             )
-        if hosts.is_first():
+        if processes.is_primary():
             for bad, reason in damaged.items():
                 path = self._folder / str(bad)
                 self._warn(
@@ -304,10 +304,10 @@ class Checkpointer:
         with held:
             try:
                 manager.wait_until_finished()
-                if hosts.is_first():
+                if processes.is_primary():
                     _to_disk(self._folder)
             finally:
-                if hosts.is_first():
+                if processes.is_primary():
                     self.clean()
 
     def _join(self) -> OSError | None:
@@ -473,9 +473,9 @@ def _restore(
         )
     if "environment" in metadata:
         environments = metadata["environment"]
-        is_same_count = len(environments) == hosts.num_processes()
+        is_same_count = len(environments) == processes.num_processes()
         metadata["environment"] = (
-            environments[hosts.process_index()] if is_same_count else None
+            environments[jax.process_index()] if is_same_count else None
         )
     if callable(templates):
         templates = templates(metadata)

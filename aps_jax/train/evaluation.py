@@ -109,7 +109,7 @@ def evaluate(
       An `Evaluation`.
     """
     num_games = config.evaluation.eval_episodes
-    actor = devices.put(player.init(num_games))
+    actor = devices.device_put(player.init(num_games))
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
     is_playing = np.ones(num_games, bool)
@@ -130,7 +130,7 @@ def evaluate(
                     is_taking = True
             if only_record and not is_taking:
                 break
-            actor, decision = player.act(state, actor, devices.put(timestep))
+            actor, decision = player.act(state, actor, devices.device_put(timestep))
             if extras is None:
                 extras = jax.device_get(dict(decision.extras))
             action = jax.device_get(decision.action)

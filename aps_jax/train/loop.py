@@ -146,7 +146,7 @@ def make_pool(
     seeds: list[int] = []
     for seed in run_seeds or (config.seed,):
         of_run = atari.environment_seeds(seed, num_envs, stream=int(stream))
-        seeds += of_run[devices.share(num_envs, mesh)]
+        seeds += of_run[devices.process_slice(num_envs, mesh)]
     return constructor(
         config.game,
         len(seeds),
@@ -231,7 +231,7 @@ ROLLOUT_SPECS = RolloutState(
         memory=devices.SHARDED,
         stack=devices.SHARDED,
         lives=devices.SHARDED,
-        num_steps=devices.EVERYWHERE,
+        num_steps=devices.REPLICATED,
     ),
     replay=REPLAY_SPECS,
     episodes=devices.SHARDED,  # type: ignore[arg-type]
@@ -356,7 +356,7 @@ def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[...
         num_windows=devices.round_up(num_states, mesh),
         num_states=1,
     )
-    return _on_each_device(draw, mesh, (REPLAY_SPECS, devices.EVERYWHERE))
+    return _on_each_device(draw, mesh, (REPLAY_SPECS, devices.REPLICATED))
 
 
 def make_draw(
@@ -399,9 +399,9 @@ def make_draw(
     sample = functools.partial(
         buffer_lib.sample, num_windows=spec.num_windows, num_states=spec.num_states
     )
-    draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.EVERYWHERE))
+    draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.REPLICATED))
     draw_particles = _on_each_device(
-        particles_of, mesh, (devices.EVERYWHERE, REPLAY_SPECS, devices.EVERYWHERE)
+        particles_of, mesh, (devices.REPLICATED, REPLAY_SPECS, devices.REPLICATED)
     )
 
     def draw(
@@ -567,8 +567,8 @@ class Session:
         assert self.timestep is not None
         is_last = self.timestep.terminated | self.timestep.truncated
         if devices.num_processes(self.mesh) > 1:
-            is_last = devices.get(
-                devices.put(is_last, self.mesh, devices.SHARDED), self.mesh
+            is_last = devices.fetch(
+                devices.device_put(is_last, self.mesh, devices.SHARDED), self.mesh
             )
         return int(np.sum(is_last))
 
@@ -583,9 +583,9 @@ class Session:
         if self.timestep is None:
             with environment_errors():
                 self.timestep = self.pool.reset()
-        timestep = devices.put(self.timestep, self.mesh, devices.SHARDED)
+        timestep = devices.device_put(self.timestep, self.mesh, devices.SHARDED)
         self.rollout, action = self.act(self.state, self.rollout, timestep)
-        action = devices.own(action)
+        action = devices.local_rows(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
         try:
@@ -681,9 +681,9 @@ class Session:
         if self.draw is None:
             return {}
         # The replay as it stood then; the newest rows may be of later steps.
-        then = self.rollout.replay._replace(**devices.put(bad.extras, self.mesh))
-        number = devices.put(np.int32(update), self.mesh)
-        drawn = devices.get(jax.jit(self.draw)(self.state, then, number), self.mesh)
+        then = self.rollout.replay._replace(**devices.device_put(bad.extras, self.mesh))
+        number = devices.device_put(np.int32(update), self.mesh)
+        drawn = devices.fetch(jax.jit(self.draw)(self.state, then, number), self.mesh)
         return {
             jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value)
             for path, value in jax.tree_util.tree_leaves_with_path(drawn)
@@ -696,9 +696,9 @@ class Session:
           NonFinite: As `check_finite`.
         """
         self.check_finite()
-        episodes = devices.get(self.rollout.episodes, self.mesh)
+        episodes = devices.fetch(self.rollout.episodes, self.mesh)
         values = sums_lib.means(self.sums)
-        self.sums = devices.put(init_sums(list(values)), self.mesh)
+        self.sums = devices.device_put(init_sums(list(values)), self.mesh)
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
@@ -823,7 +823,7 @@ def start(
             replay_size=plan.replay_size,
             mesh=mesh,
         ),
-        sums=devices.put(init_sums(names_of(learner.metrics)), mesh),
+        sums=devices.device_put(init_sums(names_of(learner.metrics)), mesh),
         act=jit_act(make_act(policy, stream_key(config.seed, plan.act_stream)), mesh),
         learn=jit_learn(make_learn(learner, draw, learn_key), mesh),
         schedule=plan.schedule(),
@@ -836,7 +836,7 @@ def init_state(
     agent: base.Agent, seed: int, mesh: devices.Mesh = None
 ) -> base.AgentState:
     """Returns the state of an untrained agent, on every device."""
-    return devices.put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
+    return devices.device_put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
 
 
 def play_rollouts(session: Session) -> base.Rollouts:
@@ -852,7 +852,7 @@ def play_rollouts(session: Session) -> base.Rollouts:
         held = replay.experience
         return held.reward[:, :steps].T, held.is_first[:, :steps].T
 
-    reward, is_first = devices.get(rewards_of(replay), mesh)
+    reward, is_first = devices.fetch(rewards_of(replay), mesh)
 
     def encode(function: Callable[..., Any], state: base.AgentState) -> Any:
         def of_all(state: base.AgentState, replay: buffer_lib.Buffer) -> Any:
@@ -860,7 +860,7 @@ def play_rollouts(session: Session) -> base.Rollouts:
                 functools.partial(function, state), replay, num_steps=steps
             )
 
-        encoded = devices.get(jax.jit(of_all)(state, replay), mesh)
+        encoded = devices.fetch(jax.jit(of_all)(state, replay), mesh)
         return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), encoded)
 
     return base.Rollouts(reward.reshape(-1), is_first.reshape(-1), encode)

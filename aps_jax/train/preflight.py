@@ -14,7 +14,7 @@ import rich.table
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
-from aps_jax.parallel import devices, hosts
+from aps_jax.parallel import devices, processes
 from aps_jax.runs import folders, machine
 from aps_jax.train import loop, seeds, stages
 from aps_jax.types import FRAME_SKIP
@@ -70,7 +70,7 @@ def run_checks(
     except ValueError as error:
         checks.append(Check("work directory", str(error), "failed"))
     checks += [_disk(config, place, name, num_seeds) for name in stage_names]
-    if hosts.is_connected():
+    if processes.num_processes() > 1:
         checks = _of_all(checks)
     if any(check.verdict == "failed" for check in checks):
         return checks
@@ -90,8 +90,8 @@ def print_table(checks: Sequence[Check]) -> None:
 
 def _of_all(checks: list[Check]) -> list[Check]:
     """Puts together what the processes of several hosts have found."""
-    found = [Check("processes", hosts.text())]
-    for index, own in enumerate(hosts.gather(checks)):
+    found = [Check("processes", processes.describe())]
+    for index, own in enumerate(processes.all_gather(checks)):
         for name, *rest in own:
             found.append(Check(f"process {index}: {name}", *rest))
     return found
@@ -233,7 +233,7 @@ def measure_rate(
             if name == stages.FINETUNE:
                 key = loop.stream_key(config.seed, loop.Stream.ADAPT)
                 state, _ = agent.adapt(key, agent.start_finetune(state), None)
-                state = devices.put(state, mesh)
+                state = devices.device_put(state, mesh)
             plan = _plan(config, name, pool.num_actions)
             session = loop.start(config, plan, pool, state, mesh=mesh)
         session.schedule = plan._replace(warmup_agent_steps=0).schedule()
@@ -265,9 +265,10 @@ def _play(session: loop.Session, seconds: float) -> float:
         )
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
-    is_over = devices.Vote(session.mesh)  # Several processes end at the same step.
-    while not is_over.ask(time.monotonic() - started >= seconds):
-        session.step()
+    # Several processes end at the same step.
+    while not processes.any_process(time.monotonic() - started >= seconds):
+        for _ in range(8):  # To ask takes a millisecond.
+            session.step()
     jax.block_until_ready(session.state)
     played = session.agent_steps - before
     return played * FRAME_SKIP / (time.monotonic() - started)

@@ -11,13 +11,14 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax.parallel import devices, hosts, interrupts
+from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import checkpoints, folders, machine, metrics, snapshots, tracking
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import loop
 from aps_jax.train import seeds as seeds_lib
 from aps_jax.types import FRAME_SKIP
 
+_STOP_EVERY = 8  # iterations after which several processes agree on whether to stop
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
 
 
@@ -65,7 +66,6 @@ class Recorder:
         )
         self._saved: int | None = None  # number of the newest checkpoint
         self._is_behind = False  # whether one that was due is not on disk
-        self._vote = devices.Vote(session.mesh)
         self._writer: metrics.MetricsWriter | None = None  # of the first process
         self.facts: dict[str, Any] = {}
         self.last_row: dict[str, float] = {}
@@ -76,10 +76,9 @@ class Recorder:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace
     ) -> None:
-        if not (error is None or isinstance(error, _AGREED)) and hosts.is_connected():
+        is_agreed = error is None or isinstance(error, _AGREED)
+        if processes.num_processes() > 1 and not is_agreed:
             # The others are elsewhere: what needs them all would never come to an end.
-            if isinstance(error, loop.EnvironmentFailure):
-                error.args = (f"{error}. {self._last_words()}",)
             return
         try:
             if error is None:
@@ -132,8 +131,7 @@ class Recorder:
           ValueError: The folder cannot be written, has not room for a checkpoint, or
             holds one of another agent.
         """
-        hosts.set_last_words(self._last_words)
-        hosts.by_first(self.check_disk)
+        processes.broadcast_from_primary(self.check_disk)
         return self.restore()
 
     def restore(self) -> dict[str, Any]:
@@ -144,7 +142,7 @@ class Recorder:
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
             {**parts, "replay": session.rollout.replay},
         )
-        if hosts.by_first(self.numbers):
+        if processes.broadcast_from_primary(self.numbers):
             # Not both at once: the one on disk needs the place.
             session.free_replay()
         del parts
@@ -153,7 +151,7 @@ class Recorder:
         )
         if found is not None:
             self._restore(found.metadata, found.items, templates["replay"])
-        if hosts.is_first():
+        if processes.is_primary():
             self._writer = metrics.MetricsWriter(
                 self._workdir,
                 self._columns,
@@ -264,15 +262,18 @@ class Recorder:
         self.write_due(values, is_last=is_last)
         frames = self._session.agent_steps * FRAME_SKIP
         progress.tick(frames, self.last_row.get("episode_return"))
-        if self._stop is not None and not is_last:
-            self._check_stop(self._stop)
+        is_asked = processes.num_processes() == 1 or (
+            self._session.iteration % _STOP_EVERY == 0
+        )
+        if self._stop is not None and is_asked and not is_last:
+            _check_stop(self._stop)
 
     def write_due(self, values: config_lib.ReportConfig, *, is_last: bool) -> None:
         """Writes a row and a checkpoint where they are due."""
         is_row = self.is_row_due(values) or is_last
         if is_row:
             self.write(self._session.row())
-            self._is_behind = hosts.by_first(lambda: self._is_behind)
+            self._is_behind = processes.broadcast_from_primary(lambda: self._is_behind)
         failure = self._checkpointer.failure()
         if failure is not None:
             self._complain(failure)
@@ -281,19 +282,13 @@ class Recorder:
 
     def write_snapshot(self, visited: dict[str, np.ndarray]) -> None:
         """Writes where the features are, or warns: pictures are no reason to end."""
-        if not hosts.is_first():
+        if not processes.is_primary():
             return
         steps = self._session.agent_steps
         try:
             snapshots.write_snapshot(self._workdir, steps, visited)
         except OSError as error:
             self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
-
-    def _check_stop(self, stop: interrupts.StopRequests) -> None:
-        if not self._vote.is_needed:
-            stop.check()
-        elif self._vote.ask(stop.is_requested()):
-            stop.obey()
 
     def _complain(self, error: Exception) -> None:
         """Warns that something could not be written."""
@@ -316,7 +311,7 @@ class Recorder:
             self.facts["score"] = score
             self.facts["is_evaluated"] = is_evaluation
             self.facts["scored_agent_steps"] = self._session.agent_steps
-        if hosts.is_first():
+        if processes.is_primary():
             try:
                 self._ensure_folder()
                 self._writer.write(row)
@@ -361,7 +356,7 @@ class Recorder:
         if self._has_replay:
             parts["replay"] = session.rollout.replay
         self._is_behind = False
-        if not hosts.by_first(self._sync):
+        if not processes.broadcast_from_primary(self._sync):
             return
         try:
             self._checkpointer.save(
@@ -387,9 +382,9 @@ class Recorder:
         Raises:
           OSError: It could not.
         """
-        self._is_behind = hosts.by_first(lambda: self._is_behind)
+        self._is_behind = processes.broadcast_from_primary(lambda: self._is_behind)
         self.save()
-        failure = hosts.by_first(self._finish)
+        failure = processes.broadcast_from_primary(self._finish)
         if failure is not None:
             self._is_behind = True
             raise OSError(failure)
@@ -426,7 +421,7 @@ class Recorder:
 
     def dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
-        where = hosts.by_first(lambda: self._write_batch(error.batch))
+        where = processes.broadcast_from_primary(lambda: self._write_batch(error.batch))
         error.args = (f"{error} {where}",)
 
     def _write_batch(self, batch: dict[str, np.ndarray]) -> str:
@@ -442,12 +437,6 @@ class Recorder:
         numbers = self._checkpointer.steps()
         last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
         return f"{where} The last good checkpoint {last}."
-
-    def _last_words(self) -> str:
-        """Says how a run goes on whose other processes are lost."""
-        numbers = self._checkpointer.steps()
-        last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist yet"
-        return f"The last checkpoint {last}; the same commands on all hosts continue the run"
 
 
 # Errors that all processes raise at the same step.
@@ -614,6 +603,12 @@ class SeedsRecorder:
             raise others[0]
 
 
+def _check_stop(stop: interrupts.StopRequests) -> None:
+    """Stops all processes together."""
+    if processes.any_process(stop.is_requested()):
+        stop.obey()
+
+
 def _zeros(templates: Any) -> Any:
     """Allocates zeros of the templates' shapes, types and shardings."""
     return jax.jit(
@@ -641,10 +636,9 @@ def _patiently(
             return write()
         except OSError as error:
             warn(f"{error}; trying again every {_RETRY_SECONDS:.0f} s.")
-        ends = time.monotonic() + _RETRY_SECONDS
-        while time.monotonic() < ends:
+        for _ in range(int(_RETRY_SECONDS / 0.2)):  # In all processes as often.
             if stop is not None:
-                stop.check()
+                _check_stop(stop)
             time.sleep(0.2)
 
 
@@ -660,6 +654,6 @@ def write_result(
       interrupts.Interrupted: A stop was requested meanwhile.
     """
     path = workdir / folders.RESULT_NAME
-    hosts.by_first(
+    processes.broadcast_from_primary(
         lambda: _patiently(lambda: folders.write_json(path, result), warn, stop)
     )

@@ -18,7 +18,7 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.parallel import devices, hosts
+from aps_jax.parallel import devices, processes
 from aps_jax.train import loop
 from aps_jax.train import sums as sums_lib
 
@@ -42,7 +42,7 @@ def check_configs(configs: Sequence[config_lib.Config]) -> None:
             "Many seeds at once share one device, got num_devices="
             f"{first.num_devices}: leave it out, or give --seeds in place of --num_seeds."
         )
-    if hosts.is_connected():
+    if processes.num_processes() > 1:
         raise ValueError(
             "Many seeds at once are for one process: give --seeds in place of --num_seeds."
         )
@@ -240,7 +240,7 @@ class SeedSession(loop.Session):
           draw: Draws the batches of the seed's updates from its replay.
         """
         self._everyone = everyone
-        self._index = devices.put(np.int32(index))
+        self._index = devices.device_put(np.int32(index))
         self._place = index
         self._flag = None
         self.pool = everyone.pool.of_seed(index)
@@ -389,7 +389,7 @@ def start_pretraining(
     rollout = loop.init_rollout(
         policy, states[0], num_envs=plan.num_envs, replay_size=plan.replay_size
     )
-    sums = devices.put(loop.init_sums(loop.names_of(learner.metrics)))
+    sums = devices.device_put(loop.init_sums(loop.names_of(learner.metrics)))
     session = SeedsSession(
         pool=SeedsPool(pool, len(seeds)),
         state=_stack(states),

@@ -17,7 +17,7 @@ from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
-from aps_jax.parallel import devices, hosts, interrupts
+from aps_jax.parallel import devices, interrupts, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
@@ -240,7 +240,7 @@ def _explore(
             is_last or recorder.is_row_due(config.report)
         ):
             session.prepare_save()
-            steps = devices.put(np.int32(session.agent_steps), session.mesh)
+            steps = devices.device_put(np.int32(session.agent_steps), session.mesh)
             visited = embed(session.state, session.rollout.replay, steps)
             recorder.write_snapshot(jax.device_get(visited))
         recorder.record(config.report, is_last=is_last, progress=progress)
@@ -327,7 +327,7 @@ def finetune(
             check_fits(trained, init, config, pool.num_actions)
             state = trained.state
         lock = _open(held, workdir, warn, **facts)
-        state = devices.put(jax.jit(agent.start_finetune)(state), mesh)
+        state = devices.device_put(jax.jit(agent.start_finetune)(state), mesh)
         plan = loop.finetune_plan(config, agent)
         session = loop.start(config, plan, pool, state, mesh=mesh)
         with recorders.Recorder(
@@ -392,7 +392,7 @@ def _find_finished(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None
         folders.open_run(workdir, **facts)
         return folders.find_result(workdir)
 
-    return hosts.by_first(find)
+    return processes.broadcast_from_primary(find)
 
 
 def _open(
@@ -406,9 +406,9 @@ def _open(
     Raises:
       ValueError: As `folders.open_run`; or not all processes see the folder.
     """
-    hosts.by_first(lambda: folders.open_run(workdir, **facts))
-    hosts.check_shared(workdir)
-    if not hosts.is_first():
+    processes.broadcast_from_primary(lambda: folders.open_run(workdir, **facts))
+    processes.check_shared(workdir)
+    if not processes.is_primary():
         return None
     return held.enter_context(folders.RunLock(workdir, warn=warn))
 
@@ -470,7 +470,7 @@ def adapt(
     key = loop.stream_key(config.seed, loop.Stream.ADAPT)
     state, facts = agent.adapt(key, session.state, rollouts)
     facts["agent_steps"] = session.agent_steps
-    return devices.put(state, session.mesh), facts
+    return devices.device_put(state, session.mesh), facts
 
 
 def _learn(
@@ -521,7 +521,7 @@ def _learn(
                 stop=stop,
             ).to_lists()
 
-        played = evaluation.from_lists(hosts.by_first(play))
+        played = evaluation.from_lists(processes.broadcast_from_primary(play))
         summary = evaluation.summary(config, played)
         evaluations.append(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}

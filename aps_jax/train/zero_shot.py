@@ -87,7 +87,7 @@ def evaluate_rewards(
     pool = _ManyRewardsPool(inner, functions)
     try:
         plan = loop.finetune_plan(config, agent)
-        state = devices.put(agent.start_finetune(trained.state))
+        state = devices.device_put(agent.start_finetune(trained.state))
         session = loop.start(config, plan, pool, state)
         rollouts = stages.roll_out(
             config, agent, session, progress=progress, check=stop and stop.check

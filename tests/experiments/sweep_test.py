@@ -175,7 +175,7 @@ def test_each_gpu_has_one_process(monkeypatch):
 # Running. Each job is a little program in place of a run.
 
 PROGRAM = """
-import os, pathlib, sys
+import os, pathlib, signal, sys, time
 folder, kind, result = pathlib.Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 tries = folder.with_name(folder.name + ".tries")
 count = int(tries.read_text()) if tries.exists() else 0
@@ -185,13 +185,25 @@ if kind == "broken":
     sys.exit(3)
 if kind == "stopped" and count == 0:
     sys.exit(75)
+if kind == "timed" and count == 0:
+    def save(*_):
+        time.sleep(0.2)
+        folder.with_name(folder.name + ".saved").touch()
+        sys.exit(75)
+    signal.signal(signal.SIGTERM, save)
+    os.kill(os.getppid(), signal.SIGUSR2)  # as Slurm before a time limit
+    time.sleep(600)
 folder.mkdir()
 (folder / "result.json").write_text(result)
 """
 
 
 def make_jobs(root, *kinds):
-    """A job of each kind: done, stopped (once, with exit code 75), or broken."""
+    """A job of each kind: done, broken, stopped (once, with exit code 75), or timed.
+
+    A timed one reaches the time limit of its submitit job once, and takes a while to
+    save.
+    """
     (root / "logs").mkdir(exist_ok=True)
     return [
         sweep.Job(
@@ -267,7 +279,8 @@ def test_results_are_kept_with_their_commands_and_machine(tmp_path):
     assert len(made["git_commits"]) == 1
 
 
-def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
     (job,) = make_jobs(tmp_path, "done")
     waits = (
         "import signal, sys, time\n"
@@ -285,7 +298,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):
 
     def pause(seconds):
         if "ready" in job.log.read_text():
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
 
     monkeypatch.setattr(sweep, "_start", record)
     monkeypatch.setattr(sweep.time, "sleep", pause)
@@ -294,30 +307,36 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch):
     assert [process.returncode for process in started] == [75]
 
 
-def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path):
+@pytest.mark.parametrize("kind", ["stopped", "timed"])
+def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
     # In a process of its own: submitit closes what pytest captures.
     program = (
         "import pathlib, sys, sweep_test\n"
         "from experiments import common_flags, sweep\n"
-        "jobs = sweep_test.make_jobs(pathlib.Path(sys.argv[1]), 'stopped')\n"
+        "jobs = sweep_test.make_jobs(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
         "sweep.make_jobs = lambda workdir: jobs\n"
-        "sweep.report.report = sweep.report_tables.show = lambda *_, **__: None\n"
-        "sys.argv[1:] = sys.argv[2:]\n"
+        "sweep.report.report = sweep.tables.show = lambda *_, **__: None\n"
+        "sys.argv[1:] = sys.argv[3:]\n"
         "common_flags.run(sweep.main, short=())\n"
     )
     done = subprocess.run(
         [
-            *(sys.executable, "-c", program, str(tmp_path), f"--workdir={tmp_path}"),
+            *(sys.executable, "-c", program, str(tmp_path), kind),
+            f"--workdir={tmp_path}",
             *("--run=slurm", "--slurm_cluster=local", "--slurm=timeout_min=5"),
         ],
         capture_output=True,
         text=True,
         check=False,
-        env={**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}"},
+        env={
+            **os.environ,
+            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/experiments'}",
+        },
     )
     assert done.returncode == 0, done.stderr
-    assert "finished: stopped 0" in done.stdout
+    assert f"finished: {kind} 0" in done.stdout
     assert (tmp_path / "run_0.tries").read_text() == "2"
+    assert (tmp_path / "run_0.saved").exists() == (kind == "timed")
 
 
 def test_without_submitit_one_line_says_so(tmp_path, monkeypatch):

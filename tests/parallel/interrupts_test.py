@@ -116,20 +116,44 @@ def test_what_is_saved_is_what_goes_on(tmp_path):
         np.testing.assert_array_equal(x, y)
 
 
-def test_handlers_are_put_back():
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+@pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
+def test_signals_that_end_jobs_are_requests_to_stop(name):
+    number = getattr(signal, f"SIG{name}")
+    before = signal.getsignal(number)
     with interrupts.StopRequests() as stop:
-        assert signal.getsignal(signal.SIGTERM) != before[0]
         stop.check()
-    assert before == (
-        signal.getsignal(signal.SIGTERM),
-        signal.getsignal(signal.SIGINT),
-    )
+        assert not interrupts.is_requested()
+        os.kill(os.getpid(), number)
+        assert interrupts.is_requested()
+        with pytest.raises(interrupts.Interrupted):
+            stop.check()
+    assert signal.getsignal(number) == before
+    assert not interrupts.is_requested()
+
+
+def test_hangups_stay_ignored_under_nohup():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with interrupts.StopRequests() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            stop.check()
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_stopped_other_process_stops_this_one():
+    told = []
+    with interrupts.StopRequests(is_other_stopped=lambda: bool(told)) as stop:
+        stop.check()
+        told.append(True)
+        with pytest.raises(interrupts.Interrupted):
+            stop.check()
+        assert not stop.is_requested()
 
 
 DEAF = """
 import hashlib
-from aps_jax import interrupts
+from aps_jax.parallel import interrupts
 with interrupts.StopRequests(patience_seconds=1.5):
     print("ready", flush=True)
     # One call into C that lets other threads run, as a long compilation does.
@@ -139,7 +163,7 @@ with interrupts.StopRequests(patience_seconds=1.5):
 NOTICED = "{} noticed: stopping at the next step; a second Ctrl-C stops at once"
 
 BUSY = """
-from aps_jax import interrupts
+from aps_jax.parallel import interrupts
 with interrupts.StopRequests() as stop:
     print("ready", flush=True)
     try:
@@ -171,7 +195,7 @@ def process_of(*arguments):
 def test_a_computation_that_hears_nothing_is_ended_from_outside():
     with process_of("-c", DEAF) as process:
         assert process.stdout.readline() == "ready\n"
-        process.send_signal(signal.SIGTERM)
+        process.send_signal(signal.SIGUSR2)
         _, said = process.communicate(timeout=60)
         assert process.returncode == interrupts.EXIT_CODE
         assert "continues from the last checkpoint" in said

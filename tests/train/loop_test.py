@@ -59,7 +59,9 @@ def make_session(config, *, learns=True):
         rollout=loop.init_rollout(
             plan.phase.policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * 40
         ),
-        sums=devices.put(loop.init_sums(loop.names_of(plan.phase.learner.metrics))),
+        sums=devices.device_put(
+            loop.init_sums(loop.names_of(plan.phase.learner.metrics))
+        ),
         act=act,
         learn=learn if learns else None,
         schedule=SCHEDULE,

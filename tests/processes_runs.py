@@ -22,9 +22,9 @@ SECONDS = 300.0  # after which a process is taken for hanging
 
 
 def _run(*arguments):
-    import hosts_program  # In the child, where it is imported already.
+    import processes_program  # In the child, where it is imported already.
 
-    hosts_program.run(*arguments)
+    processes_program.run(*arguments)
 
 
 def free_port() -> int:
@@ -72,7 +72,7 @@ class Processes:
                 *flags,
                 *(each[index] if each else []),
             ]
-            process = forks.server("hosts_program").Process(
+            process = forks.server("processes_program").Process(
                 target=_run, args=(argv, str(self.logs[index]), environment)
             )
             process.start()
@@ -93,6 +93,11 @@ class Processes:
     def send(self, index: int, number: signal.Signals) -> None:
         """Sends a signal to one."""
         os.kill(self._processes[index].pid, number)
+
+    def wait_for_end_of(self, index: int, *, within: float) -> None:
+        """Waits for the end of one."""
+        self._processes[index].join(within)
+        assert not self._processes[index].is_alive(), self._all()
 
     def end(self, *, within: float = SECONDS) -> list[int]:
         """Waits for the end of all; returns their exit codes."""
@@ -174,7 +179,7 @@ def files(workdir):
         str(path.relative_to(workdir))
         for stage in STAGES
         for path in (workdir / stage).glob("*")
-        if not path.name.startswith("events.") and path.name != "hosts.json"
+        if not path.name.startswith("events.") and path.name != "processes.json"
     }
 
 

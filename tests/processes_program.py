@@ -1,6 +1,6 @@
 """What one process of a run over several hosts does in the tests: both stages, on the chain.
 
-  python hosts_program.py --workdir=DIR --coordinator_address=HOST:PORT \
+  python processes_program.py --workdir=DIR --coordinator_address=HOST:PORT \
     --num_processes=2 --process_id=0 --options='{"num_devices": 2}'
 """
 
@@ -11,12 +11,12 @@ import time
 import warnings
 
 import fakes
+import jax
 import orbax.checkpoint  # noqa: F401
 import tensorboardX.event_file_writer  # noqa: F401
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax.parallel import hosts
 from aps_jax.train import stages
 from experiments import common_flags
 
@@ -48,9 +48,13 @@ class Pool(fakes.ChainPool):
 
     steps = 0
 
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        print("environments started", flush=True)
+
     def send(self, actions):
         Pool.steps += 1
-        if Pool.steps == _RAISE_AT.value and _RAISE_IN.value == hosts.process_index():
+        if Pool.steps == _RAISE_AT.value and _RAISE_IN.value == jax.process_index():
             raise RuntimeError("the emulator broke")
         time.sleep(_STEP_SECONDS.value)
         super().send(actions)
@@ -87,7 +91,7 @@ def run(argv, log, environment):
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
     warnings.filterwarnings("ignore", module="orbax|flashbax|tensorboardX")
-    sys.argv = ["hosts_program", *argv]
+    sys.argv = ["processes_program", *argv]
     common_flags.run(main, is_for_several=True)
 
 
