@@ -332,7 +332,9 @@ def pretrain(key: PRNGKey, world: maze.Maze, config: AgentConfig) -> Pretrained:
         )
 
         def move(values, error):
-            met = state.is_met.reshape(num_cells, 1, num_actions, *[1] * (error.ndim - 3))
+            met = state.is_met.reshape(
+                num_cells, 1, num_actions, *[1] * (error.ndim - 3)
+            )
             return values + _STEP_SIZE * jnp.where(met, error, 0.0)
 
         table = jax.tree.map(move, state.table, errors)

@@ -9,23 +9,21 @@ import math
 import os
 import pathlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 
 from aps_jax.envs import maze
 from aps_jax.runs import folders
 from aps_jax.scores import estimates
-from experiments import maze_agent, maze_evaluation
+from experiments.maze import agent as agent_lib
+from experiments.maze import evaluation
 
-# Weights of the skill and of the entropy reward: the only difference between agents.
-AGENT_WEIGHTS = {"aps": (1.0, 1.0), "visr": (1.0, 0.0), "apt": (0.0, 1.0)}
 RANDOM = "random"
-_SEEDS_AT_ONCE = 2
+_SEEDS_AT_ONCE = 2  # The tables of all would not fit into a cache.
 _COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
 
 
@@ -50,7 +48,11 @@ def open_workdir(
     if not path.exists():
         return None
     earlier = folders.read_json(path)
-    differing = [key for key in description if earlier.get(key) != description[key]]
+    differing = [
+        key
+        for key, value in description.items()
+        if key != "git_commit" and earlier.get(key) != value
+    ]
     if differing:
         raise ValueError(
             f"holds a run that differs in {', '.join(differing)}; give another folder."
@@ -58,12 +60,121 @@ def open_workdir(
     return earlier
 
 
+def keys_of(seeds: Sequence[int]) -> jax.Array:
+    """Returns the roots of the seeds' random streams, `[R]`."""
+    # The default generator, unrolled wherever it is used, would double the compile time.
+    return jnp.stack([jax.random.key(seed, impl="rbg") for seed in seeds])
+
+
+def over_seeds(function: Callable[..., Any], keys: jax.Array, *batched: Any) -> Any:
+    """Calls `function(key, *batched)` for all seeds, few at a time."""
+    return jax.lax.map(
+        lambda arguments: function(*arguments),
+        (keys, *batched),
+        batch_size=_SEEDS_AT_ONCE,
+    )
+
+
+_static = functools.partial(jax.jit, static_argnames=("agent_config", "test_config"))
+
+
+@_static
+def pretrain_and_test(
+    keys: jax.Array,
+    world: maze.Maze,
+    weights: tuple[jax.Array, jax.Array],
+    agent_config: agent_lib.AgentConfig,
+    test_config: evaluation.TestConfig,
+) -> tuple[agent_lib.Pretrained, evaluation.ZeroShot, evaluation.Example]:
+    """Returns what each seed learned, its scores and its example, stacked `[R, ...]`."""
+    skill_weight, entropy_weight = weights
+    config = dataclasses.replace(
+        agent_config, skill_weight=skill_weight, entropy_weight=entropy_weight
+    )
+
+    def one(key: jax.Array) -> tuple[Any, ...]:
+        k_pretrain, k_test, _, _ = jax.random.split(key, 4)
+        result = agent_lib.pretrain(k_pretrain, world, config)
+        return result, *evaluation.zero_shot(
+            k_test, world, _boxes(), result, config, test_config
+        )
+
+    return over_seeds(one, keys)
+
+
+# Apart from the zero-shot test, for the reason given there.
+@_static
+def _fine_tune(
+    keys: jax.Array,
+    world: maze.Maze,
+    parameters: Any,
+    agent_config: agent_lib.AgentConfig,
+    test_config: evaluation.TestConfig,
+) -> jax.Array:
+    is_pretrained = parameters is not None
+
+    def one(key: jax.Array, parameters: Any) -> jax.Array:
+        _, _, k_few, k_init = jax.random.split(key, 4)
+        if not is_pretrained:
+            parameters = agent_lib.init_params(k_init, world, agent_config)
+        return evaluation.few_shot(
+            k_few,
+            world,
+            _boxes(),
+            *parameters,
+            agent_config,
+            test_config,
+            is_pretrained=is_pretrained,
+        )
+
+    return over_seeds(one, keys, parameters)
+
+
+def _boxes() -> jax.Array:
+    return jnp.asarray(maze.box_masks(10, 10))
+
+
+def _run_agent(
+    agent: str,
+    keys: jax.Array,
+    world: maze.Maze,
+    agent_config: agent_lib.AgentConfig,
+    test_config: evaluation.TestConfig,
+) -> list[dict[str, Any]]:
+    """Pretrains and tests one agent in one maze; returns a result for each seed."""
+    is_free = np.asarray(world.is_free)
+    if agent == RANDOM:
+        walk = functools.partial(
+            agent_lib.random_visits, world=world, config=agent_config
+        )
+        visits = jax.device_get(over_seeds(walk, keys))
+        return [_coverage(row, is_free) for row in visits]
+    weights = tuple(np.float32(weight) for weight in agent_lib.AGENTS[agent])
+    pretrained, scores, examples = jax.block_until_ready(
+        pretrain_and_test(keys, world, weights, agent_config, test_config)
+    )
+    parameters = (pretrained.feature_params, pretrained.table)
+    few = _fine_tune(keys, world, parameters, agent_config, test_config)
+    visits, scores, examples, few = jax.device_get(
+        (pretrained.visits, scores, examples, few)
+    )
+    return [
+        {
+            **_coverage(visits[index], is_free),
+            "zero_shot": _per_seed(scores, index),
+            "few_shot": _rounded(few[index]),
+            "example": _per_seed(examples, index) if index == 0 else None,
+        }
+        for index in range(len(keys))
+    ]
+
+
 def run_grid(
     mazes: Sequence[str],
     agents: Sequence[str],
     seeds: Sequence[int],
-    agent_config: maze_agent.AgentConfig,
-    test_config: maze_evaluation.TestConfig,
+    agent_config: agent_lib.AgentConfig,
+    test_config: evaluation.TestConfig,
     earlier: dict[str, Any] | None = None,
 ) -> Iterator[dict[str, Any]]:
     """Pretrains and tests every agent in every maze, all seeds at once.
@@ -73,7 +184,7 @@ def run_grid(
 
     Args:
       mazes: names in `maze.MAPS`.
-      agents: names in `AGENT_WEIGHTS`, or `random`.
+      agents: names in `agent.AGENTS`, or `random`.
       seeds: roots of the runs' random streams. The reward functions of a seed are the
         same for all agents.
       agent_config: shared by all agents, but for the two reward weights.
@@ -84,178 +195,64 @@ def run_grid(
     Yields:
       The contents of `maze.json`, without its table.
     """
-    description = describe(agents, seeds, agent_config, test_config)
-    if earlier is None:
-        earlier = {"mazes": {}, "runs": [], "wall_seconds": 0.0, "cpu_seconds": 0.0}
-    runs, by_maze = list(earlier["runs"]), dict(earlier["mazes"])
-    mazes = [name for name in mazes if name not in by_maze]
-    if not mazes:
-        yield earlier
-        return
-
-    boxes = jnp.asarray(maze.box_masks(10, 10))
-    horizon = agent_config.episode_length
-    # The default generator, unrolled wherever it is used, would double the compile time.
-    keys = jnp.stack([jax.random.key(seed, impl="rbg") for seed in seeds])
-    over_seeds = functools.partial(jax.vmap, in_axes=(0, None, None))
-
-    def run_one(key, world, skill_weight, entropy_weight):
-        config = dataclasses.replace(
-            agent_config, skill_weight=skill_weight, entropy_weight=entropy_weight
-        )
-        k_pretrain, k_test, _, _ = jax.random.split(key, 4)
-        result = maze_agent.make_pretrain(config)(k_pretrain, world)
-        scores, example = maze_evaluation.zero_shot(
-            k_test, world, boxes, result, config, test_config
-        )
-        return result, scores, example
-
-    @jax.jit
-    def run(keys, world, *weights):
-        # Few seeds at a time: the tables of all of them would not fit into a cache.
-        return jax.lax.map(
-            lambda key: run_one(key, world, *weights), keys, batch_size=_SEEDS_AT_ONCE
-        )
-
-    # Apart from the zero-shot test, for the reason given there.
-    @jax.jit
-    @functools.partial(jax.vmap, in_axes=(0, None, 0, 0, None))
-    def fine_tune(key, world, feature_params, successor_params, is_pretrained):
-        _, _, k_few, _ = jax.random.split(key, 4)
-        return maze_evaluation.few_shot(
-            k_few,
-            world,
-            boxes,
-            feature_params,
-            successor_params,
-            agent_config,
-            test_config,
-            is_pretrained=is_pretrained,
-        )
-
-    @jax.jit
-    @over_seeds
-    def fresh(key, world, _):
-        _, _, _, k_init = jax.random.split(key, 4)
-        return maze_agent.init_params(k_init, world, agent_config)
-
-    @jax.jit
-    @over_seeds
-    def bounds(key, world, _):
-        _, k_test, _, _ = jax.random.split(key, 4)
-        rewards = jax.vmap(
-            lambda k: maze.sample_reward(jax.random.split(k, 4)[0], world, boxes)
-        )(jax.random.split(k_test, test_config.num_rewards))
-        return (
-            maze_evaluation.feature_bound(
-                world, rewards, feature_dim=agent_config.feature_dim, horizon=horizon
-            ),
-            maze_evaluation.discount_bound(
-                world, rewards, discount=agent_config.discount, horizon=horizon
-            ),
-        )
-
-    @jax.jit
-    @over_seeds
-    def random_visits(key, world, _):
-        k_pretrain, _, _, _ = jax.random.split(key, 4)
-        return maze_agent.random_visits(k_pretrain, world, agent_config)
-
-    started, cpu_started = time.time(), time.process_time()
-    done, total = 0, len(mazes) * len(agents)
+    result = earlier or {
+        **describe(agents, seeds, agent_config, test_config),
+        "mazes": {},
+        "runs": [],
+        "wall_seconds": 0.0,
+        "cpu_seconds": 0.0,
+    }
+    if set(mazes) <= set(result["mazes"]):
+        yield result
+    keys, configs = keys_of(seeds), (agent_config, test_config)
     for name in mazes:
+        if name in result["mazes"]:
+            continue
+        started, cpu_started = time.time(), time.process_time()
         world = maze.parse_maze(maze.MAPS[name])
-        features_best, discounted = jax.device_get(bounds(keys, world, 0))
-        by_maze[name] = {
-            "map": list(maze.MAPS[name]),
-            "feature_bound": _rounded(features_best),
-            "discount_bound": _rounded(discounted),
-            # The scratch arm meets the rewards of the others: they share the key.
-            "few_shot_scratch": _rounded(
-                jax.device_get(
-                    fine_tune(keys, world, *fresh(keys, world, 0), np.bool_(False))
-                )
-            ),
-        }
-        for agent in agents:
-            if agent == RANDOM:
-                visits = jax.device_get(random_visits(keys, world, 0))
-                results = [{} for _ in seeds]
-            else:
-                weights = [jnp.float32(w) for w in AGENT_WEIGHTS[agent]]
-                pretrained, scores, examples = jax.block_until_ready(
-                    run(keys, world, *weights)
-                )
-                visits, scores, examples = jax.device_get(
-                    (pretrained.visits, scores, examples)
-                )
-                few = jax.device_get(
-                    fine_tune(
-                        keys,
-                        world,
-                        pretrained.feature_params,
-                        pretrained.successor_params,
-                        np.bool_(True),
-                    )
-                )
-                results = [
-                    {
-                        "zero_shot": _per_seed(scores, index),
-                        "few_shot": _rounded(few[index]),
-                        "example": _per_seed(examples, index) if index == 0 else None,
-                    }
-                    for index in range(len(seeds))
-                ]
-            for index, (seed, result) in enumerate(zip(seeds, results, strict=True)):
-                coverage = _coverage(visits[index], np.asarray(world.is_free))
-                runs.append(
-                    {"maze": name, "agent": agent, "seed": seed, **coverage, **result}
-                )
-            done += 1
-            elapsed = time.time() - started
-            logging.info(
-                "%d of %d: %s in %s, %d seeds, %.0f s so far, about %.0f s to go",
-                done,
-                total,
-                agent,
-                name,
-                len(seeds),
-                elapsed,
-                elapsed / done * (total - done),
+        runs = [
+            {"maze": name, "agent": agent, "seed": seed, **run}
+            for agent in agents
+            for seed, run in zip(
+                seeds, _run_agent(agent, keys, world, *configs), strict=True
             )
-        yield {
-            **description,
-            "mazes": dict(by_maze),
-            "runs": list(runs),
-            "wall_seconds": round(earlier["wall_seconds"] + time.time() - started, 1),
-            "cpu_seconds": round(
-                earlier["cpu_seconds"] + time.process_time() - cpu_started, 1
-            ),
+        ]
+        # The scratch arm meets the rewards of the others: they share the key.
+        scratch = jax.device_get(_fine_tune(keys, world, None, *configs))
+        about = {
+            "map": list(maze.MAPS[name]),
+            "few_shot_scratch": _rounded(scratch),
         }
+        wall, cpu = time.time() - started, time.process_time() - cpu_started
+        result = {
+            **result,
+            "mazes": {**result["mazes"], name: about},
+            "runs": [*result["runs"], *runs],
+            "wall_seconds": round(result["wall_seconds"] + wall, 1),
+            "cpu_seconds": round(result["cpu_seconds"] + cpu, 1),
+        }
+        yield result
 
 
 def describe(
     agents: Sequence[str],
     seeds: Sequence[int],
-    agent_config: maze_agent.AgentConfig,
-    test_config: maze_evaluation.TestConfig,
+    agent_config: agent_lib.AgentConfig,
+    test_config: evaluation.TestConfig,
 ) -> dict[str, Any]:
     """Returns what `maze.json` says of a grid's settings, as JSON reads them."""
-    agent_fields = {
-        key: value.value if isinstance(value, maze_agent.TDForm) else value
-        for key, value in dataclasses.asdict(agent_config).items()
-        if key not in ("skill_weight", "entropy_weight")
-    }
-    test_fields = dataclasses.asdict(test_config)
-    test_fields["sample_sizes"] = list(test_config.sample_sizes)
+    fields = dataclasses.asdict(agent_config)
+    del fields["skill_weight"], fields["entropy_weight"]
+    sizes = list(test_config.sample_sizes)
     return {
-        "schema": 2,
-        "agent_config": agent_fields,
-        "agent_weights": {a: list(AGENT_WEIGHTS[a]) for a in agents if a != RANDOM},
-        "test_config": test_fields,
+        "schema": 3,
+        "agent_config": fields,
+        "agent_weights": {a: list(agent_lib.AGENTS[a]) for a in agents if a != RANDOM},
+        "test_config": {**dataclasses.asdict(test_config), "sample_sizes": sizes},
         "seeds": list(seeds),
         "agents": list(agents),
-        "sample_sizes": [*test_config.sample_sizes, "all"],
+        "sample_sizes": [*sizes, "all"],
+        "git_commit": folders.git_commit(),
     }
 
 
@@ -321,52 +318,65 @@ def summarise(result: dict[str, Any]) -> list[dict[str, Any]]:
     """
     rows = []
     for agent in result["agents"]:
-        row = {"agent": agent}
-        for field in ("improved", "alone", "bound"):
-            estimate = estimates.bootstrap(
-                estimates.interquartile_mean,
-                scores_by_maze(result, agent, field),
-                seed=0,
-                num_resamples=5_000,
-            )
-            row[field] = [_rounded(end) for end in estimate]
         reached = [
             run["cells_reached"][-1] for run in result["runs"] if run["agent"] == agent
         ]
-        row["cells_reached"] = _rounded(np.mean(reached))
-        row["per_maze"] = {
-            name: _rounded(np.mean(scores))
-            for name, scores in zip(
-                result["mazes"],
-                scores_by_maze(result, agent, "improved"),
-                strict=True,
-            )
-        }
-        rows.append(row)
+        improved = scores_by_maze(result, agent, "improved")
+        means = zip(result["mazes"], map(np.mean, improved), strict=True)
+        rows.append(
+            {
+                "agent": agent,
+                **{
+                    field: interval(scores_by_maze(result, agent, field))
+                    for field in ("improved", "alone", "bound")
+                },
+                "cells_reached": _rounded(np.mean(reached)),
+                "per_maze": {name: _rounded(mean) for name, mean in means},
+            }
+        )
     return rows
 
 
-def format_table(result: dict[str, Any]) -> str:
-    """Writes the summary as a Markdown table."""
-
-    def interval(numbers: Sequence[float | None]) -> str:
-        value, low, high = numbers
-        if low is None:
-            return f"{value:.2f}"
-        return f"{value:.2f} [{low:.2f}, {high:.2f}]"
-
-    names = list(result["mazes"])
-    header = ["agent", "zero-shot", "without GPI", "bound", "cells", *names]
-    lines = [
-        "| " + " | ".join(header) + " |",
-        "| " + " | ".join(["---"] * len(header)) + " |",
+def interval(scores: Sequence[np.ndarray]) -> list[float | None]:
+    """Returns the interquartile mean of scores by maze, and its 95 % interval."""
+    return [
+        _rounded(end)
+        for end in estimates.bootstrap(
+            estimates.interquartile_mean, scores, seed=0, num_resamples=5_000
+        )
     ]
+
+
+def format_interval(numbers: Sequence[float | None]) -> str:
+    """Writes an estimate and its interval; one seed has none."""
+    value, low, high = numbers
+    if low is None:
+        return f"{value:.2f}"
+    return f"{value:.2f} [{low:.2f}, {high:.2f}]"
+
+
+def format_rows(rows: Sequence[Sequence[str]]) -> str:
+    """Writes rows, the header first, as a Markdown table."""
+    ruled = [rows[0], ["---"] * len(rows[0]), *rows[1:]]
+    return "".join("| " + " | ".join(row) + " |\n" for row in ruled)
+
+
+def format_table(result: dict[str, Any]) -> str:
+    """Writes the summary, and scores by the size of the reward sample, in Markdown."""
+    names = list(result["mazes"])
+    scores = [["agent", "zero-shot", "without GPI", "bound", "cells", *names]]
     for row in result["table"]:
-        cells = [
-            row["agent"],
-            *(interval(row[field]) for field in ("improved", "alone", "bound")),
-            f"{row['cells_reached']:.0%}",
-            *(f"{row['per_maze'][name]:.2f}" for name in names),
-        ]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        intervals = (row[field] for field in ("improved", "alone", "bound"))
+        means = (f"{row['per_maze'][name]:.2f}" for name in names)
+        cells = f"{row['cells_reached']:.0%}"
+        scores.append([row["agent"], *map(format_interval, intervals), cells, *means])
+    sizes = result["sample_sizes"]
+    labels = [["rewarded cells", *(str(size) for size in sizes)]]
+    for agent in (a for a in result["agents"] if a != RANDOM):
+        for field, words in (("improved", "zero-shot"), ("bound", "bound")):
+            means = (
+                np.mean(np.concatenate(scores_by_maze(result, agent, field, size)))
+                for size in range(len(sizes))
+            )
+            labels.append([f"{agent}, {words}", *(f"{mean:.2f}" for mean in means)])
+    return format_rows(scores) + ("\n" + format_rows(labels) if labels[1:] else "")
