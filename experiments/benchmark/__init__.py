@@ -9,6 +9,7 @@ two cores; `--size=smoke` runs every row in seconds and measures nothing.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
@@ -26,8 +27,6 @@ ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "recompilation": loops.recompilation_rows,
     "page_faults": loops.page_faults_rows,
     "knn": parts.knn_rows,
-    "knn_accuracy": parts.accuracy_rows,
-    "knn_memory": parts.knn_memory_rows,
     "encoder": parts.encoder_rows,
     "startup": workers.startup_rows,
     "scaling": loops.scaling_rows,
@@ -41,11 +40,21 @@ _ROWS = flags.DEFINE_list("rows", list(ROWS), "Rows to measure, with commas betw
 _SIZE = flags.DEFINE_enum(
     "size", "full", list(_SIZES), "full, or smoke (seconds; its figures mean nothing)."
 )
+_SERVE = flags.DEFINE_integer(
+    "serve",
+    None,
+    "Only serve another benchmark's process, pretraining so many seeds at once, 0 for a "
+    "single run.",
+)
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures the rows that the flags name."""
     common_flags.reject_words(argv)
+    if _SERVE.value is not None:
+        config = common_flags.config_from_flags()
+        workers.serve(config, _SERVE.value, sys.stdin, sys.stdout)
+        return
     unknown = [name for name in _ROWS.value if name not in ROWS]
     if unknown or not _ROWS.value:
         raise ValueError(f"--rows must be some of {', '.join(ROWS)}, got {unknown}.")
@@ -61,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     for name in _ROWS.value:
         print(f"measuring {name} ...", flush=True)
         measured = ROWS[name](size)
-        print(table.to_text(measured), flush=True)
+        print(table.to_table(measured), flush=True)
         rows += measured
         # After each row, so that an interrupted run keeps what it measured.
         result = {"machine": machine, "rows": [row._asdict() for row in rows]}

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import itertools
 import resource
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -58,18 +59,23 @@ def _loop_turns(config: config_lib.Config, size: Size, *, learns: bool) -> Turns
 def acting_rows(size: Size) -> list[Row]:
     """Compares acting and storing with the environments alone."""
     turns = _loop_turns(setup.main_config(size), size, learns=False)
-    raw = turns.ratio(lambda t: t["env"] / t["loop"])
     own = turns.ratio(lambda t: (t["env"] + t["act"]) / t["loop"])
-    limit = 1.0 / (turns.median("env") + turns.median("act"))
-    rate, unit, is_cpu = turns.rate("loop"), "agent steps/s", setup.is_cpu()
-    goal = {"ratio": raw} if is_cpu else at_least(raw, 0.93)
-    own_goal = at_least(own, 0.9) if is_cpu else {"ratio": own}
     return [
-        Row(
-            "acting", "acting loop / raw EnvPool", rate, turns.rate("env"), unit, **goal
+        turns.rates(
+            "acting",
+            "acting loop / raw EnvPool",
+            "loop",
+            "env",
+            "agent steps/s",
+            goal=None if setup.is_cpu() else 0.93,
         ),
         Row(
-            "acting", "acting loop / 1 / (t_env + t_act)", rate, limit, unit, **own_goal
+            "acting",
+            "acting loop / 1 / (t_env + t_act)",
+            1.0 / turns.median("loop"),
+            1.0 / (turns.median("env") + turns.median("act")),
+            "agent steps/s",
+            **(at_least(own, 0.9) if setup.is_cpu() else {"ratio": own}),
         ),
     ]
 
@@ -94,28 +100,27 @@ def full_rows(size: Size) -> list[Row]:
             Row(
                 "full",
                 f"{name}: pretraining / the limit from its parts",
-                FRAME_SKIP * turns.rate("loop"),
+                FRAME_SKIP / turns.median("loop"),
                 FRAME_SKIP / turns.ratio(limit),
                 "frames/s",
                 **at_least(ratio, 0.9 if is_cpu else 0.88),
             )
         )
-        words = "an update's operations at the rate of a matrix product / it"
-        shares = {words: ("learn", "product")}
-        for part in ("env", "act", "learn"):
-            shares[f"{part} alone, share of the loop's time"] = (part, "loop")
-        for words, (part, whole) in shares.items():
-            upper, lower = (whole, part) if whole == "product" else (part, whole)
-            rows.append(
-                Row(
-                    "full",
-                    f"{name}: {words}",
-                    1e6 * turns.median(part),
-                    1e6 * turns.median(whole),
-                    "us/agent step",
-                    ratio=turns.ratio(lambda t, u=upper, v=lower: t[u] / t[v]),
-                )
+        cases = {
+            "a matrix product of an update's operations / the update": "product",
+            **{f"{part} alone / the loop": part for part in ("env", "act", "learn")},
+        }
+        rows += [
+            turns.times(
+                "full",
+                f"{name}: {case}",
+                part,
+                "learn" if part == "product" else "loop",
+                "us/agent step",
+                scale=1e6,
             )
+            for case, part in cases.items()
+        ]
     return rows
 
 
@@ -123,13 +128,9 @@ def raw_rows(size: Size) -> list[Row]:
     """Compares pretraining as DQN replays with the environments alone."""
     config = setup.nature_config(size, samples_per_step=8.0)
     turns = _loop_turns(config, size, learns=True)
-    row = Row(
-        "raw",
-        "Nature encoder, 8 samples per step: pretraining / raw EnvPool",
-        FRAME_SKIP * turns.rate("loop"),
-        FRAME_SKIP * turns.rate("env"),
-        "frames/s",
-        **at_least(turns.ratio(lambda t: t["env"] / t["loop"]), 0.8),
+    case = "Nature encoder, 8 samples per step: pretraining / raw EnvPool"
+    row = turns.rates(
+        "raw", case, "loop", "env", "frames/s", scale=FRAME_SKIP, goal=0.8
     )
     return [only_on_gpu(row)]
 
@@ -137,28 +138,32 @@ def raw_rows(size: Size) -> list[Row]:
 def others_rows(size: Size) -> list[Row]:
     """Compares with two other ways to write the same loop."""
     session = setup.started(setup.main_config(size))
-    things = {
-        "loop": lambda: session.play(size.iterations),
-        "a loop without overlap": lambda: session.play_without_overlap(size.iterations),
-        "EnvPool's XLA interface in one jitted scan": session.make_scan(
-            size.iterations
-        ),
+    num = size.iterations
+    goals = {
+        "a loop without overlap": 1.4,
+        "EnvPool's XLA interface in one jitted scan": 1.3,
     }
-    work = dict.fromkeys(things, float(size.iterations * session.num_envs))
+    others = lambda: session.play_without_overlap(num), session.make_scan(num)
+    things = {
+        "ours": lambda: session.play(num),
+        **dict(zip(goals, others, strict=True)),
+    }
+    work = dict.fromkeys(things, float(num * session.num_envs))
     turns = take_turns(things, repetitions=size.repetitions, work=work)
-    rows = [
-        Row(
+    blocking, scan = (
+        turns.rates(
             "others",
             f"ours / {name}",
-            FRAME_SKIP * turns.rate("loop"),
-            FRAME_SKIP * turns.rate(name),
+            "ours",
+            name,
             "frames/s",
-            **at_least(turns.ratio(lambda t, n=name: t[n] / t["loop"]), goal),
+            scale=FRAME_SKIP,
+            goal=goal,
         )
-        for name, goal in zip(list(things)[1:], (1.4, 1.3), strict=True)
-    ]
+        for name, goal in goals.items()
+    )
     # On a CPU no second device could learn while the cores emulate.
-    return [only_on_gpu(rows[0]), rows[1]]
+    return [only_on_gpu(blocking), scan]
 
 
 @contextlib.contextmanager
@@ -222,39 +227,29 @@ def page_faults_rows(size: Size) -> list[Row]:
 
 
 def scaling_rows(size: Size) -> list[Row]:
-    """Measures acting at several numbers of environments, and the replay's memory."""
+    """Measures acting at several numbers of environments."""
     config = setup.main_config(size)
     things, work = {}, {}
     with contextlib.ExitStack() as held:
         for num_envs in size.env_counts:
             options = {"num_envs": num_envs, "replay_size": num_envs * 40}
-            session = held.enter_context(
-                contextlib.closing(
-                    setup.Setup(
-                        config_lib.replace_options(config, **options), learns=False
-                    )
-                )
+            session = setup.Setup(
+                config_lib.replace_options(config, **options), learns=False
             )
+            held.callback(session.close)
             count = max(3, size.iterations * config.pretrain.num_envs // num_envs // 4)
             things[num_envs] = functools.partial(session.play, count, learns=False)
             work[num_envs] = float(count * num_envs)
         turns = take_turns(things, repetitions=size.repetitions, work=work)
-    rows = []
-    for fewer, num_envs in zip((None, *size.env_counts), size.env_counts):
-        goal = {}
-        if fewer:
-            ratio = turns.ratio(lambda t, n=num_envs, f=fewer: t[f] / t[n])
-            goal = {"limit": FRAME_SKIP * turns.rate(fewer), **at_least(ratio, 0.9)}
-        case = f"acting loop, {num_envs} environments / the row above"
-        rate = FRAME_SKIP * turns.rate(num_envs)
-        rows.append(Row("scaling", case, rate, unit="frames/s", **goal))
-    few, many = size.memory_steps
-    taken = []
-    for steps in (few, many):
-        replay = setup.make_replay(num_envs=4, size=steps)
-        analysis = jax.jit(replay.init).lower().compile().memory_analysis()
-        taken.append(analysis.output_size_in_bytes + analysis.temp_size_in_bytes)
-    limit = taken[0] * many / few
-    case = f"memory of {many:,} steps of replay / {many // few} times {few:,}"
-    goal = at_most(taken[1] / limit, 1.01)
-    return [*rows, Row("scaling", case, taken[1], limit, "bytes", **goal)]
+    return [
+        turns.rates(
+            "scaling",
+            f"acting loop, {more} environments / {fewer}",
+            more,
+            fewer,
+            "frames/s",
+            scale=FRAME_SKIP,
+            goal=0.9,
+        )
+        for fewer, more in itertools.pairwise(size.env_counts)
+    ]

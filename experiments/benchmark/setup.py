@@ -13,7 +13,6 @@ from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.envs import atari
 from aps_jax.parallel import devices
-from aps_jax.replay import buffer
 from aps_jax.train import loop, seeds
 
 FRAME_SKIP = config_lib.FRAME_SKIP
@@ -29,7 +28,6 @@ class Size:
     updates: int = 15  # In one turn.
     long_iterations: int = 1000  # Of the loop, for recompilations.
     env_counts: tuple[int, ...] = (8, 32, 128, 512)
-    memory_steps: tuple[int, int] = (100_000, 1_000_000)
     encoders: tuple[str, ...] = ("small", "nature", "paper")
     encoder_batches: tuple[int, ...] = (32, 256)
     encoder_seconds: float = 0.3
@@ -38,8 +36,6 @@ class Size:
         (512, 4096, 512),
         (4096, 65536, 512),
     )
-    knn_memory_shape: tuple[int, int, int] = (4096, 65536, 512)
-    accuracy_shape: tuple[int, int] = (256, 2048)
     product_side: int = 1024
     copy_floats: int = 2**24
     starts: int = 5  # Processes started with and without a cache.
@@ -58,13 +54,10 @@ SMOKE = Size(
     updates=1,
     long_iterations=5,
     env_counts=(2, 4),
-    memory_steps=(1_000, 10_000),
     encoders=("small",),
     encoder_batches=(2,),
     encoder_seconds=0.0,
     knn_shapes=((16, 64, 5), (16, 64, 32)),
-    knn_memory_shape=(16, 65536, 5),
-    accuracy_shape=(8, 128),
     product_side=32,
     copy_floats=64,
     starts=1,
@@ -105,11 +98,6 @@ def nature_config(size: Size, **options: Any) -> config_lib.Config:
     if is_cpu():
         options = {"batch_size": 32, "hidden_units": 512, **options}
     return config_lib.replace_options(config, **options)
-
-
-def make_replay(num_envs: int, size: int) -> buffer.Replay:
-    """Returns the replay of five features."""
-    return buffer.make_replay(num_envs=num_envs, size=size, feature_dim=5)
 
 
 def make_jitted_step(pool: atari.AtariPool) -> tuple[jax.Array, Callable[..., Any]]:
@@ -305,15 +293,6 @@ class Setup:
         return self._parts.learn.lower(
             session.state, session.sums, session.memory.replay
         ).compile()
-
-    def compiled_add(self) -> tuple[jax.stages.Compiled, int]:
-        """Returns the compiled adding of a step, and the bytes of the replay."""
-        memory = jax.eval_shape(lambda: self._session.memory.replay)
-        step = jax.eval_shape(
-            lambda r: jax.tree.map(lambda x: x[:, 0], r.experience), memory
-        )
-        add = jax.jit(self._parts.ring.add, donate_argnums=0)
-        return add.lower(memory, step).compile(), self._parts.ring.num_bytes
 
 
 @functools.cache

@@ -67,10 +67,6 @@ class Turns:
         """Returns the median seconds of one thing."""
         return statistics.median(self.seconds[name])
 
-    def rate(self, name: Any) -> float:
-        """Returns units of work per second."""
-        return 1.0 / self.median(name)
-
     def ratio(self, function: Callable[[Mapping[Any, float]], float]) -> float:
         """Returns the median over repetitions of a function of their seconds."""
         names = list(self.seconds)
@@ -78,6 +74,41 @@ class Turns:
         return statistics.median(
             function(dict(zip(names, values, strict=True))) for values in repetitions
         )
+
+    def rates(
+        self,
+        row: str,
+        case: str,
+        ours: Any,
+        other: Any,
+        unit: str,
+        *,
+        scale: float = 1.0,
+        goal: float | None = None,
+    ) -> Row:
+        """Makes the row that compares the rates of two things.
+
+        Args:
+          row: its name.
+          case: what is compared.
+          ours: the thing measured.
+          other: the thing that it is compared with.
+          unit: of the rates.
+          scale: units in one unit of work.
+          goal: that the ratio must reach, if any.
+        """
+        ratio = self.ratio(lambda t: t[other] / t[ours])
+        last = {"ratio": ratio} if goal is None else at_least(ratio, goal)
+        rates = scale / self.median(ours), scale / self.median(other)
+        return Row(row, case, *rates, unit, **last)
+
+    def times(
+        self, row: str, case: str, ours: Any, other: Any, unit: str, *, scale: float
+    ) -> Row:
+        """Makes the row that compares the times of two things, without a goal."""
+        ratio = self.ratio(lambda t: t[ours] / t[other])
+        times = scale * self.median(ours), scale * self.median(other)
+        return Row(row, case, *times, unit, ratio=ratio)
 
 
 def take_turns(
@@ -154,6 +185,12 @@ def cells(row: Row) -> tuple[str, ...]:
     return (row.row, case, measured, limit, row.unit, ratio, row.goal or "-", met)
 
 
+def to_table(rows: Sequence[Row]) -> str:
+    """Returns rows as a Markdown table."""
+    lines = [HEADER, ["---"] * len(HEADER), *map(cells, rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
 def to_markdown(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
     """Returns the table as Markdown, under a line that describes the machine."""
     torch = machine["torch"] or "not installed"
@@ -164,16 +201,4 @@ def to_markdown(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
         f"{machine['jax']}, PyTorch {torch}, commit {machine['commit']}, size "
         f"{machine['size']}."
     )
-    table = [HEADER, ["---"] * len(HEADER), *map(cells, rows)]
-    lines = ["| " + " | ".join(line) + " |" for line in table]
-    return "\n".join([description, "", *lines]) + "\n"
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """Returns the table with columns of fixed width, for a terminal."""
-    table = [HEADER, *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-        for line in table
-    )
+    return f"{description}\n\n{to_table(rows)}"
