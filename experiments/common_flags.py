@@ -92,7 +92,13 @@ _PREFLIGHT_SECONDS = flags.DEFINE_float(
 )
 
 
-def _define_option(name: str, field: Any) -> flags.FlagHolder:
+def define_option(name: str, field: Any) -> flags.FlagHolder:
+    """Defines the flag of a config's option; options of one name share one flag.
+
+    Its default is None: each config has its own.
+    """
+    if name in flags.FLAGS:
+        return flags.FlagHolder(flags.FLAGS, flags.FLAGS[name])
     help_text = field.metadata["help"]
     if field.metadata["choices"] is not None:
         return flags.DEFINE_enum(name, None, field.metadata["choices"], help_text)
@@ -106,7 +112,7 @@ def _define_option(name: str, field: Any) -> flags.FlagHolder:
 
 
 _OPTIONS = {
-    name: _define_option(name, field)
+    name: define_option(name, field)
     for name, field in config_lib.all_option_fields().items()
     if name != "preset"
 }

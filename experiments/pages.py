@@ -17,7 +17,7 @@ from absl import app, flags
 
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import metrics
-from experiments import bench_table
+from experiments.benchmark import table as bench_table
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")

@@ -291,37 +291,6 @@ class AtariPool:
         self._is_in_flight = False
         return self._to_time_step(observation, terminated, truncated, info)
 
-    def make_jitted_step(self) -> tuple[jax.Array, Callable[..., Any]]:
-        """Returns EnvPool's own interface to jitted code, after `reset`.
-
-        A baseline to beat: the step holds the device until all emulators have answered.
-
-        Returns:
-          A handle, and `step(handle, actions) -> handle, TimeStep` for use under jit.
-        """
-        self._check_call("make_jitted_step", in_flight=False)
-        handle, recv, send, _ = self._pool.xla()
-        env_ids = jnp.asarray(self._env_ids)
-
-        def step(
-            handle: jax.Array, actions: jax.Array
-        ) -> tuple[jax.Array, types.TimeStep]:
-            handle = send(handle, actions, env_ids)
-            handle, (frame, _, terminated, truncated, info) = recv(handle)
-            is_done = terminated | truncated
-            is_game_over = info["terminated"] != 0
-            return handle, types.TimeStep(
-                frame=frame[:, 0],
-                reward=info["reward"],
-                terminated=is_done & is_game_over,
-                truncated=is_done & ~is_game_over,
-                is_first=info["elapsed_step"] == 0,
-                lives=info["lives"],
-                ram=info["ram"],
-            )
-
-        return jnp.asarray(handle), step
-
     def render(self, index: int) -> np.ndarray:
         """Draws environment `index` in colour, as it stands, without changing it.
 

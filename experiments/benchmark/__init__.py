@@ -9,50 +9,52 @@ two cores; `--size=smoke` runs every row in seconds and measures nothing.
 """
 
 import json
+import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
 from aps_jax.runs import folders
-from experiments import (
-    bench_loop,
-    bench_parts,
-    bench_scaling,
-    bench_seeds,
-    bench_startup,
-    bench_table,
-    common_flags,
-)
+from experiments import common_flags
+from experiments.benchmark import loops, parts, setup, table, workers
 
-ROWS: Mapping[str, Callable[[bench_loop.Size], list[bench_table.Row]]] = {
-    "acting": bench_loop.acting_rows,
-    "full": bench_loop.full_rows,
-    "raw": bench_loop.raw_rows,
-    "others": bench_loop.others_rows,
-    "replay": bench_parts.replay_rows,
-    "recompilation": bench_loop.recompilation_rows,
-    "page_faults": bench_loop.page_faults_rows,
-    "knn": bench_parts.knn_rows,
-    "knn_accuracy": bench_parts.accuracy_rows,
-    "knn_memory": bench_parts.knn_memory_rows,
-    "encoder": bench_parts.encoder_rows,
-    "startup": bench_startup.startup_rows,
-    "scaling": bench_loop.scaling_rows,
-    "seeds": bench_seeds.seeds_rows,
-    "devices": bench_scaling.devices_rows,
-    "particles": bench_scaling.particles_rows,
+ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
+    "acting": loops.acting_rows,
+    "full": loops.full_rows,
+    "raw": loops.raw_rows,
+    "others": loops.others_rows,
+    "replay": parts.replay_rows,
+    "recompilation": loops.recompilation_rows,
+    "page_faults": loops.page_faults_rows,
+    "knn": parts.knn_rows,
+    "encoder": parts.encoder_rows,
+    "startup": workers.startup_rows,
+    "scaling": loops.scaling_rows,
+    "seeds": workers.seeds_rows,
+    "devices": workers.devices_rows,
+    "particles": parts.particles_rows,
 }
-_SIZES = {size.name: size for size in (bench_loop.FULL, bench_loop.SMOKE)}
+_SIZES = {size.name: size for size in (setup.FULL, setup.SMOKE)}
 
 _ROWS = flags.DEFINE_list("rows", list(ROWS), "Rows to measure, with commas between.")
 _SIZE = flags.DEFINE_enum(
     "size", "full", list(_SIZES), "full, or smoke (seconds; its figures mean nothing)."
+)
+_SERVE = flags.DEFINE_integer(
+    "serve",
+    None,
+    "Only serve another benchmark's process, pretraining so many seeds at once, 0 for a "
+    "single run.",
 )
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures the rows that the flags name."""
     common_flags.reject_words(argv)
+    if _SERVE.value is not None:
+        config = common_flags.config_from_flags()
+        workers.serve(config, _SERVE.value, sys.stdin, sys.stdout)
+        return
     unknown = [name for name in _ROWS.value if name not in ROWS]
     if unknown or not _ROWS.value:
         raise ValueError(f"--rows must be some of {', '.join(ROWS)}, got {unknown}.")
@@ -60,25 +62,21 @@ def main(argv: Sequence[str]) -> None:
     workdir.mkdir(parents=True, exist_ok=True)
     size = _SIZES[_SIZE.value]
     machine = {
-        **bench_table.describe_machine(),
+        **table.describe_machine(),
         "commit": folders.git_commit(),
         "size": size.name,
     }
-    rows: list[bench_table.Row] = []
+    rows: list[table.Row] = []
     for name in _ROWS.value:
         print(f"measuring {name} ...", flush=True)
         measured = ROWS[name](size)
-        print(bench_table.to_text(measured), flush=True)
+        print(table.to_table(measured), flush=True)
         rows += measured
         # After each row, so that an interrupted run keeps what it measured.
         result = {"machine": machine, "rows": [row._asdict() for row in rows]}
         (workdir / "benchmark.json").write_text(json.dumps(result, indent=2) + "\n")
-        (workdir / "benchmark.md").write_text(bench_table.to_markdown(rows, machine))
-    bench_loop.close_sessions()
+        (workdir / "benchmark.md").write_text(table.to_markdown(rows, machine))
+    setup.started.cache_clear()
     missed = sum(row.is_met is False for row in rows)
     judged = sum(row.is_met is not None for row in rows)
     print(f"{judged - missed} of {judged} goals met; {workdir / 'benchmark.md'}")
-
-
-if __name__ == "__main__":
-    common_flags.run(main, short=("workdir",))

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple
 
 import jax
 
+from experiments.benchmark import encoders
+
 NOT_MEASURED = "not measured"
 
 
@@ -44,6 +46,13 @@ def at_most(ratio: float | None, goal: float) -> dict[str, Any]:
     }
 
 
+def only_on_gpu(row: Row) -> Row:
+    """Returns a row whose goal does not count on a CPU."""
+    if jax.default_backend() != "cpu":
+        return row
+    return row._replace(goal=f"GPU: {row.goal}, {NOT_MEASURED}", is_met=None)
+
+
 class Turns:
     """Seconds per unit of work of several things that take turns.
 
@@ -51,18 +60,14 @@ class Turns:
     hold where the seconds do not.
     """
 
-    def __init__(self, seconds: Mapping[str, Sequence[float]]):
+    def __init__(self, seconds: Mapping[Any, Sequence[float]]):
         self.seconds = seconds
 
-    def median(self, name: str) -> float:
+    def median(self, name: Any) -> float:
         """Returns the median seconds of one thing."""
         return statistics.median(self.seconds[name])
 
-    def rate(self, name: str) -> float:
-        """Returns units of work per second."""
-        return 1.0 / self.median(name)
-
-    def ratio(self, function: Callable[[Mapping[str, float]], float]) -> float:
+    def ratio(self, function: Callable[[Mapping[Any, float]], float]) -> float:
         """Returns the median over repetitions of a function of their seconds."""
         names = list(self.seconds)
         repetitions = zip(*(self.seconds[name] for name in names), strict=True)
@@ -70,35 +75,74 @@ class Turns:
             function(dict(zip(names, values, strict=True))) for values in repetitions
         )
 
+    def rates(
+        self,
+        row: str,
+        case: str,
+        ours: Any,
+        other: Any,
+        unit: str,
+        *,
+        scale: float = 1.0,
+        goal: float | None = None,
+    ) -> Row:
+        """Makes the row that compares the rates of two things.
+
+        Args:
+          row: its name.
+          case: what is compared.
+          ours: the thing measured.
+          other: the thing that it is compared with.
+          unit: of the rates.
+          scale: units in one unit of work.
+          goal: that the ratio must reach, if any.
+        """
+        ratio = self.ratio(lambda t: t[other] / t[ours])
+        last = {"ratio": ratio} if goal is None else at_least(ratio, goal)
+        rates = scale / self.median(ours), scale / self.median(other)
+        return Row(row, case, *rates, unit, **last)
+
+    def times(
+        self, row: str, case: str, ours: Any, other: Any, unit: str, *, scale: float
+    ) -> Row:
+        """Makes the row that compares the times of two things, without a goal."""
+        ratio = self.ratio(lambda t: t[ours] / t[other])
+        times = scale * self.median(ours), scale * self.median(other)
+        return Row(row, case, *times, unit, ratio=ratio)
+
 
 def take_turns(
-    things: Mapping[str, Callable[[], Any]],
+    things: Mapping[Any, Callable[[], Any]],
     *,
     repetitions: int,
-    work: Mapping[str, float] | None = None,
+    work: Mapping[Any, float] | None = None,
+    seconds: float = 0.0,
 ) -> Turns:
     """Times things that take turns, after one turn of each that nobody times.
 
     Args:
-      things: functions that return when their work is done.
+      things: functions that return when their work is done, by name.
       repetitions: turns of each.
       work: units of work of one call, 1 by default.
+      seconds: that a turn takes at least, by as many calls as it needs.
     """
     for thing in things.values():
         thing()
-    seconds: dict[str, list[float]] = {name: [] for name in things}
+    measured: dict[Any, list[float]] = {name: [] for name in things}
     for _ in range(repetitions):
         for name, thing in things.items():
-            start = time.perf_counter()
-            thing()
-            duration = time.perf_counter() - start
-            seconds[name].append(duration / (work or {}).get(name, 1.0))
-    return Turns(seconds)
+            num_calls, start = 0, time.perf_counter()
+            while not num_calls or time.perf_counter() - start < seconds:
+                thing()
+                num_calls += 1
+            duration = (time.perf_counter() - start) / num_calls
+            measured[name].append(duration / (work or {}).get(name, 1.0))
+    return Turns(measured)
 
 
 def describe_machine() -> dict[str, Any]:
     """Returns what the figures were measured on."""
-    device = jax.devices()[0]
+    device, torch = jax.devices()[0], encoders.torch()
     return {
         "cpu": _cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
@@ -107,7 +151,7 @@ def describe_machine() -> dict[str, Any]:
         "platform": device.platform,
         "python": platform.python_version(),
         "jax": jax.__version__,
-        "torch": _torch_version(),
+        "torch": torch.__version__ if torch else None,
         "utc": time.strftime("%Y-%m-%d %H:%M", time.gmtime()),
     }
 
@@ -123,29 +167,28 @@ def _cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _torch_version() -> str | None:
-    try:
-        import torch
-    except ImportError:
-        return None
-    return torch.__version__
-
-
 HEADER = ("row", "case", "measured", "limit", "unit", "ratio", "goal", "met")
 
 
 def cells(row: Row) -> tuple[str, ...]:
     """Returns a row as the table shows it."""
+
+    def number(value: float | None) -> str:
+        if value is None:
+            return "-"
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:,.4g}"
+
     met = {True: "yes", False: "**no**", None: "-"}[row.is_met]
-    measured = "-" if row.measured is None else f"{row.measured:,.4g}"
-    if row.measured is not None and abs(row.measured) >= 1000:
-        measured = f"{row.measured:,.0f}"
-    limit = "-" if row.limit is None else f"{row.limit:,.4g}"
-    if row.limit is not None and abs(row.limit) >= 1000:
-        limit = f"{row.limit:,.0f}"
+    measured, limit = number(row.measured), number(row.limit)
     ratio = "-" if row.ratio is None else f"{row.ratio:.3g}"
     case = f"{row.case} ({row.note})" if row.note else row.case
     return (row.row, case, measured, limit, row.unit, ratio, row.goal or "-", met)
+
+
+def to_table(rows: Sequence[Row]) -> str:
+    """Returns rows as a Markdown table."""
+    lines = [HEADER, ["---"] * len(HEADER), *map(cells, rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
 
 
 def to_markdown(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
@@ -158,21 +201,4 @@ def to_markdown(rows: Sequence[Row], machine: Mapping[str, Any]) -> str:
         f"{machine['jax']}, PyTorch {torch}, commit {machine['commit']}, size "
         f"{machine['size']}."
     )
-    lines = [
-        description,
-        "",
-        "| " + " | ".join(HEADER) + " |",
-        "| " + " | ".join("---" for _ in HEADER) + " |",
-    ]
-    lines += ["| " + " | ".join(cells(row)) + " |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def to_text(rows: Sequence[Row]) -> str:
-    """Returns the table with columns of fixed width, for a terminal."""
-    table = [HEADER, *(cells(row) for row in rows)]
-    widths = [max(len(line[i]) for line in table) for i in range(len(HEADER))]
-    return "\n".join(
-        "  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip()
-        for line in table
-    )
+    return f"{description}\n\n{to_table(rows)}"

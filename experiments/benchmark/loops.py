@@ -1,0 +1,255 @@
+"""Rows of the benchmark for the loop: acting, learning, other loops, scaling."""
+
+import contextlib
+import functools
+import itertools
+import resource
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from aps_jax import config as config_lib
+from experiments.benchmark import setup
+from experiments.benchmark.setup import FRAME_SKIP, Size
+from experiments.benchmark.table import (
+    Row,
+    Turns,
+    at_least,
+    at_most,
+    only_on_gpu,
+    take_turns,
+)
+
+# A fiftieth of what the temporaries of the updates of one iteration would cost if the
+# allocator gave them back to the kernel: 7,000 pages of 4 KiB with the cpu preset.
+_FEW_FAULTS = 140.0
+
+
+def matrix_product(size: Size) -> tuple[Callable[[], None], float]:
+    """Returns a product of matrices on the device, and its operations."""
+    side = size.product_side
+    matrix = jnp.ones((side, side), jnp.float32)
+    product = jax.jit(
+        functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+    )
+    return lambda: jax.block_until_ready(product(matrix, matrix)), 2.0 * side**3
+
+
+def _loop_turns(config: config_lib.Config, size: Size, *, learns: bool) -> Turns:
+    """Times the loop and its parts alone, in seconds per agent step."""
+    session = setup.started(config)
+    things = {
+        "loop": lambda: session.play(size.iterations, learns=learns),
+        "env": lambda: session.step_environments(size.iterations),
+        "act": lambda: session.act(size.iterations),
+    }
+    work = dict.fromkeys(things, float(size.iterations * session.num_envs))
+    if learns:
+        things["learn"] = lambda: session.learn(size.updates)
+        work["learn"] = size.updates / session.updates_per_step
+        things["product"], flops = matrix_product(size)
+        of_update = session.compiled_update().cost_analysis()["flops"]
+        # Agent steps whose updates have as many operations.
+        work["product"] = flops / of_update / session.updates_per_step
+    return take_turns(things, repetitions=size.repetitions, work=work)
+
+
+def acting_rows(size: Size) -> list[Row]:
+    """Compares acting and storing with the environments alone."""
+    turns = _loop_turns(setup.main_config(size), size, learns=False)
+    own = turns.ratio(lambda t: (t["env"] + t["act"]) / t["loop"])
+    return [
+        turns.rates(
+            "acting",
+            "acting loop / raw EnvPool",
+            "loop",
+            "env",
+            "agent steps/s",
+            goal=None if setup.is_cpu() else 0.93,
+        ),
+        Row(
+            "acting",
+            "acting loop / 1 / (t_env + t_act)",
+            1.0 / turns.median("loop"),
+            1.0 / (turns.median("env") + turns.median("act")),
+            "agent steps/s",
+            **(at_least(own, 0.9) if setup.is_cpu() else {"ratio": own}),
+        ),
+    ]
+
+
+def full_rows(size: Size) -> list[Row]:
+    """Compares pretraining with the limit from its parts, measured alone."""
+    rows = []
+    is_cpu = setup.is_cpu()
+    configs = {"main preset": setup.main_config(size)}
+    if is_cpu:
+        configs["Nature encoder"] = setup.nature_config(size)
+
+    def limit(t):
+        if is_cpu:
+            return t["env"] + t["act"] + t["learn"]
+        return max(t["env"], t["learn"])
+
+    for name, config in configs.items():
+        turns = _loop_turns(config, size, learns=True)
+        ratio = turns.ratio(lambda t: limit(t) / t["loop"])
+        rows.append(
+            Row(
+                "full",
+                f"{name}: pretraining / the limit from its parts",
+                FRAME_SKIP / turns.median("loop"),
+                FRAME_SKIP / turns.ratio(limit),
+                "frames/s",
+                **at_least(ratio, 0.9 if is_cpu else 0.88),
+            )
+        )
+        cases = {
+            "a matrix product of an update's operations / the update": "product",
+            **{f"{part} alone / the loop": part for part in ("env", "act", "learn")},
+        }
+        rows += [
+            turns.times(
+                "full",
+                f"{name}: {case}",
+                part,
+                "learn" if part == "product" else "loop",
+                "us/agent step",
+                scale=1e6,
+            )
+            for case, part in cases.items()
+        ]
+    return rows
+
+
+def raw_rows(size: Size) -> list[Row]:
+    """Compares pretraining as DQN replays with the environments alone."""
+    config = setup.nature_config(size, samples_per_step=8.0)
+    turns = _loop_turns(config, size, learns=True)
+    case = "Nature encoder, 8 samples per step: pretraining / raw EnvPool"
+    row = turns.rates(
+        "raw", case, "loop", "env", "frames/s", scale=FRAME_SKIP, goal=0.8
+    )
+    return [only_on_gpu(row)]
+
+
+def others_rows(size: Size) -> list[Row]:
+    """Compares with two other ways to write the same loop."""
+    session = setup.started(setup.main_config(size))
+    num = size.iterations
+    goals = {
+        "a loop without overlap": 1.4,
+        "EnvPool's XLA interface in one jitted scan": 1.3,
+    }
+    others = lambda: session.play_without_overlap(num), session.make_scan(num)
+    things = {
+        "ours": lambda: session.play(num),
+        **dict(zip(goals, others, strict=True)),
+    }
+    work = dict.fromkeys(things, float(num * session.num_envs))
+    turns = take_turns(things, repetitions=size.repetitions, work=work)
+    blocking, scan = (
+        turns.rates(
+            "others",
+            f"ours / {name}",
+            "ours",
+            name,
+            "frames/s",
+            scale=FRAME_SKIP,
+            goal=goal,
+        )
+        for name, goal in goals.items()
+    )
+    # On a CPU no second device could learn while the cores emulate.
+    return [only_on_gpu(blocking), scan]
+
+
+@contextlib.contextmanager
+def _counted_compilations() -> Iterator[list[str]]:
+    """Collects the compilations that happen inside."""
+    events: list[str] = []
+    is_open = True
+
+    def listen(name: str, seconds: float, **_: Any) -> None:
+        del seconds
+        if is_open and name.endswith("backend_compile_duration"):
+            events.append(name)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
+    try:
+        yield events
+    finally:
+        is_open = False
+
+
+def recompilation_rows(size: Size) -> list[Row]:
+    """Counts compilations and implicit transfers of the loop after warm-up."""
+    session = setup.started(setup.main_config(size))
+    # Everything that is compiled late has been compiled by then.
+    session.play(min(size.long_iterations, 250))
+    num_transfers, note = 0, ""
+    with _counted_compilations() as events:
+        try:
+            with jax.transfer_guard("disallow"):
+                session.play(size.long_iterations)
+        except jax.errors.JaxRuntimeError as error:
+            if "transfer" not in str(error):
+                raise
+            num_transfers, note = 1, str(error).splitlines()[0]
+    counts = {"compilations": len(events), "implicit transfers": num_transfers}
+    return [
+        Row(
+            "recompilation",
+            f"{what} in {size.long_iterations:,} iterations of the loop",
+            count,
+            0,
+            goal="0",
+            is_met=count == 0,
+            note=note if count else "",
+        )
+        for what, count in counts.items()
+    ]
+
+
+def page_faults_rows(size: Size) -> list[Row]:
+    """Counts the pages that the kernel must hand out to the loop after warm-up."""
+    session = setup.started(setup.main_config(size))
+    session.play(size.iterations)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    session.play(size.iterations)
+    count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+    faults = count / size.iterations
+    goal = at_most(faults / _FEW_FAULTS, 1.0)
+    case = "page faults per iteration of the loop"
+    return [Row("page_faults", case, faults, _FEW_FAULTS, **goal)]
+
+
+def scaling_rows(size: Size) -> list[Row]:
+    """Measures acting at several numbers of environments."""
+    config = setup.main_config(size)
+    things, work = {}, {}
+    with contextlib.ExitStack() as held:
+        for num_envs in size.env_counts:
+            options = {"num_envs": num_envs, "replay_size": num_envs * 40}
+            session = setup.Setup(
+                config_lib.replace_options(config, **options), learns=False
+            )
+            held.callback(session.close)
+            count = max(3, size.iterations * config.pretrain.num_envs // num_envs // 4)
+            things[num_envs] = functools.partial(session.play, count, learns=False)
+            work[num_envs] = float(count * num_envs)
+        turns = take_turns(things, repetitions=size.repetitions, work=work)
+    return [
+        turns.rates(
+            "scaling",
+            f"acting loop, {more} environments / {fewer}",
+            more,
+            fewer,
+            "frames/s",
+            scale=FRAME_SKIP,
+            goal=0.9,
+        )
+        for fewer, more in itertools.pairwise(size.env_counts)
+    ]

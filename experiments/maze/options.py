@@ -1,0 +1,71 @@
+"""The flags that the maze's scripts share: the agent's options and the seeds."""
+
+import dataclasses
+import pathlib
+from collections.abc import Sequence
+from typing import Any
+
+from absl import flags
+
+from experiments import common_flags
+from experiments.maze import agent, grid
+
+_OPTIONS = {
+    field.name: common_flags.define_option(field.name, field)
+    for field in dataclasses.fields(agent.AgentConfig)
+    if field.name not in ("skill_weight", "entropy_weight")
+}
+REWARDS = flags.DEFINE_integer(
+    "rewards", 50, "Random reward functions asked of each agent.", lower_bound=1
+)
+
+
+def agent_config_from_flags() -> agent.AgentConfig:
+    """Returns the agent that the flags describe.
+
+    Raises:
+      ValueError: An option is of Atari's agents alone, or out of bounds.
+    """
+    foreign = common_flags.given_options().keys() - _OPTIONS.keys() - {"seed"}
+    if foreign:
+        raise ValueError(
+            f"--{', --'.join(sorted(foreign))}: no option of the maze's agent, which "
+            f"has {', '.join(_OPTIONS)}."
+        )
+    given = {name: holder.value for name, holder in _OPTIONS.items()}
+    given = {name: value for name, value in given.items() if value is not None}
+    return dataclasses.replace(agent.AgentConfig(), **given)
+
+
+def seeds_from_flags(num: int) -> list[int]:
+    """Returns the seeds of `--seeds`, or of `--num_seeds` from `--seed` on.
+
+    Args:
+      num: How many, from `--seed` on, if neither flag is given.
+    """
+    first = common_flags.given_options().get("seed", 0)
+    return common_flags.seeds_of_runs() or list(range(first, first + num))
+
+
+def open_workdir(
+    name: str, description: dict[str, Any]
+) -> tuple[pathlib.Path, dict[str, Any] | None]:
+    """Returns the folder of `--workdir`, and what a stopped run left in it."""
+    workdir = common_flags.workdir_from_flags()
+    try:
+        return workdir, grid.open_workdir(workdir, name, description)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"--workdir={workdir}: {error}") from error
+
+
+def check_names(flag: str, names: Sequence[str], known: Sequence[str]) -> None:
+    """Checks that a flag names some of what there is, each once.
+
+    Raises:
+      ValueError: It does not.
+    """
+    if not names or not set(names) <= set(known) or len(set(names)) != len(names):
+        raise ValueError(
+            f"--{flag} must name some of {', '.join(known)}, each once; got "
+            f"{', '.join(names) or 'nothing'}."
+        )
