@@ -105,8 +105,8 @@ def move_distance_scale(
     chex.assert_rank([*scale, *sums], 0)
     chex.assert_type([*scale, *sums], float)
 
-    before, mean, added, deviation, decay = precision.widen(*scale, *sums, decay)
-    weight = decay * before + added
+    weight, mean, num_neighbors, deviation, kept = precision.widen(*scale, *sums, decay)
+    weight = kept * weight + num_neighbors
     mean = mean + deviation / jnp.where(weight == 0, 1.0, weight)
     return DistanceScale(weight=weight, mean=mean)
 
