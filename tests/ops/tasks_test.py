@@ -45,15 +45,11 @@ def moments_of(phi, r, mask=None):
 
 
 def scanned_moments_of(phi, r, batch_size):
+    batches = (phi, r, np.ones(len(r), bool))
     moments, _ = jax.lax.scan(
-        lambda moments, batch: (
-            tasks.update_regression_moments(
-                moments, *batch, jnp.ones(batch_size, bool)
-            ),
-            None,
-        ),
+        lambda moments, batch: (tasks.update_regression_moments(moments, *batch), None),
         tasks.init_regression_moments(phi.shape[1]),
-        (phi.reshape(-1, batch_size, phi.shape[1]), r.reshape(-1, batch_size)),
+        jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), batches),
     )
     return moments
 
@@ -152,11 +148,10 @@ def test_float32_moments_of_forty_thousand_samples_suffice(batch_size, offset):
     moments = scanned_moments_of(phi, r, batch_size)
     samples = np.float64(np.column_stack([phi, r]))
     exact = 39_999 * np.cov(samples.T)
-    np.testing.assert_allclose(moments.mean, np.mean(samples, axis=0), rtol=1e-5)
-    np.testing.assert_allclose(
-        moments.comoment, exact, rtol=1e-4, atol=1e-4 * np.max(exact)
-    )
-    w, b = references_tasks.least_squares(phi, r, True)
+    mean = np.mean(samples, axis=0)
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments.comoment, exact, atol=1e-4 * np.max(exact))
+    w, _ = references_tasks.least_squares(phi, r, True)
     inferred = infer_task(moments, fallback_task=first_axis(5), intercept=True)
     np.testing.assert_allclose(inferred.task * inferred.scale, w, rtol=3e-3, atol=1e-3)
     np.testing.assert_allclose(inferred.r_squared, 1.0, atol=1e-4)
