@@ -64,7 +64,7 @@ def update_whitening(
     """
     chex.assert_rank(h, 2)
     chex.assert_type(h, float)
-    chex.assert_equal_shape([h[0], whitening.mean])
+    chex.assert_equal_shape_suffix([h, whitening.mean], 1)
 
     weight, before, h, kept = precision.widen(
         whitening.weight, whitening.covariance, h, decay
