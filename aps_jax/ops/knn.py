@@ -1,15 +1,16 @@
 """Distances from queries to their k nearest particles.
 
 No reward, no state. Exact: few particles are chosen by a cheap lower bound of their
-distance, and these are measured again by subtraction, which loses no digits however close
-together or far from the origin the points are. In three forms:
+distance, and these are measured again by subtraction, which loses no digits however
+close together or far from the origin the points are. In three forms:
 
 - few features: the bound is the squared distance itself, unrolled over the features;
 - many features: the bound is a matrix product, and a query whose candidates it cannot
   prove complete is compared again from nearby (`_search_by_product`);
 - many queries or particles: tiles of both, so that memory does not grow with them.
 
-Letters: `N` queries, `M` particles, `D` feature dimension, `k` neighbours, `C` candidates.
+Letters: `N` queries, `M` particles, `D` feature dimension, `k` neighbours, `C`
+candidates.
 Inside, arrays of distances are `[M, N]`: reductions over the first axis are vectorised
 over the queries, those over the last are not, on a CPU.
 """
@@ -24,18 +25,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from aps_jax.ops import precision
 from aps_jax.types import Array
 
 # Up to this many features, subtracting beats a matrix product, and is exact.
 _MAX_UNROLLED_FEATURES = 16
-
-# Particles compared at a time, and entries of the array of their distances: the number of
-# queries compared at a time is made to fit. A CPU is fastest while the array stays in
-# its cache, an accelerator while it fills the machine.
-_TILE_SIZE = {"cpu": 2**12}
-_TILE_SIZE_ELSEWHERE = 2**14
-_WORKSPACE = {"cpu": 2**20}
-_WORKSPACE_ELSEWHERE = 2**26
 
 # Candidates beyond k, so that the bound of the last one exceeds the k-th distance.
 _NUM_SPARE_CANDIDATES = 4
@@ -43,9 +37,9 @@ _NUM_SPARE_CANDIDATES = 4
 # Queries compared again at a time.
 _NUM_RETRIED_QUERIES = 64
 
-# Relative error of a squared distance that needs no second comparison: 2e-6 of the
-# distance, far below the 1e-5 that is asked of the reward.
-_TOLERANCE = 4e-6
+# Relative error of a squared distance that needs no second comparison, in units of
+# rounding: 2e-6 of the distance in float32, below the 1e-5 that is asked of the reward.
+_TOLERANCE = 32
 
 # Up to this many neighbours, repeated minima beat XLA's `top_k` on a CPU.
 _MAX_REPEATED_MINIMA = 64
@@ -65,31 +59,35 @@ def knn_distances(
 ) -> jax.Array:
     """Computes the Euclidean distances from each query to its k nearest particles.
 
-    The relative error is a few units in the last place of float32, and with many features
-    at worst 5e-6, whatever the mean and the spread of the points. The gradient is the unit vector from the particle to the
-    query, and zero where they coincide. A query or particle that is not a number makes
-    the distances that depend on it NaN.
+    The relative error is a few units in the last place of float32, and with many
+    features at worst 5e-6, whatever the mean and the spread of the points; distances
+    below 1e-18 may be 0. The gradient is the unit vector from the particle to the query,
+    and zero where they coincide. A query or particle that is not a number makes the
+    distances that depend on it NaN; an infinite particle is infinitely far.
 
     Args:
-      queries: `[N, D]` float32, components below 1e18.
-      particles: `[M, D]` float32, likewise.
+      queries: `[N, D]` float, components below 1e18.
+      particles: `[M, D]` float, likewise.
       k: number of neighbours, in [1, M].
-      query_ids: `[N]` int32, or None. A particle whose id equals the query's is the
-        query itself, and is no neighbour of it.
-      particle_ids: `[M]` int32, or None; given if and only if `query_ids` are.
+      query_ids: `[N]` int, or None. A particle whose id equals the query's is the query
+        itself, and is no neighbour of it.
+      particle_ids: `[M]` int of the same type, or None; given if and only if
+        `query_ids` are.
       tile_size: number of particles compared at a time, which bounds the memory used;
         None chooses one. Does not change the result.
 
     Returns:
-      `[N, k]` float32, ascending; +inf in the last places if fewer than k particles are
-      not the query itself. The distance to the k-th neighbour is at index k-1.
+      `[N, k]` float32 (float64 if an input is), ascending; +inf in the last places if
+      fewer than k particles are not the query itself. The distance to the k-th
+      neighbour is at index k-1.
 
     Raises:
       ValueError: if `k` or `tile_size` is out of range, or only one side has ids.
     """
     chex.assert_rank([queries, particles], 2)
-    chex.assert_type([queries, particles], jnp.float32)
+    chex.assert_type([queries, particles], float)
     chex.assert_equal_shape_suffix([queries, particles], 1)
+    chex.assert_axis_dimension_gt(queries, 1, 0)
     num_particles = particles.shape[0]
     if not 1 <= k <= num_particles:
         raise ValueError(f"k must be in [1, {num_particles}], got {k}.")
@@ -98,64 +96,92 @@ def knn_distances(
     if (query_ids is None) != (particle_ids is None):
         raise ValueError("query_ids and particle_ids must be given together.")
     if query_ids is not None:
-        chex.assert_type([query_ids, particle_ids], jnp.int32)
+        chex.assert_type(query_ids, int)
+        chex.assert_type(particle_ids, query_ids.dtype)
         chex.assert_equal_shape([queries[:, 0], query_ids])
         chex.assert_equal_shape([particles[:, 0], particle_ids])
 
+    queries, particles = precision.widen(queries, particles)
     # Not NumPy arrays, which traced indices cannot index.
-    queries, particles, query_ids, particle_ids = jax.tree.map(
-        jnp.asarray, (queries, particles, query_ids, particle_ids)
-    )
+    query_ids, particle_ids = jax.tree.map(jnp.asarray, (query_ids, particle_ids))
+    if queries.shape[0] == 0:
+        return jnp.zeros((0, k), queries.dtype)
     ids = None if query_ids is None else (query_ids, particle_ids)
-    return _distances(k, tile_size, queries, particles, ids)
+    distances, _ = _nearest(k, tile_size, queries, particles, ids)
+    return distances.T
 
 
-class _Neighbours(NamedTuple):
+class _Neighbors(NamedTuple):
     """The particles nearest to each query, in the order of the squares."""
 
-    squares: jax.Array  # [k, N] float32, of distances, +inf where there is no particle.
+    squares: jax.Array  # [k, N] float, of distances, +inf where there is no particle.
     indices: jax.Array  # [k, N] int32, of particles.
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _distances(k, tile_size, queries, particles, ids):
-    """`knn_distances` with a derivative that leaves out the search."""
-    return jnp.sqrt(_search(k, tile_size, queries, particles, ids).squares.T)
+def _nearest(k, tile_size, queries, particles, ids):
+    """Finds distances and indices `[k, N]`; the derivative leaves out the search."""
+    nearest = jax.lax.platform_dependent(
+        queries,
+        particles,
+        ids,
+        cpu=functools.partial(_search, _CPU, k, tile_size),
+        default=functools.partial(_search, _ACCELERATOR, k, tile_size),
+    )
+    return jnp.sqrt(nearest.squares), nearest.indices
 
 
-@_distances.defjvp
-def _distances_jvp(k, tile_size, primals, tangents):
+@_nearest.defjvp
+def _nearest_jvp(k, tile_size, primals, tangents):
     queries, particles, ids = primals
     queries_dot, particles_dot, _ = tangents
-    squares, indices = _search(k, tile_size, queries, particles, ids)
-    distances = jnp.sqrt(squares)
-    has_slope = (distances > 0) & (distances < jnp.inf)
-    inverse = jnp.where(has_slope, 1 / jnp.where(has_slope, distances, 1.0), 0.0)
+    distances, indices = _nearest(k, tile_size, queries, particles, ids)
+    is_flat = (distances == 0) | (distances == jnp.inf)
+    inverse = jnp.where(is_flat, 0.0, 1 / jnp.where(is_flat, 1.0, distances))
     directions = (queries[None, :, :] - particles[indices]) * inverse[:, :, None]
     differences_dot = queries_dot[None, :, :] - particles_dot[indices]
-    return distances.T, jnp.sum(directions * differences_dot, axis=-1).T
+    distances_dot = jnp.sum(directions * differences_dot, axis=-1)
+    return (distances, indices), (
+        distances_dot,
+        np.zeros(indices.shape, jax.dtypes.float0),
+    )
 
 
-def _search(k, tile_size, queries, particles, ids) -> _Neighbours:
+class _Tuning(NamedTuple):
+    """What is fastest on one kind of machine."""
+
+    tile_size: int  # particles compared at a time
+    workspace: int  # entries of a tile's distances, which bounds the queries of a tile
+    # Finds the k smallest values of each column of [M, N], and their rows, [k, N].
+    smallest: Callable[[jax.Array, int], tuple[jax.Array, jax.Array]]
+
+
+def _search(
+    tuning: _Tuning,
+    k: int,
+    tile_size: int | None,
+    queries: jax.Array,
+    particles: jax.Array,
+    ids: tuple[jax.Array, jax.Array] | None,
+) -> _Neighbors:
     """Finds the k nearest particles, for a tile of the queries at a time."""
     num_queries, dim = queries.shape
     num_particles = particles.shape[0]
-    if tile_size is None:
-        tile_size = _TILE_SIZE.get(jax.default_backend(), _TILE_SIZE_ELSEWHERE)
     # The running best of a tile must fit into it.
-    tile_size = min(max(tile_size, k + _NUM_SPARE_CANDIDATES), num_particles)
-    workspace = _WORKSPACE.get(jax.default_backend(), _WORKSPACE_ELSEWHERE)
-    num_tiles = math.ceil(num_queries / max(workspace // tile_size, 1))
+    tile_size = max(tile_size or tuning.tile_size, k + _NUM_SPARE_CANDIDATES)
+    tile_size = min(tile_size, num_particles)
+    num_tiles = math.ceil(num_queries / max(tuning.workspace // tile_size, 1))
     query_tile_size = math.ceil(num_queries / num_tiles)
 
     query_ids, particle_ids = (None, None) if ids is None else ids
     search = _search_by_subtraction
     if dim > _MAX_UNROLLED_FEATURES:
         search = _search_by_product
+    smallest = functools.partial(_smallest, tuning)
 
     def search_tile(queries_and_ids):
         tile, tile_ids = queries_and_ids
-        return search(tile, particles, tile_ids, particle_ids, k, tile_size)
+        return search(smallest, tile, particles, tile_ids, particle_ids, k, tile_size)
 
     if num_tiles == 1:
         return search_tile((queries, query_ids))
@@ -171,8 +197,8 @@ def _search(k, tile_size, queries, particles, ids) -> _Neighbours:
 
 
 def _search_by_subtraction(
-    queries, particles, query_ids, particle_ids, k, tile_size
-) -> _Neighbours:
+    smallest, queries, particles, query_ids, particle_ids, k, tile_size
+) -> _Neighbors:
     """Finds the k nearest particles by their distances, unrolled over the features."""
 
     def squares_to(queries, particles):
@@ -182,6 +208,7 @@ def _search_by_subtraction(
         )
 
     return _smallest_over_tiles(
+        smallest,
         squares_to,
         queries,
         particles,
@@ -193,17 +220,17 @@ def _search_by_subtraction(
 
 
 def _search_by_product(
-    queries, particles, query_ids, particle_ids, k, tile_size
-) -> _Neighbours:
+    smallest, queries, particles, query_ids, particle_ids, k, tile_size
+) -> _Neighbors:
     """Finds the k nearest particles by a matrix product, and checks that they are.
 
     `norm(q)^2 + norm(p)^2 - 2 q^T p` loses the digits that the terms have in common. So
-    the points are taken relative to a centre, the bound of the rounding error is subtracted,
-    and the C particles of the smallest such bounds are measured by subtraction. If the
-    k-th distance found is below the C-th bound, no other particle can be nearer. A query
-    for which this fails lies in a cluster that is small against its distance from the
-    centre: it becomes the centre of a new comparison, for itself and for the queries near
-    it, which settles it and nearly always them.
+    the points are taken relative to a centre, the bound of the rounding error is
+    subtracted, and the C particles of the smallest such bounds are measured by
+    subtraction. If the k-th distance found is below the C-th bound, no other particle
+    can be nearer. A query for which this fails lies in a cluster that is small against
+    its distance from the centre: it becomes the centre of a new comparison, for itself
+    and for the queries near it, which settles it and nearly always them.
     """
     num_queries, num_particles = queries.shape[0], particles.shape[0]
     num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
@@ -211,6 +238,7 @@ def _search_by_product(
 
     def search_from(centre, queries, query_ids):
         bounds, candidates = _smallest_over_tiles(
+            smallest,
             functools.partial(_product_bounds, centre),
             queries,
             particles,
@@ -222,13 +250,13 @@ def _search_by_product(
         differences = queries[None, :, :] - particles[candidates]
         squares = jnp.sum(jnp.square(differences), axis=-1)
         squares = jnp.where(bounds == jnp.inf, jnp.inf, squares)
-        squares, order = _smallest(squares, k=k)
-        nearest = _Neighbours(squares, jnp.take_along_axis(candidates, order, axis=0))
+        squares, order = smallest(squares, k)
+        nearest = _Neighbors(squares, jnp.take_along_axis(candidates, order, axis=0))
         if num_candidates == num_particles:
             return nearest, jnp.ones(queries.shape[0], bool)
-        excess = squares[-1] * (1 - _TOLERANCE) - bounds[-1]
-        # Not `excess <= 0`: infinity less infinity, and other NaN, must not be retried.
-        return nearest, ~(excess > 0)
+        tolerance = _TOLERANCE * jnp.finfo(queries.dtype).eps
+        # Not `<=`: what is not a number must not be retried.
+        return nearest, ~(squares[-1] * (1 - tolerance) > bounds[-1])
 
     def has_unsettled(state):
         _, is_settled = state
@@ -239,10 +267,8 @@ def _search_by_product(
         centre = queries[jnp.argmin(is_settled)]
         squares = jnp.sum(jnp.square(queries - centre[None, :]), axis=-1)
         # The centre comes first, at distance 0, whose bounds are exact: it is settled.
-        _, rows = _smallest(
-            jnp.where(is_settled, jnp.inf, squares)[:, None], k=num_retried
-        )
-        rows = rows[:, 0]
+        unsettled_squares = jnp.where(is_settled, jnp.inf, squares)
+        rows = smallest(unsettled_squares[:, None], num_retried).indices[:, 0]
         row_ids = None if query_ids is None else query_ids[rows]
         again, is_settled_again = search_from(centre, queries[rows], row_ids)
         # Rows settled before only fill up the number, and may lie far from this centre.
@@ -275,16 +301,20 @@ def _product_bounds(centre, queries, particles) -> jax.Array:
     """
     queries = queries - centre[None, :]
     particles = particles - centre[None, :]
-    unit = 2.0**-24
+    unit = float(jnp.finfo(queries.dtype).eps) / 2
     gamma = (16 + 4 * math.sqrt(queries.shape[1])) * unit
     query_squares = (1 - gamma) * jnp.sum(jnp.square(queries), axis=-1)
     particle_squares = (1 - gamma) * jnp.sum(jnp.square(particles), axis=-1)
+    # An infinite particle is infinitely far, not a NaN of 0 times infinity.
+    is_far = particle_squares == jnp.inf
+    particles = jnp.where(is_far[:, None], 0.0, particles)
     # Without `HIGHEST`, GPUs and TPUs would round the factors to 10 bits or fewer.
     products = jnp.matmul(particles, queries.T, precision=jax.lax.Precision.HIGHEST)
     return particle_squares[:, None] + query_squares[None, :] - 2 * products
 
 
 def _smallest_over_tiles(
+    smallest: Callable[[jax.Array, int], _Neighbors],
     squares_to: Callable[[jax.Array, jax.Array], jax.Array],
     queries: jax.Array,
     particles: jax.Array,
@@ -293,7 +323,7 @@ def _smallest_over_tiles(
     *,
     k: int,
     tile_size: int,
-) -> _Neighbours:
+) -> _Neighbors:
     """Finds the k particles of the smallest squares, one tile after the other."""
     num_queries, num_particles = queries.shape[0], particles.shape[0]
     offsets = np.arange(0, num_particles, tile_size)
@@ -311,50 +341,46 @@ def _smallest_over_tiles(
             tile_ids = jax.lax.dynamic_slice_in_dim(particle_ids, start, tile_size)
             is_self = tile_ids[:, None] == query_ids[None, :]
             squares = jnp.where(is_self, jnp.inf, squares)
-        nearest = _smallest(squares, k=k)
+        nearest = smallest(squares, k)
         return nearest._replace(indices=start + nearest.indices)
 
     def merge_tile(best, start_and_offset):
         both = jax.tree.map(
             lambda x, y: jnp.concatenate([x, y]), best, search_tile(*start_and_offset)
         )
-        squares, rows = _smallest(both.squares, k=k)
-        return _Neighbours(
+        squares, rows = smallest(both.squares, k)
+        return _Neighbors(
             squares, jnp.take_along_axis(both.indices, rows, axis=0)
         ), None
 
     if len(offsets) == 1:
         return search_tile(jnp.int32(0), jnp.int32(0))
     shape = (k, num_queries)
-    nothing = _Neighbours(jnp.full(shape, jnp.inf), jnp.zeros(shape, jnp.int32))
+    nothing = _Neighbors(
+        jnp.full(shape, jnp.inf, queries.dtype), jnp.zeros(shape, jnp.int32)
+    )
     tiles = (jnp.asarray(starts, jnp.int32), jnp.asarray(offsets, jnp.int32))
     best, _ = jax.lax.scan(merge_tile, nothing, tiles)
     return best
 
 
-def _smallest(values: jax.Array, *, k: int) -> _Neighbours:
+def _smallest(tuning: _Tuning, values: jax.Array, k: int) -> _Neighbors:
     """Finds the k smallest values of each column, smallest first, and their rows.
 
     NaN counts as the smallest value, so that it is chosen and seen.
     """
     values = jnp.where(jnp.isnan(values), -jnp.inf, values)
-    if k > _MAX_REPEATED_MINIMA:
-        smallest, rows = _top_k(values, k=k)
-    else:
-        smallest, rows = jax.lax.platform_dependent(
-            values,
-            cpu=functools.partial(_repeated_minima, k=k),
-            default=functools.partial(_top_k, k=k),
-        )
-    return _Neighbours(jnp.where(smallest == -jnp.inf, jnp.nan, smallest), rows)
+    find = tuning.smallest if k <= _MAX_REPEATED_MINIMA else _top_k
+    smallest, rows = find(values, k)
+    return _Neighbors(jnp.where(smallest == -jnp.inf, jnp.nan, smallest), rows)
 
 
-def _top_k(values: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     negated, rows = jax.lax.top_k(-values.T, k)
     return -negated.T, rows.T
 
 
-def _repeated_minima(values: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array]:
+def _repeated_minima(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Takes the minimum k times, from the minima of blocks of rows.
 
     Each time only the block that the minimum was in is looked at again. On a CPU this is
@@ -393,6 +419,15 @@ def _repeated_minima(values: jax.Array, *, k: int) -> tuple[jax.Array, jax.Array
         return (minima, value, row), (value[0], row[0])
 
     minima = jnp.min(values.reshape(num_blocks, _BLOCK_SIZE, num_columns), axis=1)
-    nothing = jnp.full((1, num_columns), -jnp.inf), jnp.full((1, num_columns), -1)
+    nothing = (
+        jnp.full((1, num_columns), -jnp.inf, values.dtype),
+        jnp.full((1, num_columns), -1, jnp.int32),
+    )
     _, smallest = jax.lax.scan(take_minimum, (minima, *nothing), length=k)
     return smallest
+
+
+# A CPU is fastest while a tile's distances stay in its cache, an accelerator while they
+# fill the machine.
+_CPU = _Tuning(tile_size=2**12, workspace=2**20, smallest=_repeated_minima)
+_ACCELERATOR = _Tuning(tile_size=2**14, workspace=2**26, smallest=_top_k)

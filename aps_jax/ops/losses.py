@@ -12,7 +12,8 @@ and then obeying `w`; `Q = psi^T w`. There are four forms of its temporal-differ
 Everything is written for one transition: `jax.vmap` it over a batch, and average there.
 The cumulants given are already n-step sums, and `discount_t` is then the product of the n
 discounts: `gamma^n`, or 0 where the game was over. Errors are target minus prediction;
-gradient reaches the prediction (`psi_tm1`, `exploration_tm1`) and nothing else.
+gradient reaches the prediction (`psi_tm1`, `exploration_tm1`) and nothing else. What is
+not a number shows in the error. Results are float32 or wider (`precision.widen`).
 
 Letters: `A` actions, `D` feature dimension, `n` steps of a window.
 """
@@ -23,6 +24,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from aps_jax.ops import precision
 from aps_jax.types import Array
 
 
@@ -37,7 +39,7 @@ class Window(NamedTuple):
     """The part of an n-step window that may be used."""
 
     horizon: Array  # [] int32 in [1, n], steps up to and including the first cut.
-    weights: Array  # [n] float32, 1 for these steps and 0 after them.
+    weights: Array  # [n] float, 1 for these steps and 0 after them.
 
 
 def q_values(psi: Array, w: Array) -> jax.Array:
@@ -54,6 +56,7 @@ def q_values(psi: Array, w: Array) -> jax.Array:
     chex.assert_type([psi, w], float)
     chex.assert_equal_shape([psi[0], w])
 
+    psi, w = precision.widen(psi, w)
     # Not a matrix product, which accelerators would round to fewer than 24 bits.
     return jnp.sum(psi * w[None, :], axis=-1)
 
@@ -76,6 +79,7 @@ def feature_loss(phi_t: Array, w_tm1: Array) -> jax.Array:
     chex.assert_type([phi_t, w_tm1], float)
     chex.assert_equal_shape([phi_t, w_tm1])
 
+    phi_t, w_tm1 = precision.widen(phi_t, w_tm1)
     return -jnp.sum(phi_t * jax.lax.stop_gradient(w_tm1))
 
 
@@ -97,6 +101,7 @@ def n_step_target(r_t: Array, discount_t: Array, v_t: Array) -> jax.Array:
     # Imported here because RLax brings in TensorFlow Probability, which takes seconds.
     import rlax
 
+    r_t, discount_t, v_t = precision.widen(r_t, discount_t, v_t)
     n = r_t.shape[0]
     return rlax.n_step_bootstrapped_returns(r_t, discount_t, v_t, n)[0]
 
@@ -120,6 +125,7 @@ def n_step_cumulant(
     chex.assert_type([cumulant_t, discount_t], float)
     chex.assert_equal_shape_prefix([cumulant_t, discount_t], 1)
 
+    cumulant_t, discount_t = precision.widen(cumulant_t, discount_t)
     products = jnp.cumprod(discount_t)
     before = jnp.concatenate([jnp.ones_like(products[:1]), products[:-1]])
     weights = jnp.expand_dims(before, tuple(range(1, cumulant_t.ndim)))
@@ -152,7 +158,7 @@ def mask_after_cut(cut_t: Array) -> Window:
     num_cuts = jnp.cumsum(cut_t, dtype=jnp.int32)
     is_used = num_cuts - cut_t.astype(jnp.int32) == 0
     return Window(
-        horizon=jnp.sum(is_used, dtype=jnp.int32), weights=is_used.astype(jnp.float32)
+        horizon=jnp.sum(is_used, dtype=jnp.int32), weights=is_used.astype(float)
     )
 
 
@@ -187,8 +193,7 @@ def scalar_td_error(
 
     w = jax.lax.stop_gradient(w)
     q_tm1, q_t = q_values(psi_tm1, w), q_values(psi_t, w)
-    target_tm1 = jax.lax.stop_gradient(r_t + discount_t * jnp.max(q_t))
-    return target_tm1 - _at(q_tm1, a_tm1)
+    return _td_error(q_tm1, a_tm1, r_t, discount_t, q_t, q_t)
 
 
 def vector_td_error(
@@ -225,9 +230,8 @@ def vector_td_error(
     chex.assert_equal_shape([psi_tm1, psi_t])
     chex.assert_equal_shape([cumulant_t, w])
 
-    a_t = jnp.argmax(q_values(psi_t, w))
-    target_tm1 = jax.lax.stop_gradient(cumulant_t + discount_t * _at(psi_t, a_t))
-    return target_tm1 - _at(psi_tm1, a_tm1)
+    q_t = q_values(psi_t, w)
+    return _td_error(psi_tm1, a_tm1, cumulant_t, discount_t, psi_t, q_t)
 
 
 def split_td_error(
@@ -282,14 +286,14 @@ def split_td_error(
     chex.assert_equal_shape([psi_tm1[:, 0], exploration_tm1, exploration_t])
     chex.assert_equal_shape([phi_t, w])
 
-    a_t = jnp.argmax(skill_weight * q_values(psi_t, w) + entropy_weight * exploration_t)
-    successor = jax.lax.stop_gradient(phi_t + discount_t * _at(psi_t, a_t))
-    exploration = jax.lax.stop_gradient(
-        r_entropy_t + discount_t * _at(exploration_t, a_t)
-    )
+    parts = (q_values(psi_t, w), exploration_t, skill_weight, entropy_weight)
+    q_t, q_exploration_t, skill_weight, entropy_weight = precision.widen(*parts)
+    values_t = skill_weight * q_t + entropy_weight * q_exploration_t
     return SplitTDError(
-        successor=successor - _at(psi_tm1, a_tm1),
-        exploration=exploration - _at(exploration_tm1, a_tm1),
+        successor=_td_error(psi_tm1, a_tm1, phi_t, discount_t, psi_t, values_t),
+        exploration=_td_error(
+            exploration_tm1, a_tm1, r_entropy_t, discount_t, exploration_t, values_t
+        ),
     )
 
 
@@ -315,23 +319,9 @@ def off_policy_td_error(
     time `psi^T w` is then the value of a policy that no longer explores. Without
     entropy reward the two forms are the same.
 
-    Args:
-      psi_tm1: `[A, D]` float, successor features at time t-1.
-      exploration_tm1: `[A]` float, exploration values at time t-1.
-      a_tm1: `[]` int, action taken at time t-1.
-      phi_t: `[D]` float, n-step sum of the features.
-      r_entropy_t: `[]` float, n-step sum of the entropy rewards.
-      discount_t: `[]` float, product of the n discounts.
-      psi_t: `[A, D]` float, target-network successor features at time t.
-      exploration_t: `[A]` float, target-network exploration values at time t.
-      w: `[D]` float, task vector.
-      skill_weight: weight of the skill reward in behaviour.
-      entropy_weight: weight of the entropy reward in behaviour.
-
-    Returns:
-      Target minus prediction of both.
+    Arguments and result are those of `split_td_error`.
     """
-    behaviour = split_td_error(
+    split = split_td_error(
         psi_tm1,
         exploration_tm1,
         a_tm1,
@@ -345,9 +335,25 @@ def off_policy_td_error(
         entropy_weight=entropy_weight,
     )
     successor = vector_td_error(psi_tm1, a_tm1, phi_t, discount_t, psi_t, w)
-    return SplitTDError(successor=successor, exploration=behaviour.exploration)
+    return split._replace(successor=successor)
 
 
-def _at(values: Array, action: Array) -> jax.Array:
-    """Takes the entry of an action, of NumPy values too if the action is traced."""
-    return jnp.asarray(values)[action]
+def _td_error(
+    prediction_tm1: Array,
+    a_tm1: Array,
+    cumulant_t: Array,
+    discount_t: Array,
+    prediction_t: Array,
+    values_t: Array,
+) -> jax.Array:
+    """Computes target minus prediction, `[...]`, under the action greedy in `values_t`.
+
+    The predictions are `[A, ...]`. NaN if a value is: then no action is greedy.
+    """
+    prediction_tm1, cumulant_t, discount_t, prediction_t, values_t = precision.widen(
+        prediction_tm1, cumulant_t, discount_t, prediction_t, values_t
+    )
+    bootstrap_t = prediction_t[jnp.argmax(values_t)]
+    bootstrap_t = jnp.where(jnp.any(jnp.isnan(values_t)), jnp.nan, bootstrap_t)
+    target_tm1 = jax.lax.stop_gradient(cumulant_t + discount_t * bootstrap_t)
+    return target_tm1 - prediction_tm1[a_tm1]

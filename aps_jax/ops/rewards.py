@@ -2,7 +2,8 @@
 
 `r = skill_weight * r_skill + entropy_weight * r_entropy`. APS weighs the two (1, 1), VISR
 (1, 0), and an agent driven by entropy alone, as in APT, (0, 1). All functions but
-those of the running mean are written for one state: `jax.vmap` them over a batch.
+those of the running mean are written for one state: `jax.vmap` them over a batch. What
+is not a number shows in the result. Results are float32 or wider (`precision.widen`).
 
 Letters: `D` feature dimension, `k` nearest neighbours.
 """
@@ -13,26 +14,27 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from aps_jax.ops import precision
 from aps_jax.types import Array
 
 
 class DistanceScale(NamedTuple):
     """The running mean of the distances to the nearest neighbours."""
 
-    weight: Array  # [] float32, number of distances behind the mean, decayed.
-    mean: Array  # [] float32, in units of the features; 0 before any distance.
+    weight: Array  # [] float, number of distances behind the mean, decayed.
+    mean: Array  # [] float, in units of the features; 0 before any distance.
 
 
 class DistanceSums(NamedTuple):
     """Sums over a batch of distances."""
 
-    count: Array  # [] float32, neighbours that exist.
-    deviation: Array  # [] float32, of their distances from the running mean.
+    num_neighbors: Array  # [] float, neighbours that exist.
+    deviation: Array  # [] float, of their distances from the running mean.
 
 
 def init_distance_scale() -> DistanceScale:
     """Returns the scale before any distance was seen: weight 0, mean 0."""
-    return DistanceScale(weight=jnp.float32(0), mean=jnp.float32(0))
+    return DistanceScale(weight=jnp.zeros(()), mean=jnp.zeros(()))
 
 
 def update_distance_scale(
@@ -76,12 +78,13 @@ def sum_distances(scale: DistanceScale, distances: Array) -> DistanceSums:
     chex.assert_rank([scale.weight, scale.mean], 0)
     chex.assert_type([scale.weight, scale.mean, distances], float)
 
+    distances, mean = precision.widen(distances, scale.mean)
     exists = distances != jnp.inf
     # Deviations from the mean are small once it is known, and summed row by row: so
     # float32 keeps their sum exact to a few units in the last place.
-    deviations = jnp.where(exists, distances - scale.mean, 0.0)
+    deviations = jnp.where(exists, distances - mean, 0.0)
     return DistanceSums(
-        count=jnp.sum(exists, dtype=jnp.float32),
+        num_neighbors=jnp.sum(exists, dtype=distances.dtype),
         deviation=jnp.sum(jnp.sum(deviations, axis=-1)),
     )
 
@@ -102,8 +105,9 @@ def move_distance_scale(
     chex.assert_rank([*scale, *sums], 0)
     chex.assert_type([*scale, *sums], float)
 
-    weight = decay * scale.weight + sums.count
-    mean = scale.mean + sums.deviation / jnp.where(weight > 0, weight, 1.0)
+    weight, mean, num_neighbors, deviation, kept = precision.widen(*scale, *sums, decay)
+    weight = kept * weight + num_neighbors
+    mean = mean + deviation / jnp.where(weight == 0, 1.0, weight)
     return DistanceScale(weight=weight, mean=mean)
 
 
@@ -132,12 +136,14 @@ def particle_entropy_reward(
     chex.assert_rank([distances, sigma], [1, 0])
     chex.assert_type([distances, sigma], float)
 
+    distances, sigma = precision.widen(distances, sigma)
     # +inf is replaced before the arithmetic, not after it: the gradient stays finite.
-    counts = (distances != jnp.inf) & (sigma > 0)
-    relative = jnp.where(counts, distances, 0.0) / jnp.where(sigma > 0, sigma, 1.0)
-    novelty = jnp.maximum(relative - clip, 0.0)
-    num_neighbours = jnp.maximum(jnp.sum(counts, dtype=jnp.float32), 1.0)
-    return jnp.log(c + jnp.sum(jnp.where(counts, novelty, 0.0)) / num_neighbours)
+    is_nan = jnp.isnan(distances) | jnp.isnan(sigma)
+    counts = ((distances != jnp.inf) & (sigma > 0)) | is_nan
+    relative = jnp.where(counts, distances, 0.0) / jnp.where(sigma <= 0, 1.0, sigma)
+    novelty = jnp.where(counts, jnp.maximum(relative - clip, 0.0), 0.0)
+    num_neighbors = jnp.maximum(jnp.sum(counts, dtype=sigma.dtype), 1.0)
+    return jnp.log(c + jnp.sum(novelty) / num_neighbors)
 
 
 def skill_reward(phi_t: Array, w: Array) -> jax.Array:
@@ -159,6 +165,7 @@ def skill_reward(phi_t: Array, w: Array) -> jax.Array:
     chex.assert_type([phi_t, w], float)
     chex.assert_equal_shape([phi_t, w])
 
+    phi_t, w = precision.widen(phi_t, w)
     return jnp.sum(phi_t * w)
 
 
@@ -183,4 +190,7 @@ def intrinsic_reward(
     chex.assert_type([r_skill, r_entropy], float)
     chex.assert_equal_shape([r_skill, r_entropy])
 
+    r_skill, r_entropy, skill_weight, entropy_weight = precision.widen(
+        r_skill, r_entropy, skill_weight, entropy_weight
+    )
     return skill_weight * r_skill + entropy_weight * r_entropy

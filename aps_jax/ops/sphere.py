@@ -1,6 +1,7 @@
 """Points on the unit sphere of `R^D`: projection onto it and sampling from it.
 
-Features and task vectors both live on this sphere. Letters: `D` feature dimension.
+Features and task vectors both live on this sphere. Results are float32 or wider
+(`precision.widen`). Letters: `D` feature dimension.
 """
 
 import math
@@ -9,12 +10,11 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from aps_jax.ops import precision
 from aps_jax.types import Array, PRNGKey
 
-# At least half of all proposals are accepted whatever the concentration and the
-# dimension, so a sample is still missing after so many rounds only if the
-# concentration is not a finite number. Such samples are NaN instead of a hang.
-_MAX_REJECTION_ROUNDS = 1_000
+# A larger concentration would change no digit of a sample in float32, but overflow.
+_LARGEST_KAPPA = 1e30
 
 
 def normalize(vectors: Array) -> jax.Array:
@@ -29,15 +29,20 @@ def normalize(vectors: Array) -> jax.Array:
       vectors: `[..., D]` float.
 
     Returns:
-      `[..., D]` float, of unit norm, or zero where `vectors` is zero.
+      `[..., D]` float, of unit norm, or zero where `vectors` is zero; NaN where a
+      component is NaN or infinite.
     """
     chex.assert_type(vectors, float)
     chex.assert_axis_dimension_gt(vectors, -1, 0)
 
-    # The direction does not depend on this factor, hence neither does its gradient.
+    (vectors,) = precision.widen(vectors)
+    # The direction does not depend on these factors, hence neither does its gradient.
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(vectors), axis=-1, keepdims=True))
+    # A power of two: the reciprocal of the largest numbers would be rounded to 0.
+    factor = jnp.where(largest > 1, jnp.asarray(2.0**-24, vectors.dtype), 2.0**24)
+    largest = factor * largest
     is_zero = largest == 0
-    scaled = vectors / jnp.where(is_zero, 1.0, largest)
+    scaled = factor * vectors / jnp.where(is_zero, 1.0, largest)
     square_norm = jnp.sum(jnp.square(scaled), axis=-1, keepdims=True)
     # Both branches of the last `where` are finite, else its gradient would be NaN.
     norm = jnp.sqrt(jnp.where(is_zero, 1.0, square_norm))
@@ -53,7 +58,7 @@ def sample_uniform(key: PRNGKey, shape: tuple[int, ...], dim: int) -> jax.Array:
       dim: `D`, at least 1. With 1, the sphere is the two points -1 and 1.
 
     Returns:
-      `[*shape, D]` float32, of unit norm.
+      `[*shape, D]` of unit norm, in JAX's default float type.
 
     Raises:
       ValueError: if `dim` is not positive.
@@ -81,11 +86,12 @@ def sample_von_mises_fisher(
       key: the key is consumed.
       mean: `[D]` float, the mean direction, of any norm but zero.
       kappa: `[]` concentration, at least 0 and finite. 0 is the uniform distribution;
-        may be traced, and is then not checked.
+        more than 1e30 counts as 1e30.
       num: number of samples.
 
     Returns:
-      `[num, D]` float32, of unit norm. NaN where a traced `kappa` is not finite.
+      `[num, D]` float, of unit norm. NaN if `mean` is, or a traced `kappa`, which
+      cannot be checked, is negative or not finite.
 
     Raises:
       ValueError: if `num` is not positive or `kappa` is negative or not finite.
@@ -94,13 +100,18 @@ def sample_von_mises_fisher(
     chex.assert_type(mean, float)
     if num < 1:
         raise ValueError(f"num must be at least 1, got {num}.")
-    if isinstance(kappa, (int, float)) and not 0 <= kappa < math.inf:
-        raise ValueError(f"kappa must be finite and at least 0, got {kappa}.")
+    chex.assert_rank(kappa, 0)
+    if not isinstance(kappa, jax.core.Tracer):
+        if not 0 <= float(kappa) < math.inf:
+            raise ValueError(f"kappa must be finite and at least 0, got {kappa}.")
+        kappa = min(float(kappa), _LARGEST_KAPPA)
 
     mean = normalize(mean)
-    dim = mean.shape[0]
-    kappa = jnp.asarray(kappa, jnp.float32)
-    chex.assert_rank(kappa, 0)
+    dim, dtype = mean.shape[0], mean.dtype
+    kappa = jnp.asarray(kappa, dtype)
+    is_valid = (kappa >= 0) & (kappa < jnp.inf)
+    mean = jnp.where(is_valid, mean, jnp.nan)
+    kappa = jnp.where(is_valid, jnp.minimum(kappa, _LARGEST_KAPPA), 0.0)
     if dim == 1:
         is_positive = jax.random.bernoulli(key, jax.nn.sigmoid(2 * kappa), (num, 1))
         return jnp.where(is_positive, mean[None, :], -mean[None, :])
@@ -108,7 +119,7 @@ def sample_von_mises_fisher(
     one_minus_cosine = _sample_one_minus_cosine(key_cosine, kappa, num=num, dim=dim)
     cosine = 1 - one_minus_cosine
     sine = jnp.sqrt(one_minus_cosine * (1 + cosine))
-    tangent = sample_uniform(key_tangent, (num,), dim - 1)
+    tangent = sample_uniform(key_tangent, (num,), dim - 1).astype(dtype)
     around_first_axis = jnp.concatenate(
         [cosine[:, None], sine[:, None] * tangent], axis=-1
     )
@@ -124,19 +135,21 @@ def _sample_one_minus_cosine(
     `W = (1 - (1+b) Z) / (1 - (1-b) Z)`, accepted if
     `kappa (W - x0) + (D-1) log((1 - x0 W) / (1 - x0^2)) >= log U`.
     """
-    b = (dim - 1) / (2 * kappa + jnp.hypot(2 * kappa, jnp.float32(dim - 1)))
+    dtype = kappa.dtype
+    b = (dim - 1) / (2 * kappa + jnp.hypot(2 * kappa, jnp.asarray(dim - 1, dtype)))
     one_minus_x0 = 2 * b / (1 + b)
     one_minus_x0_square = one_minus_x0 * 2 / (1 + b)
 
+    # At least half of all proposals are accepted, whatever the concentration and `dim`.
     def has_missing(state):
-        round_index, _, is_accepted = state
-        return (round_index < _MAX_REJECTION_ROUNDS) & ~jnp.all(is_accepted)
+        _, _, is_accepted = state
+        return ~jnp.all(is_accepted)
 
     def propose(state):
         round_index, sample, is_accepted = state
         key_beta, key_uniform = jax.random.split(jax.random.fold_in(key, round_index))
         # A Beta variable is a ratio of chi-square ones: exact near both of its ends.
-        gaussian = jax.random.normal(key_beta, (2, num, dim - 1))
+        gaussian = jax.random.normal(key_beta, (2, num, dim - 1), dtype)
         chi_square = jnp.sum(jnp.square(gaussian), axis=-1)
         z = chi_square[0] / (chi_square[0] + chi_square[1])
         one_minus_w = 2 * b * z / (1 - (1 - b) * z)
@@ -145,13 +158,12 @@ def _sample_one_minus_cosine(
             one_minus_x0_w / one_minus_x0_square
         )
         # Of (0, 1]: the logarithm of 0 would accept everything.
-        log_u = jnp.log1p(-jax.random.uniform(key_uniform, (num,)))
+        log_u = jnp.log1p(-jax.random.uniform(key_uniform, (num,), dtype))
         is_new = ~is_accepted & (log_ratio >= log_u)
         sample = jnp.where(is_new, one_minus_w, sample)
         return round_index + 1, sample, is_accepted | is_new
 
-    missing = jnp.full((num,), jnp.nan)
-    state = (jnp.int32(0), missing, jnp.zeros((num,), bool))
+    state = (jnp.int32(0), jnp.zeros((num,), dtype), jnp.zeros((num,), bool))
     _, sample, _ = jax.lax.while_loop(has_missing, propose, state)
     return sample
 

@@ -2,7 +2,8 @@
 
 A reward is explained by the features of the state reached, `r ~ phi^T w`. `w` is the least
 squares solution; its direction is the task, and its norm turns `psi^T w` into the units
-of the reward. Letters: `N` samples, `A` actions, `D` feature dimension, `K` candidates.
+of the reward. Results are float32 or wider (`precision.widen`). Letters: `N` samples,
+`A` actions, `D` feature dimension, `K` candidates.
 """
 
 from typing import NamedTuple
@@ -10,31 +11,32 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from aps_jax.ops import sphere
+from aps_jax.ops import precision, sphere
 from aps_jax.types import Array, PRNGKey
 
 
 class RegressionMoments(NamedTuple):
-    """Sufficient statistics of the regression of rewards on features."""
+    """Sufficient statistics of the regression of rewards on features.
 
-    gram: Array  # [D, D] float32, sum of phi phi^T.
-    phi_r: Array  # [D] float32, sum of phi r.
-    phi_sum: Array  # [D] float32, sum of phi.
-    r_sum: Array  # [] float32, sum of r.
-    r_square_sum: Array  # [] float32, sum of r^2.
-    num_samples: Array  # [] int32.
+    Products of deviations from the mean: however far from 0 features and rewards lie, no
+    digits are lost.
+    """
+
+    mean: Array  # [D + 1] float, of the features and, last, of the reward.
+    comoment: Array  # [D + 1, D + 1] float, sum of the deviations' outer products.
+    num_samples: Array  # [] int32
     num_nonzero: Array  # [] int32, samples with a reward other than 0.
-    excess: tuple[Array, ...]  # what rounding added to each of the five sums above.
 
 
 class InferredTask(NamedTuple):
     """The task that explains the rewards seen, and how well it does."""
 
-    task: Array  # [D] float32, unit.
-    scale: Array  # [] float32, norm of w before it was made a unit vector.
-    intercept: Array  # [] float32, reward where the features are 0.
-    r_squared: Array  # [] float32 in [0, 1], share of the rewards explained.
+    task: Array  # [D] float, unit.
+    scale: Array  # [] float, norm of w before it was made a unit vector.
+    intercept: Array  # [] float, reward where the features are 0.
+    r_squared: Array  # [] float in [0, 1], share of the rewards explained.
     num_samples: Array  # [] int32.
     num_nonzero: Array  # [] int32.
     is_fallback: Array  # [] bool, nothing could be inferred: `task` is a substitute.
@@ -49,10 +51,11 @@ def init_regression_moments(dim: int) -> RegressionMoments:
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}.")
 
-    vector, scalar = jnp.zeros((dim,)), jnp.float32(0)
-    sums = (jnp.zeros((dim, dim)), vector, vector, scalar, scalar)
     return RegressionMoments(
-        *sums, num_samples=jnp.int32(0), num_nonzero=jnp.int32(0), excess=sums
+        mean=jnp.zeros((dim + 1,)),
+        comoment=jnp.zeros((dim + 1, dim + 1)),
+        num_samples=jnp.int32(0),
+        num_nonzero=jnp.int32(0),
     )
 
 
@@ -61,8 +64,8 @@ def update_regression_moments(
 ) -> RegressionMoments:
     """Adds samples, each the features of a state and the reward for reaching it.
 
-    The sums are compensated (Kahan 1965, https://doi.org/10.1145/363707.363723): however
-    many small batches are added, they are as exact as float32 can hold.
+    The moments of the batch are merged with those before it by the formula of Chan, Golub
+    and LeVeque (1983, https://doi.org/10.1080/00031305.1983.10483115).
 
     Args:
       moments: of the samples so far.
@@ -78,26 +81,32 @@ def update_regression_moments(
     chex.assert_type([phi_t, r_t], float)
     chex.assert_type(mask, bool)
     chex.assert_equal_shape([phi_t[:, 0], r_t, mask])
-    chex.assert_equal_shape([phi_t[0], moments.phi_sum])
+    chex.assert_shape(moments.mean, (phi_t.shape[1] + 1,))
+    if phi_t.shape[0] == 0:
+        return moments
 
-    phi_t = jnp.where(mask[:, None], phi_t, 0.0)
-    r_t = jnp.where(mask, r_t, 0.0)
-    highest = jax.lax.Precision.HIGHEST
-    additions = (
-        jnp.matmul(phi_t.T, phi_t, precision=highest),
-        jnp.matmul(r_t, phi_t, precision=highest),
-        jnp.sum(phi_t, axis=0),
-        jnp.sum(r_t),
-        jnp.sum(jnp.square(r_t)),
+    mean, comoment, phi_t, r_t = precision.widen(*moments[:2], phi_t, r_t)
+    is_used = mask[:, None]
+    samples = jnp.where(is_used, jnp.column_stack([phi_t, r_t]), 0.0)
+    num_added = jnp.sum(mask, dtype=jnp.int32)
+    num_samples = moments.num_samples + num_added
+    num_before, added, total = (
+        jnp.asarray(x, mean.dtype)
+        for x in (moments.num_samples, num_added, num_samples)
     )
-    additions = jax.tree.map(jnp.subtract, additions, moments.excess)
-    before = moments[: len(additions)]
-    sums = jax.tree.map(jnp.add, before, additions)
+    share = added / jnp.maximum(total, 1.0)
+    # Without a mean, the first sample will do: what is subtracted need only be near.
+    mean = jnp.where(num_before > 0, mean, samples[jnp.argmax(mask)])
+    deviation = jnp.where(is_used, samples - mean[None, :], 0.0)
+    shift = jnp.sum(deviation, axis=0) / jnp.maximum(added, 1.0)
+    deviation = jnp.where(is_used, deviation - shift[None, :], 0.0)
+    square = jnp.matmul(deviation.T, deviation, precision=jax.lax.Precision.HIGHEST)
+    square = square + num_before * share * (shift[:, None] * shift[None, :])
     return RegressionMoments(
-        *sums,
-        num_samples=moments.num_samples + jnp.sum(mask, dtype=jnp.int32),
-        num_nonzero=moments.num_nonzero + jnp.sum(r_t != 0, dtype=jnp.int32),
-        excess=jax.tree.map(lambda x, y, z: (x - y) - z, sums, before, additions),
+        mean=mean + share * shift,
+        comoment=comoment + square,
+        num_samples=num_samples,
+        num_nonzero=moments.num_nonzero + jnp.sum(samples[:, -1] != 0, dtype=jnp.int32),
     )
 
 
@@ -129,31 +138,27 @@ def infer_task(
       intercept to that of their deviations from the mean. As a fallback, the task is
       `fallback_task` with scale 1, intercept 0 and `r_squared` 0, never NaN.
     """
-    chex.assert_rank([moments.gram, fallback_task], [2, 1])
+    chex.assert_rank([moments.comoment, fallback_task], [2, 1])
     chex.assert_type(fallback_task, float)
-    chex.assert_equal_shape([moments.phi_r, fallback_task])
+    dim = fallback_task.shape[0]
+    chex.assert_shape(moments.mean, (dim + 1,))
 
-    dim = moments.phi_r.shape[0]
-    epsilon = jnp.finfo(jnp.float32).eps
-    # What float32 cannot tell from no variation at all, in the features and the rewards.
-    gram_noise = (8 + dim) * epsilon * jnp.trace(moments.gram)
-    r_noise = 32 * epsilon * moments.r_square_sum
-    gram, phi_r, r_square = moments.gram, moments.phi_r, moments.r_square_sum
-    count = jnp.maximum(moments.num_samples, 1).astype(jnp.float32)
-    phi_mean, r_mean = moments.phi_sum / count, moments.r_sum / count
-    if intercept:
-        gram = gram - moments.phi_sum[:, None] * phi_mean[None, :]
-        phi_r = phi_r - moments.phi_sum * r_mean
-        r_square = r_square - moments.r_sum * r_mean
-
-    w = _solve_ridge(gram, phi_r, ridge, gram_noise)
+    mean, square, fallback_task = precision.widen(*moments[:2], fallback_task)
+    is_finite = jnp.all(jnp.isfinite(square)) & jnp.all(jnp.isfinite(mean))
+    mean, square = (jnp.where(is_finite, x, 0.0) for x in (mean, square))
+    if not intercept:
+        total = jnp.asarray(moments.num_samples, mean.dtype)
+        square = square + total * (mean[:, None] * mean[None, :])
+    gram, phi_r, r_square = square[:dim, :dim], square[:dim, dim], square[dim, dim]
+    w = _solve_ridge(gram, phi_r, ridge)
     explained = jnp.sum(w * (2 * phi_r - jnp.sum(gram * w[None, :], axis=-1)))
     scale = jnp.sqrt(jnp.sum(jnp.square(w)))
+    constant = mean[dim] - jnp.sum(mean[:dim] * w) if intercept else 0.0 * scale
 
     is_fallback = (
         (moments.num_samples < dim + intercept)
-        | (moments.num_nonzero == 0)
-        | ~(r_square > r_noise)
+        | ~is_finite
+        | ~(r_square > 0)
         | ~(scale > 0)
         | ~jnp.isfinite(scale)
     )
@@ -164,9 +169,7 @@ def infer_task(
     return InferredTask(
         task=unless_fallback(sphere.normalize(w), sphere.normalize(fallback_task)),
         scale=unless_fallback(scale, 1.0),
-        intercept=unless_fallback(
-            r_mean - jnp.sum(phi_mean * w) if intercept else jnp.zeros_like(scale), 0.0
-        ),
+        intercept=unless_fallback(constant, 0.0),
         r_squared=unless_fallback(
             jnp.clip(explained / jnp.where(r_square > 0, r_square, 1.0), 0.0, 1.0), 0.0
         ),
@@ -174,6 +177,40 @@ def infer_task(
         num_nonzero=moments.num_nonzero,
         is_fallback=is_fallback,
     )
+
+
+def regress_task(
+    phi: Array,
+    r: Array,
+    mask: Array | None = None,
+    *,
+    fallback_task: Array,
+    ridge: float = 1e-6,
+    intercept: bool = False,
+) -> InferredTask:
+    """Infers the task from all samples at once, in float64 on the host.
+
+    The result is that of `update_regression_moments` and `infer_task`.
+
+    Args:
+      phi: `[N, D]` float, features of the states reached.
+      r: `[N]` float, one-step rewards of the same transitions.
+      mask: `[N]` bool, whether to use the sample; None for all.
+      fallback_task, ridge, intercept: as of `infer_task`.
+
+    Returns:
+      The task as NumPy arrays, float64 and not float32.
+    """
+    phi, r, fallback_task = (np.asarray(x, np.float64) for x in (phi, r, fallback_task))
+    mask = np.ones(r.shape, bool) if mask is None else np.asarray(mask)
+    with jax.enable_x64(True), jax.default_device(_host()):
+        moments = jax.jit(update_regression_moments)(
+            init_regression_moments(fallback_task.size), phi, r, mask
+        )
+        found = jax.jit(infer_task, static_argnames="intercept")(
+            moments, fallback_task=fallback_task, ridge=ridge, intercept=intercept
+        )
+        return jax.device_get(found)
 
 
 def gpi_action_values(psi: Array, w: Array) -> jax.Array:
@@ -194,6 +231,7 @@ def gpi_action_values(psi: Array, w: Array) -> jax.Array:
     chex.assert_type([psi, w], float)
     chex.assert_equal_shape([psi[0, 0], w])
 
+    psi, w = precision.widen(psi, w)
     return jnp.max(jnp.sum(psi * w[None, None, :], axis=-1), axis=0)
 
 
@@ -221,27 +259,32 @@ def candidate_tasks(
     if num < 0:
         raise ValueError(f"num must be at least 0, got {num}.")
 
-    w = jnp.asarray(w)
+    (w,) = precision.widen(w)
     if num == 0:
         return w[None, :]
     others = sphere.sample_von_mises_fisher(key, w, kappa=kappa, num=num)
     return jnp.concatenate([w[None, :], others], axis=0)
 
 
-def _solve_ridge(
-    gram: jax.Array, phi_r: jax.Array, ridge: float | Array, noise: jax.Array
-) -> jax.Array:
+def _host() -> jax.Device | None:
+    """Returns the CPU, or None for the default device if JAX runs without a CPU."""
+    try:
+        return jax.local_devices(backend="cpu")[0]
+    except RuntimeError:
+        return None
+
+
+def _solve_ridge(gram: jax.Array, phi_r: jax.Array, ridge: float | Array) -> jax.Array:
     """Solves `(gram + lambda I) w = phi_r`, `lambda = ridge * mean(diag(gram))`.
 
-    Directions in which the features vary by no more than `noise` get weight 0, as in a
-    pseudo-inverse: there a Cholesky factor would be NaN, and any weight an accident.
+    Directions whose sum is within rounding errors of 0 get weight 0, as in a
+    pseudo-inverse: any weight would be an accident. With a ridge there are none.
     """
     eigenvalues, eigenvectors = jnp.linalg.eigh(gram)
-    penalty = ridge * jnp.mean(jnp.diagonal(gram))
-    is_signal = eigenvalues > noise
-    inverse = jnp.where(
-        is_signal, 1 / jnp.where(is_signal, eigenvalues + penalty, 1.0), 0.0
-    )
+    denominators = eigenvalues + ridge * jnp.mean(jnp.diagonal(gram))
+    noise = (8 + gram.shape[0]) * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
+    is_signal = denominators > noise
+    inverse = jnp.where(is_signal, 1 / jnp.where(is_signal, denominators, 1.0), 0.0)
     highest = jax.lax.Precision.HIGHEST
     coordinates = jnp.matmul(eigenvectors.T, phi_r, precision=highest)
     return jnp.matmul(eigenvectors, inverse * coordinates, precision=highest)

@@ -1,8 +1,9 @@
 """Whitening of features by their moments over the states in the replay.
 
 The outputs of a fresh network are nearly the same for all pictures of one game: projected
-onto the sphere they are one point, from which no task can be told. Letters: `N` states,
-`D` feature dimension.
+onto the sphere they are one point, from which no task can be told. What is not a number
+shows in the result. Results are float32 or wider (`precision.widen`). Letters: `N`
+states, `D` feature dimension.
 """
 
 from typing import NamedTuple
@@ -11,6 +12,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from aps_jax.ops import precision
 from aps_jax.types import Array
 
 # Directions that vary less than this share of the mean variance are not stretched
@@ -23,16 +25,16 @@ _SMALLEST_VARIANCE = 1e-12
 class Whitening(NamedTuple):
     """The moments of features, and the map that they define."""
 
-    weight: Array  # [] float32, number of batches behind the moments, decayed.
-    mean: Array  # [D] float32, of the last batch alone.
-    covariance: Array  # [D, D] float32
-    transform: Array  # [D, D] float32, inverse square root of the covariance.
+    weight: Array  # [] float, number of batches behind the moments, decayed.
+    mean: Array  # [D] float, of the last batch alone.
+    covariance: Array  # [D, D] float
+    transform: Array  # [D, D] float, inverse square root of the covariance.
 
 
 def init_whitening(dim: int) -> Whitening:
     """Returns the moments of no batch; `whiten` then changes nothing."""
     return Whitening(
-        weight=jnp.float32(0),
+        weight=jnp.zeros(()),
         mean=jnp.zeros((dim,)),
         covariance=jnp.zeros((dim, dim)),
         transform=jnp.eye(dim),
@@ -52,7 +54,8 @@ def update_whitening(
 
     Args:
       whitening: the moments so far.
-      h: `[N, D]` float, features of states drawn at random.
+      h: `[N, D]` float, features of states drawn at random, below 1e18. None of them,
+        `N = 0`, change nothing.
       decay: in [0, 1], per update.
 
     Returns:
@@ -61,19 +64,23 @@ def update_whitening(
     """
     chex.assert_rank(h, 2)
     chex.assert_type(h, float)
-    chex.assert_equal_shape([h[0], whitening.mean])
+    chex.assert_equal_shape_suffix([h, whitening.mean], 1)
 
-    weight = decay * whitening.weight + 1.0
-    batch_mean = jnp.mean(h, axis=0)
-    deviation = h - batch_mean[None, :]
-    square = jnp.matmul(deviation.T, deviation, precision=jax.lax.Precision.HIGHEST)
-    batch_covariance = square / h.shape[0]
-    covariance = (
-        whitening.covariance + (batch_covariance - whitening.covariance) / weight
+    weight, before, h, kept = precision.widen(
+        whitening.weight, whitening.covariance, h, decay
     )
+    if h.shape[0] == 0:
+        return whitening
+    weight = kept * weight + 1.0
+    # Moments of differences: the sum of many equal offsets would lose their digits.
+    difference = h - h[0][None, :]
+    mean = jnp.mean(difference, axis=0)
+    deviation = difference - mean[None, :]
+    square = jnp.matmul(deviation.T, deviation, precision=jax.lax.Precision.HIGHEST)
+    covariance = before + (square / h.shape[0] - before) / weight
     return Whitening(
         weight=weight,
-        mean=batch_mean,
+        mean=h[0] + mean,
         covariance=covariance,
         transform=_inverse_square_root(covariance),
     )
@@ -91,11 +98,10 @@ def whiten(whitening: Whitening, h: Array) -> jax.Array:
     """
     chex.assert_type(h, float)
 
-    whitening = jax.lax.stop_gradient(whitening)
-    mean = jnp.expand_dims(whitening.mean, tuple(range(h.ndim - 1)))
-    return jnp.matmul(
-        h - mean, whitening.transform, precision=jax.lax.Precision.HIGHEST
-    )
+    h, mean, transform = precision.widen(h, whitening.mean, whitening.transform)
+    mean, transform = jax.lax.stop_gradient((mean, transform))
+    deviation = h - jnp.expand_dims(mean, tuple(range(h.ndim - 1)))
+    return jnp.matmul(deviation, transform, precision=jax.lax.Precision.HIGHEST)
 
 
 def _inverse_square_root(covariance: jax.Array) -> jax.Array:

@@ -198,7 +198,7 @@ def test_tiles_do_not_change_the_result(dim, tile_size):
 @pytest.mark.parametrize("dim", DIMS)
 def test_many_queries_are_compared_in_tiles(dim, monkeypatch):
     # Eleven queries in tiles of four: the last is filled up, and cut off again.
-    monkeypatch.setattr(knn, "_WORKSPACE", {"cpu": 4 * max(100, 6 * dim)})
+    monkeypatch.setattr(knn, "_CPU", knn._CPU._replace(workspace=4 * max(100, 6 * dim)))
     queries, particles = uniform(11, dim), uniform(100, dim, seed=1)
     query_ids, particle_ids = np.arange(11, dtype=np.int32), np.arange(100) + 5
     ids = {"query_ids": query_ids, "particle_ids": np.int32(particle_ids)}
@@ -338,7 +338,7 @@ def test_memory_does_not_grow_with_the_particles(dim):
 
 
 def test_memory_does_not_grow_with_the_queries(monkeypatch):
-    monkeypatch.setattr(knn, "_WORKSPACE", {"cpu": 2**14})
+    monkeypatch.setattr(knn, "_CPU", knn._CPU._replace(workspace=2**14))
 
     def temporary_bytes(num_queries):
         lowered = jax.jit(functools.partial(knn.knn_distances, k=4)).lower(

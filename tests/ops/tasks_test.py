@@ -4,7 +4,6 @@ import functools
 
 import hypothesis
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 import references_tasks
@@ -45,15 +44,11 @@ def moments_of(phi, r, mask=None):
 
 
 def scanned_moments_of(phi, r, batch_size):
+    batches = (phi, r, np.ones(len(r), bool))
     moments, _ = jax.lax.scan(
-        lambda moments, batch: (
-            tasks.update_regression_moments(
-                moments, *batch, jnp.ones(batch_size, bool)
-            ),
-            None,
-        ),
+        lambda moments, batch: (tasks.update_regression_moments(moments, *batch), None),
         tasks.init_regression_moments(phi.shape[1]),
-        (phi.reshape(-1, batch_size, phi.shape[1]), r.reshape(-1, batch_size)),
+        jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), batches),
     )
     return moments
 
@@ -144,20 +139,78 @@ def test_sparse_noisy_rewards_still_show_the_task():
 
 
 @pytest.mark.parametrize("batch_size", [1, 32, 40_000])
-def test_float32_sums_of_forty_thousand_samples_suffice(batch_size):
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_float32_moments_of_forty_thousand_samples_suffice(batch_size, offset):
     rng = np.random.default_rng(0)
-    phi = correlated_features(rng, 40_000, 5, 0.7)
+    phi = correlated_features(rng, 40_000, 5, 0.7) + np.float32(offset)
     r = (phi @ rng.normal(size=5) + 0.1).astype(np.float32)
     moments = scanned_moments_of(phi, r, batch_size)
-    exact = np.float64(phi)
-    np.testing.assert_allclose(moments.gram, exact.T @ exact, rtol=1e-6, atol=1e-2)
-    np.testing.assert_allclose(moments.phi_sum, np.sum(exact, axis=0), atol=1e-2)
-    np.testing.assert_allclose(moments.r_sum, np.sum(np.float64(r)), rtol=1e-6)
-    w, b = references_tasks.least_squares(phi, r, True)
+    samples = np.float64(np.column_stack([phi, r]))
+    exact = 39_999 * np.cov(samples.T)
+    mean = np.mean(samples, axis=0)
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments.comoment, exact, atol=1e-4 * np.max(exact))
+    w, _ = references_tasks.least_squares(phi, r, True)
     inferred = infer_task(moments, fallback_task=first_axis(5), intercept=True)
-    np.testing.assert_allclose(inferred.task * inferred.scale, w, rtol=1e-3, atol=1e-4)
-    np.testing.assert_allclose(inferred.intercept, b, atol=1e-4)
-    np.testing.assert_allclose(inferred.r_squared, 1.0, atol=1e-5)
+    np.testing.assert_allclose(inferred.task * inferred.scale, w, rtol=3e-3, atol=1e-3)
+    np.testing.assert_allclose(inferred.r_squared, 1.0, atol=1e-4)
+
+
+@pytest.mark.parametrize("offsets", [(0.0, 0.0, 0.0), (2000.0, 3.0, -500.0)])
+@pytest.mark.parametrize("r_offset", [0.0, 3000.0])
+def test_offsets_of_features_and_rewards_lose_nothing(offsets, r_offset):
+    phi = np.random.default_rng(0).normal(size=(2000, 3)) + np.array(offsets)
+    r = phi @ [1.0, 2.0, 3.0] + r_offset
+    arguments = {"fallback_task": first_axis(3), "ridge": 0.0, "intercept": True}
+    expected = np.array([1.0, 2.0, 3.0]) / np.sqrt(14)
+    inferred = infer(np.float32(phi), np.float32(r), **arguments)
+    np.testing.assert_allclose(inferred.task, expected, atol=1e-5)
+    np.testing.assert_allclose(inferred.scale, np.sqrt(14), rtol=1e-5)
+    on_host = tasks.regress_task(phi, r, **arguments)
+    np.testing.assert_allclose(on_host.task, expected, atol=1e-12)
+    np.testing.assert_allclose(on_host.intercept, r_offset, atol=1e-8)
+
+
+def test_regression_on_the_host_is_that_of_the_moments_in_float64():
+    rng = np.random.default_rng(0)
+    phi, r = rng.normal(size=(60, 4)), rng.normal(size=60)
+    mask = np.arange(60) % 3 > 0
+    phi[0] = np.nan
+    found = tasks.regress_task(
+        phi, r, mask, fallback_task=first_axis(4), ridge=0.0, intercept=True
+    )
+    w, b = references_tasks.least_squares(phi[mask], r[mask], True)
+    assert {type(value) for value in found} == {np.ndarray}
+    assert found.task.dtype == found.r_squared.dtype == np.float64
+    np.testing.assert_allclose(found.task * found.scale, w, rtol=1e-12)
+    np.testing.assert_allclose(found.intercept, b, rtol=1e-12)
+    np.testing.assert_allclose(
+        found.r_squared,
+        references_tasks.r_squared(phi[mask], r[mask], w, b, True),
+        rtol=1e-12,
+    )
+    assert (found.num_samples, found.is_fallback) == (40, False)
+
+
+def test_the_host_may_lack_a_cpu_backend(monkeypatch):
+    def local_devices(backend):
+        raise RuntimeError(f"Unknown backend: {backend!r} requested")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    found = tasks.regress_task(np.eye(2), np.arange(2.0), fallback_task=first_axis(2))
+    np.testing.assert_allclose(found.task, [0.0, 1.0], atol=1e-6)
+
+
+def test_rewards_in_half_precision_are_summed_in_float32():
+    rng = np.random.default_rng(0)
+    phi = correlated_features(rng, 300, 5, 0.0).astype(np.float16)
+    r = np.float16(400.0) * (phi[:, 0] > 0)
+    moments = moments_of(phi, r)
+    assert moments.mean.dtype == moments.comoment.dtype == np.float32
+    inferred = infer_task(moments, fallback_task=first_axis(5), intercept=True)
+    w, _ = references_tasks.least_squares(phi, r, True)
+    assert not inferred.is_fallback
+    np.testing.assert_allclose(inferred.task, w / np.linalg.norm(w), atol=1e-4)
 
 
 @pytest.mark.parametrize("batch_size", [1, 40_000])
@@ -165,7 +218,7 @@ def test_forty_thousand_equal_rewards_fall_back_to_a_constant(batch_size):
     phi = correlated_features(np.random.default_rng(0), 40_000, 5, 0.3)
     r = np.full(40_000, 0.1, np.float32)
     moments = scanned_moments_of(phi, r, batch_size)
-    np.testing.assert_allclose(moments.r_sum, np.sum(np.float64(r)), rtol=1e-6)
+    np.testing.assert_array_equal(moments.mean[-1], np.float32(0.1))
     assert infer_task(moments, fallback_task=first_axis(5), intercept=True).is_fallback
 
 
