@@ -278,21 +278,15 @@ def make(config: Config, num_actions: int) -> base.Agent:
         key: PRNGKey, state: AgentState, rollouts: base.Rollouts | None
     ) -> tuple[AgentState, dict[str, Any]]:
         """Regresses rewards on features (APS, section 4.4)."""
+        fallback = np.asarray(jax.random.normal(key, (config.feature_dim,)))
         if rollouts is None:
-            phi = np.zeros((1, config.feature_dim), np.float32)
-            r_t, mask = np.zeros(1, np.float32), np.zeros(1, bool)
+            phi, r_t, mask = np.zeros((1, config.feature_dim)), np.zeros(1), [False]
         else:
             phi = rollouts.encode(lambda s, w: features(s, w).phi, state)
-            r_t = np.asarray(base.clip_rewards(rollouts.reward, config.reward_clip))
+            r_t = base.clip_rewards(rollouts.reward, config.reward_clip)
             mask = ~rollouts.is_first
-        moments = tasks.init_regression_moments(config.feature_dim)
-        moments = tasks.update_regression_moments(moments, phi, r_t, mask)
-        found = jax.device_get(
-            tasks.infer_task(
-                moments,
-                fallback_task=jax.random.normal(key, (config.feature_dim,)),
-                ridge=config.ridge,
-            )
+        found = tasks.regress_task(
+            phi, r_t, mask, fallback_task=fallback, ridge=config.ridge
         )
         # An untrained psi is in no unit, so it learns in the reward's own.
         scale = config.value_unit if rollouts is None else found.scale
