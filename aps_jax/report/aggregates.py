@@ -223,8 +223,8 @@ def check_against_rliable(built: Report, rliable: types.ModuleType) -> list[str]
         lines.append(
             f"{method.label}: rliable {importlib.metadata.version('rliable')} agrees "
             f"to {100 * value:.1g} points of percent on mean, median, IQM and "
-            f"optimality gap, and to {100 * max(low, high):.1g} on the ends of their intervals "
-            "(its own resamples)."
+            f"optimality gap, and to {100 * max(low, high):.1g} on the ends of their "
+            "intervals (its own resamples)."
         )
     return lines
 
