@@ -17,10 +17,8 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax.agents import aps as agent_lib
 from aps_jax.parallel import devices, interrupts
 from aps_jax.replay import buffer
-from aps_jax.runs import metrics
 from aps_jax.train import loop, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
@@ -44,24 +42,36 @@ CONFIG = config_lib.replace_options(
     # losses of 60 updates agree to 1e-6, and those after them to 1e-4.
     feature_learning_rate=1e-5,
 )
-AGENT = agent_lib.make_agent(CONFIG.learner, CONFIG.finetune, num_actions=3)
-RING = buffer.make_replay(num_envs=NUM_ENVS, size=NUM_ENVS * LENGTH, feature_dim=DIM)
+DQN = config_lib.replace_options(
+    config_lib.preset_config("smoke", "dqn"), game="Chain", target_period=10
+)
 KEY = jax.random.key(3)
 
 _COLLECTIVE = re.compile(
-    r" = \(?(\w+\[[\d,]*\]).* (all-reduce|all-gather|all-to-all|reduce-scatter|"
+    r" = (\(?\w+\[.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|"
     r"collective-permute|collective-broadcast)(?:-start)?\("
 )
+_SHAPE = re.compile(r"([a-z]+\d*)\[([\d,]*)\]")
 
 
 def collectives(compiled):
-    """Returns the kind and the result of every collective of a compiled step."""
+    """Returns the kind and the bytes of every collective of a compiled step."""
     found = [_COLLECTIVE.search(line) for line in compiled.as_text().splitlines()]
-    return sorted([match[2], match[1]] for match in found if match)
+    return sorted([match[2], num_bytes(match[1])] for match in found if match)
 
 
-def random_replay(mesh):
-    """A ring that has gone around, in which games end and tasks change."""
+def num_bytes(result):
+    """Returns the bytes of a result as XLA writes it, such as (f32[3], f32[])."""
+    total = 0
+    for kind, sides in _SHAPE.findall(result):
+        bits = 8 if kind == "pred" else int(re.sub(r"\D", "", kind))
+        shape = [int(side) for side in sides.split(",") if side]
+        total += int(np.prod(shape)) * bits // 8
+    return total
+
+
+def random_replay(mesh, extras):
+    """A full buffer that has gone around, in which games end and tasks change."""
     rng = np.random.default_rng(0)
     shape = (NUM_ENVS, LENGTH)
     task = rng.normal(size=(*shape, DIM)).astype(np.float32)
@@ -73,46 +83,41 @@ def random_replay(mesh):
         terminated=rng.random(shape) < 0.1,
         is_first=rng.random(shape) < 0.1,
         life_lost=rng.random(shape) < 0.1,
-        task=np.repeat(task[:, ::6], 6, axis=1),
         id=np.arange(NUM_ENVS * LENGTH, dtype=np.int32).reshape(shape),
+        extras={"task": np.repeat(task[:, ::6], 6, axis=1)} if extras else {},
     )
-    state = buffer.ReplayState(
-        experience=steps, current_index=np.int32(7), is_full=np.bool_(True)
-    )
-    specs = jax.tree.map(
-        lambda x: devices.SHARDED if np.ndim(x) else devices.REPLICATED, state
-    )
-    return devices.device_put(state, mesh, specs)
+    state = buffer.Buffer(steps, np.int32(7), np.bool_(True))
+    return devices.device_put(state, mesh, loop.REPLAY_SPECS)
 
 
-def learned(num_devices, *, is_pretraining):
+def learned(config, num_devices, *, is_pretraining):
     """Makes updates; returns what they leave, and the collectives of one."""
     mesh = devices.make_mesh(num_devices)
-    sample = loop.make_sample(
-        RING, CONFIG.learner, KEY, with_particles=is_pretraining, mesh=mesh
-    )
-    state, names = loop.init_state(AGENT, 0, mesh), metrics.LEARNING
+    agent = config.make_agent(num_actions=3)
+    state = loop.init_state(agent, 0, mesh)
+    plan = loop.finetune_plan(config, agent)
     if is_pretraining:
-        names = names + metrics.PRETRAINING
-        learn = loop.make_pretrain_learn(AGENT, sample, mesh)
+        plan = loop.pretrain_plan(config, agent)
     else:
-        state = devices.device_put(AGENT.init_finetune(state), mesh)
-        task = np.float32([0.6, 0.8])
-        learn = loop.make_finetune_learn(
-            AGENT, sample, task=task, reward_scale=np.float32(2.0), mesh=mesh
-        )
-    sums = devices.device_put(loop.init_sums(loop.names_of(names)), mesh)
-    ring = random_replay(mesh)
-    drawn = jax.jit(sample.drawn)(ring, devices.device_put(np.int32(5), mesh))
+        state, _ = agent.adapt(KEY, agent.start_finetune(state), None)
+        state = devices.device_put(state, mesh)
+    learner = plan.phase.learner
+    draw = loop.make_draw(learner, KEY, reward_free=is_pretraining, mesh=mesh)
+    learn = loop.jit_learn(loop.make_learn(learner, draw, KEY), mesh)
+    names = loop.names_of(learner.metrics)
+    sums = devices.device_put(loop.init_sums(names), mesh)
+    replay = random_replay(mesh, loop.replayed_extras(plan.phase.policy, state))
+    number = devices.device_put(np.int32(5), mesh)
+    drawn = jax.jit(draw)(state, replay, number)
     start = jax.device_get(state.params)
-    learn = learn.lower(state, sums, ring).compile()
+    learn = learn.lower(state, sums, replay).compile()
     losses = []
     for _ in range(NUM_UPDATES):
-        before = float(sums.sums["loss_td"])
-        state, sums = learn(state, sums, ring)
-        losses.append(float(sums.sums["loss_td"]) - before)
+        before = float(sums.totals["loss_td"])
+        state, sums = learn(state, sums, replay)
+        losses.append(float(sums.totals["loss_td"]) - before)
     left = {
-        "ids": [window.id for window in drawn.values()],
+        "ids": drawn.windows.id,
         "losses": losses,
         "state": state._replace(opt_state=None),
         "sums": sums,
@@ -125,47 +130,53 @@ def learned(num_devices, *, is_pretraining):
                     strict=True,
                 )
             )
-            for name in ("features", "successor")
+            for name in start
         },
     }
-    if is_pretraining and num_devices in (1, 8):
-        left["calibrated"] = loop.make_calibrate(AGENT, RING, KEY, mesh)(
-            state.params, ring
-        )
+    if is_pretraining:
+        left["particle_ids"] = drawn.particles.id
+        calibrate = jax.jit(loop.make_calibrate(agent, KEY, mesh))
+        left["calibrated"] = calibrate(state, replay).stats.calibrated
     return jax.device_get(left), collectives(learn)
 
 
 def acted(num_devices):
     """Acts on the chain; returns the replay, and what one step communicates."""
     mesh = devices.make_mesh(num_devices)
+    agent = CONFIG.make_agent(num_actions=3)
+    policy = loop.pretrain_plan(CONFIG, agent).phase.policy
+    state = loop.init_state(agent, 0, mesh)
+    act = loop.jit_act(loop.make_act(policy, KEY), mesh)
     session = loop.Session(
         pool=loop.make_pool(
             CONFIG, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
         ),
-        state=loop.init_state(AGENT, 0, mesh),
-        memory=loop.init_memory(
-            AGENT, RING, num_envs=NUM_ENVS, feature_dim=DIM, mesh=mesh
+        state=state,
+        rollout=loop.init_rollout(
+            policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * LENGTH, mesh=mesh
         ),
         sums=devices.device_put(loop.init_sums(["loss_td"]), mesh),
+        act=act,
         mesh=mesh,
     )
-    act = loop.make_act(
-        AGENT, RING, KEY, epsilon=0.5, explore=True, regress_clip=1.0, mesh=mesh
-    )
-    session.step(act)
+    session.step()
     timestep = devices.device_put(session.timestep, mesh, devices.SHARDED)
-    compiled = act.lower(session.state.params, session.memory, timestep).compile()
-    for _ in range(LENGTH + 4):
-        session.step(act)
-    memory = session.memory
+    compiled = act.lower(session.state, session.rollout, timestep).compile()
+    for _ in range(LENGTH - 2):
+        session.step()
+    rollouts = loop.play_rollouts(session)
+    frames = rollouts.encode(lambda state, w: w.observation[:, 0, 0], session.state)
+    for _ in range(6):
+        session.step()
+    rollout = session.rollout
     where = {
-        "replay": memory.replay.experience.frame.sharding.shard_shape(
-            memory.replay.experience.frame.shape
+        "replay": rollout.replay.experience.frame.sharding.shard_shape(
+            rollout.replay.experience.frame.shape
         ),
-        "stack": memory.actor.stack.sharding.shard_shape(memory.actor.stack.shape),
+        "stack": rollout.actor.stack.sharding.shard_shape(rollout.actor.stack.shape),
     }
-    kept = memory.replay.experience._replace(frame=None)
-    left = {"replay": kept, "regression": memory.regression, "where": where}
+    kept = rollout.replay.experience._replace(frame=None)
+    left = {"replay": kept, "rollouts": (rollouts.reward, frames), "where": where}
     return jax.device_get(left), collectives(compiled), act._cache_size()
 
 
@@ -175,10 +186,15 @@ class StopOnce:
     def __init__(self, count):
         self._left = count
 
-    def check(self):
+    def is_requested(self):
         self._left -= 1
-        if self._left == 0:
-            raise interrupts.Interrupted("stopped")
+        return self._left == 0
+
+    def obey(self):
+        raise interrupts.Interrupted("stopped")
+
+    def check(self):
+        pass  # Evaluations are not stopped.
 
 
 def stages_on_two(folder, *, is_stopped):
@@ -243,20 +259,20 @@ def leave_steps(folder):
     """Leaves what updates and acting do on 1 and on 8 devices."""
     facts = {}
     for count in (1, 8):
-        left, facts[f"pretrain_{count}"] = learned(count, is_pretraining=True)
-        np.savez(folder / f"pretrain_{count}.npz", **flat(left))
-    for count in (1, 8):
-        left, facts[f"finetune_{count}"] = learned(count, is_pretraining=False)
-        np.savez(folder / f"finetune_{count}.npz", **flat(left))
+        for name, config, is_pretraining in (
+            ("pretrain", CONFIG, True),
+            ("finetune", CONFIG, False),
+            ("dqn", DQN, False),
+        ):
+            left, facts[f"{name}_{count}"] = learned(
+                config, count, is_pretraining=is_pretraining
+            )
+            np.savez(folder / f"{name}_{count}.npz", **flat(left))
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    state = AGENT.init(jax.random.key(0))
-    facts["num_params"] = sum(
-        x.size
-        for name in ("features", "successor")
-        for x in jax.tree.leaves(state.params[name])
-    )
+    params = CONFIG.make_agent(num_actions=3).init(KEY).params
+    facts["params_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

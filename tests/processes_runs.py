@@ -11,11 +11,7 @@ import forks
 import jax
 import numpy as np
 
-from aps_jax.agents import aps as agent_lib
-from aps_jax.envs import atari
-from aps_jax.ops import tasks
-from aps_jax.replay import buffer
-from aps_jax.runs import checkpoints, folders, metrics
+from aps_jax.runs import checkpoints, folders
 from aps_jax.train import loop, stages
 
 SECONDS = 300.0  # after which a process is taken for hanging
@@ -151,22 +147,20 @@ def learned(workdir):
 def remembered(workdir):
     """The replay and all else of pretraining that lies with its environments."""
     _, config = folders.read_run(workdir / "pretrain")
-    dim, num_envs = config.learner.feature_dim, config.pretrain.num_envs
-    ring = buffer.make_replay(
-        num_envs=num_envs, size=config.pretrain.replay_size, feature_dim=dim
-    )
-    agent = agent_lib.make_agent(config.learner, config.finetune, num_actions=3)
+    agent = config.make_agent(num_actions=3)
+    plan = loop.pretrain_plan(config, agent)
 
     def init():
-        names = loop.names_of(metrics.LEARNING + metrics.PRETRAINING)
+        rollout = loop.init_rollout(
+            plan.phase.policy,
+            agent.init(jax.random.key(0)),
+            num_envs=plan.num_envs,
+            replay_size=plan.replay_size,
+        )
+        sums = loop.init_sums(loop.names_of(plan.phase.learner.metrics))
         return {
-            "loop": (
-                agent.init_actor(num_envs),
-                atari.init_episode_stats(num_envs),
-                tasks.init_regression_moments(dim),
-                loop.init_sums(names),
-            ),
-            "replay": ring.init(),
+            "loop": (rollout.actor, rollout.episodes, sums),
+            "replay": rollout.replay,
         }
 
     saved = checkpoints.Checkpointer(workdir / "pretrain" / "checkpoints")

@@ -60,55 +60,39 @@ def test_a_hundred_updates_are_those_of_one_device(left, num_devices):
 def test_measured_moments_are_those_of_one_device(left):
     folder, _ = left
     one, other = (load(folder / f"pretrain_{n}.npz") for n in (1, 8))
-    names = [n for n in one if "['calibrated']['whitening']" in n]
+    names = [n for n in one if "['calibrated']" in n]
     assert len(names) == 4
     for name in names:
         np.testing.assert_allclose(one[name], other[name], rtol=2e-3, err_msg=name)
 
 
-def test_a_hundred_updates_from_reward_are_those_of_one_device(left):
+@pytest.mark.parametrize("name", ["finetune", "dqn"])
+def test_a_hundred_updates_from_reward_are_those_of_one_device(left, name):
     folder, _ = left
-    one, other = (load(folder / f"finetune_{n}.npz") for n in (1, 8))
+    one, other = (load(folder / f"{name}_{n}.npz") for n in (1, 8))
     assert_near(one, other, rtol=2e-5, atol=1e-5)
 
 
-def test_an_update_communicates_gradients_particles_and_a_few_sums(left):
-    """And nothing else, above all no part of the replay."""
+@pytest.mark.parametrize("name", ["pretrain", "finetune", "dqn"])
+def test_an_update_never_gathers_the_replay(left, name):
+    """What devices send is less than twice the parameters; a frame has 7,056 bytes."""
     _, facts = left
-    assert facts["pretrain_1"] == facts["finetune_1"] == []
-    # Of 8 particles, one on each device: its 2 features and its id. And the 2 tasks of
-    # 2 components of the device's last window.
-    gathered = (DIM + 1) + 2 * DIM
-    # 9 means: 8 scalars and that of phi, each with its count.
-    summed = facts["num_params"] + 8 * 2 + (DIM + 1)
-    # Count and deviation of the distances; mean gradient of the features.
-    early = 2 + DIM + 1
-    assert facts["pretrain_8"] == [
-        ["all-gather", f"s32[8,{gathered}]"],
-        ["all-reduce", f"f32[{early}]"],
-        ["all-reduce", f"f32[{summed}]"],
-    ]
-    assert [kind for kind, _ in facts["finetune_8"]] == ["all-reduce"]
+    assert facts[f"{name}_1"] == []
+    sent = sum(num_bytes for _, num_bytes in facts[f"{name}_8"])
+    assert 0 < sent < 2 * facts["params_bytes"]
+    others = [size for kind, size in facts[f"{name}_8"] if kind != "all-reduce"]
+    assert sum(others) < 7056
 
 
-def test_acting_communicates_nothing_but_sums_of_the_regression(left):
+def test_acting_communicates_nothing(left):
     folder, facts = left
     one, other = (load(folder / f"act_{n}.npz") for n in (1, 8))
     for name in one:
-        if "replay" in name:
-            np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-        else:
-            np.testing.assert_allclose(
-                one[name], other[name], rtol=1e-4, atol=1e-4, err_msg=name
-            )
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
     assert facts["where_8"] == {"replay": [1, 30, 84, 84], "stack": [1, 84, 84, 4]}
     assert facts["where_1"] == {"replay": [8, 30, 84, 84], "stack": [8, 84, 84, 4]}
     assert facts["traces_8"] == 1
-    for _, shape in facts["act_8"]:
-        sizes = [
-            int(size) for size in shape[shape.index("[") + 1 : -1].split(",") if size
-        ]
-        assert np.prod(sizes) <= 64, shape
+    assert facts["act_8"] == []
 
 
 @pytest.mark.parametrize(
@@ -137,7 +121,7 @@ def test_places_by_hand():
     """3 windows of 2 environments: the strata are [0, 2/3), [2/3, 4/3) and [4/3, 2)."""
 
     def draw(key):
-        return buffer.draw_places(
+        return buffer.sample_indices(
             key, num_envs=2, num_starts=jnp.int32(5), num_windows=3
         )
 
