@@ -231,7 +231,7 @@ def run_with(scores, agents=("aps", "random")):
 def test_zero_shot_of_known_features_is_optimal(monkeypatch):
     """Features that are the cells: the inferred reward is the true one."""
     world = maze.parse_maze(CORRIDOR)
-    phi = np.eye(5, dtype=np.float32)
+    phi = jnp.eye(5)
     monkeypatch.setattr(
         agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
     )
@@ -261,7 +261,7 @@ def test_zero_shot_of_known_features_is_optimal(monkeypatch):
 def test_fine_tuning_learns_from_what_it_meets(monkeypatch):
     """From an empty psi; without pretraining the task is inferred but once."""
     world = maze.parse_maze(CORRIDOR)
-    phi = np.eye(5, dtype=np.float32)
+    phi = jnp.eye(5)
     monkeypatch.setattr(
         agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
     )
