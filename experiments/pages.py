@@ -68,16 +68,14 @@ def ablation_table() -> str:
     return "\n".join(line for line in first if "intercept" not in line)
 
 
-def measured_rows(
-    file_name: str, is_shown: Callable[[str], bool] = lambda name: True
-) -> Callable[[], str]:
-    """Returns what makes the table of a benchmark's rows, or some, as it was measured."""
+def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
+    """Returns what makes the table of some rows of the benchmark, as it was measured."""
 
     def is_gone(row: bench_table.Row) -> bool:
         return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
 
     def make() -> str:
-        path = ROOT / "results/benchmark_cpu" / file_name
+        path = ROOT / "results/benchmark_cpu/benchmark.json"
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows = [bench_table.Row(**row) for row in measured["rows"]]
         return bench_table.to_markdown(
@@ -93,15 +91,9 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
     "docs/maze.md": {"maze": maze_table, "ablation": ablation_table},
     "docs/metrics.md": {"metrics": metrics.to_markdown},
     "docs/performance.md": {
-        "benchmark": measured_rows(
-            "benchmark.json", lambda name: name not in _ON_SCALING
-        ),
-        "replay": measured_rows("replay.json"),
-        "encoder": measured_rows("encoder.json"),
+        "benchmark": measured_rows(lambda name: name not in _ON_SCALING),
     },
-    "docs/scaling.md": {
-        name: measured_rows("benchmark.json", name.__eq__) for name in _ON_SCALING
-    },
+    "docs/scaling.md": {name: measured_rows(name.__eq__) for name in _ON_SCALING},
     "README.md": {"results": results_table},
 }
 
