@@ -16,14 +16,18 @@ from collections.abc import Callable, Sequence
 from absl import app, flags
 
 from aps_jax.report import by_reward, report, tables
-from aps_jax.runs import metrics
+from aps_jax.runs import folders, metrics
 from experiments.benchmark import table as bench_table
+from experiments.maze import grid
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
 
 # Rows of the benchmark that the page on scaling shows; all others are on performance's.
 _ON_SCALING = ("devices", "particles", "seeds")
+# Rows, and cases by a part of them, that were measured once and are no more.
+_GONE = ("knn_accuracy", "knn_memory")
+_GONE_CASES = ("first sketch", "host replay", "bytes per step", "memory of ")
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Whether to compare only, and write nothing."
@@ -61,22 +65,40 @@ def results_table() -> str:
     )
 
 
-def ablation_tables() -> str:
-    """Returns the maze's ablation, as its script wrote it."""
-    return (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
+def maze_table() -> str:
+    """Returns the maze's tables, without the arm that was measured wrongly."""
+    result = folders.read_json(ROOT / "results/maze/maze.json")
+    result["agents"] = [agent for agent in result["agents"] if agent != "apt"]
+    return grid.format_table({**result, "table": grid.summarise(result)})
 
 
+<<<<<<< HEAD
 def measured_rows(
     file_name: str, is_shown: Callable[[str], bool] = lambda name: True
 ) -> Callable[[], str]:
     """Returns a function that makes the table of the rows of a benchmark to show."""
+=======
+def ablation_table() -> str:
+    """Returns the choices of the maze's agent, as the ablation measured them."""
+    text = (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
+    first = text.split("\n\n")[0].splitlines()
+    return "\n".join(line for line in first if "intercept" not in line)
+
+
+def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
+    """Returns what makes the table of some rows of the benchmark, as it was measured."""
+
+    def is_gone(row: bench_table.Row) -> bool:
+        return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
+>>>>>>> maze
 
     def make() -> str:
-        path = ROOT / "results/benchmark_cpu" / file_name
+        path = ROOT / "results/benchmark_cpu/benchmark.json"
         measured = json.loads(path.read_text(encoding="utf-8"))
         rows = [bench_table.Row(**row) for row in measured["rows"]]
         return bench_table.to_markdown(
-            [row for row in rows if is_shown(row.row)], measured["machine"]
+            [row for row in rows if is_shown(row.row) and not is_gone(row)],
+            measured["machine"],
         )
 
     return make
@@ -84,18 +106,17 @@ def measured_rows(
 
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
+<<<<<<< HEAD
     "docs/maze.md": {"ablation": ablation_tables},
     "docs/metrics.md": {"metrics": lambda: metrics.to_markdown(metrics.GROUPS)},
+=======
+    "docs/maze.md": {"maze": maze_table, "ablation": ablation_table},
+    "docs/metrics.md": {"metrics": metrics.to_markdown},
+>>>>>>> maze
     "docs/performance.md": {
-        "benchmark": measured_rows(
-            "benchmark.json", lambda name: name not in _ON_SCALING
-        ),
-        "replay": measured_rows("replay.json"),
-        "encoder": measured_rows("encoder.json"),
+        "benchmark": measured_rows(lambda name: name not in _ON_SCALING),
     },
-    "docs/scaling.md": {
-        name: measured_rows("benchmark.json", name.__eq__) for name in _ON_SCALING
-    },
+    "docs/scaling.md": {name: measured_rows(name.__eq__) for name in _ON_SCALING},
     "README.md": {"results": results_table},
 }
 

@@ -61,6 +61,7 @@ EVALUATION = (
     ),
 )
 
+
 def pretrain_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
     """Returns the columns of a stage without evaluations, for a learner's metrics."""
     return tuple(m.name for m in (*COUNTERS, *learned))

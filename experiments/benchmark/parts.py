@@ -11,6 +11,7 @@ import numpy as np
 
 from aps_jax import config as config_lib
 from aps_jax.ops import knn
+from aps_jax.types import STACK_SIZE
 from experiments.benchmark import encoders, setup
 from experiments.benchmark.loops import matrix_product
 from experiments.benchmark.setup import Size
@@ -18,7 +19,7 @@ from experiments.benchmark.table import Row, at_least, at_most, take_turns
 
 NUM_NEIGHBORS = 12
 _NO_TORCH = "PyTorch is not installed"
-_STACK_BYTES = 84 * 84 * config_lib.STACK_SIZE
+_STACK_BYTES = 84 * 84 * STACK_SIZE
 
 
 def replay_rows(size: Size) -> list[Row]:

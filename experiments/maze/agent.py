@@ -19,10 +19,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from aps_jax.config import TD_FORMS, _check_fields, _option
+from aps_jax import options
+from aps_jax.agents.aps import TD_FORMS
 from aps_jax.envs import maze
 from aps_jax.networks import modules
 from aps_jax.ops import knn, losses, rewards, sphere
+from aps_jax.options import option
 from aps_jax.types import Params, PRNGKey
 
 # Weights of the skill and of the entropy reward: the only difference between agents.
@@ -43,29 +45,29 @@ _DISTANCE_DECAY = 0.99
 class AgentConfig:
     """Options of pretraining. The two weights may be traced arrays."""
 
-    skill_weight: float = _option(1.0, "Weight of the skill reward in behaviour.")
-    entropy_weight: float = _option(1.0, "Weight of the entropy reward in behaviour.")
-    td_form: str = _option("off_policy", "What psi learns.", choices=TD_FORMS)
-    feature_dim: int = _option(40, "Dimension of features and tasks.", low=1)
-    num_heads: int = _option(32, "Tasks, each with a table of psi.", low=1)
-    unit_values: bool = _option(
+    skill_weight: float = option(1.0, "Weight of the skill reward in behaviour.")
+    entropy_weight: float = option(1.0, "Weight of the entropy reward in behaviour.")
+    td_form: str = option("off_policy", "What psi learns.", choices=TD_FORMS)
+    feature_dim: int = option(40, "Dimension of features and tasks.", low=1)
+    num_heads: int = option(32, "Tasks, each with a table of psi.", low=1)
+    unit_values: bool = option(
         True, "Whether cumulants are multiplied by 1 - discount: psi then has size 1."
     )
-    discount: float = _option(0.97, "Of one agent step.", low=0.0, high=1.0)
-    num_steps: int = _option(
+    discount: float = option(0.97, "Of one agent step.", low=0.0, high=1.0)
+    num_steps: int = option(
         9, "Of a return along greedy actions: 1, or 1 more than a power of 2.", low=1
     )
-    episode_length: int = _option(40, "Agent steps of an episode.", low=1)
-    task_hold: int = _option(40, "Agent steps for which a task is obeyed.", low=1)
-    num_envs: int = _option(64, "Episodes of an iteration.", low=1)
-    num_iterations: int = _option(150, "Updates of psi, with play before each.", low=1)
-    epsilon: float = _option(0.2, "Probability of a random action.", low=0.0, high=1.0)
-    target_period: int = _option(1, "Iterations between copies of psi.", low=1)
-    num_neighbors: int = _option(16, "Of the entropy reward.", low=1)
-    num_particles: int = _option(256, "Among which neighbours are sought.", low=1)
+    episode_length: int = option(40, "Agent steps of an episode.", low=1)
+    task_hold: int = option(40, "Agent steps for which a task is obeyed.", low=1)
+    num_envs: int = option(64, "Episodes of an iteration.", low=1)
+    num_iterations: int = option(150, "Updates of psi, with play before each.", low=1)
+    epsilon: float = option(0.2, "Probability of a random action.", low=0.0, high=1.0)
+    target_period: int = option(1, "Iterations between copies of psi.", low=1)
+    num_neighbors: int = option(16, "Of the entropy reward.", low=1)
+    num_particles: int = option(256, "Among which neighbours are sought.", low=1)
 
     def __post_init__(self) -> None:
-        _check_fields(self)
+        options.check(self)
         if self.episode_length % self.task_hold:
             raise ValueError(
                 f"task_hold must divide an episode of {self.episode_length} steps, got "

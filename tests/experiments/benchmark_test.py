@@ -41,7 +41,6 @@ def test_things_take_turns_and_are_timed_per_unit_of_work(monkeypatch):
     )
     assert order == ["a", "b"] * 4  # The first turns are not timed.
     assert turns.seconds == {"a": [2.0] * 3, "b": [2.0] * 3}
-    assert turns.rate("a") == 0.5
 
 
 def test_a_turn_lasts_as_many_calls_as_fill_its_seconds(monkeypatch):

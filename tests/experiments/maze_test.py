@@ -16,52 +16,70 @@ from scripts import run_script
 
 from aps_jax.envs import maze
 from aps_jax.networks import modules
-from experiments import maze_agent, maze_evaluation, maze_grid
+from aps_jax.ops import losses
+from experiments.maze import agent, evaluation, grid
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 CORRIDOR = ("S....",)
 
 
-def random_window(rng, dim):
-    """What follows an action, with numbers that mean nothing."""
-
-    def draw(*shape):
-        return rng.normal(size=shape).astype(np.float32)
-
-    return maze_agent._Window(
-        phi=draw(dim),
-        r_entropy=draw(),
-        discount=np.float32(rng.uniform()),
-        psi=draw(1, dim),
-        exploration=draw(1),
-    )
-
-
-def test_td_forms_match_their_equations():
-    rng = np.random.default_rng(0)
-    own, behaviour = random_window(rng, 3), random_window(rng, 3)
-    psi_tm1, exploration_tm1 = np.float32(rng.normal(size=(1, 3))), np.ones(1)
-    w = np.float32([0.6, 0.0, 0.8])
-    fields = {"skill_weight": 0.7, "entropy_weight": 0.4}
-
-    task = 0.7 * own.phi + own.discount * own.psi[0] - psi_tm1[0]
-    both = task + 0.4 * own.r_entropy * w
-    split = behaviour.phi + behaviour.discount * behaviour.psi[0] - psi_tm1[0]
-    exploration = behaviour.r_entropy + behaviour.discount * behaviour.exploration[0]
-    exploration = (exploration - exploration_tm1[0]) ** 2
-    expected = {
-        maze_agent.TDForm.SCALAR: (both @ w) ** 2,
-        maze_agent.TDForm.VECTOR: both @ both,
-        maze_agent.TDForm.SPLIT: split @ split + exploration,
-        maze_agent.TDForm.OFF_POLICY: task @ task + exploration,
+def library_error(form, table, index, w, phi, r_entropy, reached, config):
+    """The library's TD error of one transition, of psi and the exploration value."""
+    cell, head, action = index
+    psi_tm1, psi_t = table.psi[cell, head], table.psi[reached, head]
+    weights = {
+        "skill_weight": config.skill_weight,
+        "entropy_weight": config.entropy_weight,
     }
-    for form, square in expected.items():
-        config = maze_agent.AgentConfig(td_form=form, **fields)
-        found = maze_agent._td_error_square(
-            psi_tm1, np.float32(exploration_tm1), own, behaviour, w, config=config
+    unit, discount = np.float32(1 - config.discount), np.float32(config.discount)
+    phi_t, r_t = unit * phi[reached], unit * r_entropy[reached]
+    if form in ("split", "off_policy"):
+        function = getattr(losses, f"{form}_td_error")
+        values = (table.exploration[cell, head], action, phi_t, r_t, discount)
+        ahead = (psi_t, table.exploration[reached, head], w)
+        return function(psi_tm1, *values, *ahead, **weights)
+    cumulant = config.skill_weight * phi_t + config.entropy_weight * r_t * w
+    if form == "vector":
+        return losses.vector_td_error(psi_tm1, action, cumulant, discount, psi_t, w), 0
+    reward = jnp.sum(cumulant * w)
+    error = losses.scalar_td_error(psi_tm1, action, reward, discount, psi_t, w)
+    return error * w, 0
+
+
+@pytest.mark.parametrize("form", ["off_policy", "split", "vector", "scalar"])
+@pytest.mark.parametrize("weights", [(0.7, 0.4), (0.0, 1.0)])
+def test_errors_of_one_step_are_the_librarys(form, weights):
+    config = agent.AgentConfig(
+        td_form=form,
+        skill_weight=weights[0],
+        entropy_weight=weights[1],
+        feature_dim=3,
+        num_heads=2,
+        num_steps=1,
+    )
+    world = maze.parse_maze(("S..", ".#.", "..."))
+    rng = np.random.default_rng(0)
+    w = rng.normal(size=(2, 3)).astype(np.float32)
+    w /= np.linalg.norm(w, axis=1, keepdims=True)
+    phi = rng.normal(size=(9, 3)).astype(np.float32)
+    r_entropy = rng.normal(size=9).astype(np.float32)
+    exploration = None
+    if form in ("split", "off_policy"):
+        exploration = jnp.asarray(rng.normal(size=(9, 2, 4)), jnp.float32)
+    psi = jnp.asarray(rng.normal(size=(9, 2, 4, 3)), jnp.float32)
+    table = modules.Successor(psi=psi, exploration=exploration)
+    is_met = jnp.ones((9, 4), bool)
+    found = agent.td_errors(table, table, w, phi, r_entropy, world, is_met, config)
+    for index in [(0, 0, 1), (2, 1, 2), (8, 0, 0), (3, 1, 3), (6, 0, 2)]:
+        reached = int(world.next_cell[index[0], index[2]])
+        index = (index[0], index[1], np.int32(index[2]))
+        successor, value = library_error(
+            form, table, index, w[index[1]], phi, r_entropy, reached, config
         )
-        np.testing.assert_allclose(found, square, rtol=1e-4, err_msg=form)
+        np.testing.assert_allclose(found.psi[index], successor, rtol=1e-4, atol=1e-5)
+        if exploration is not None:
+            np.testing.assert_allclose(found.exploration[index], value, rtol=1e-4)
 
 
 def walk(world, greedy, start, is_met, phi, r_entropy, num_steps, discount):
@@ -78,80 +96,72 @@ def walk(world, greedy, start, is_met, phi, r_entropy, num_steps, discount):
 
 
 @pytest.mark.parametrize("num_steps", [0, 1, 2, 8])
-def test_windows_follow_greedy_actions_through_what_was_met(num_steps):
+def test_returns_follow_greedy_actions_through_what_was_met(num_steps):
     rng = np.random.default_rng(1)
     world = maze.parse_maze(("S..", ".#.", "..."))
     greedy = rng.integers(4, size=(9, 2))
-    phi = np.float32(rng.normal(size=(9, 3)))
-    r_entropy = np.float32(rng.normal(size=9))
+    cumulant = np.float32(rng.normal(size=(9, 2, 3)))
     is_met = rng.uniform(size=(9, 4)) < 0.8
-    predicted = modules.Successor(
-        psi=jnp.asarray(rng.normal(size=(9, 2, 4, 3)), jnp.float32),
-        exploration=jnp.asarray(rng.normal(size=(9, 2, 4)), jnp.float32),
-    )
-    window = maze_agent._follow(
+    values = np.float32(rng.normal(size=(9, 2, 4, 3)))
+    found = agent.follow(
         jnp.asarray(greedy),
-        predicted,
-        phi,
-        r_entropy,
+        jnp.asarray(cumulant),
+        jnp.asarray(values),
         world,
         jnp.asarray(is_met),
-        num_steps,
-        0.9,
+        num_steps=num_steps,
+        discount=0.9,
     )
     for start, task in np.ndindex(9, 2):
-        actions = greedy[:, task]
-        phi_sum, r_sum, factor, cell = walk(
-            world, actions, start, is_met, phi, r_entropy, num_steps, 0.9
-        )
-        found = jax.tree.map(lambda leaf, at=(start, task): leaf[at], window)
-        np.testing.assert_allclose(found.phi, phi_sum + np.zeros(3), atol=1e-5)
-        np.testing.assert_allclose(found.r_entropy, r_sum, atol=1e-5)
-        np.testing.assert_allclose(found.discount, factor, rtol=1e-5)
-        last = predicted.psi[cell, task, actions[cell]]
-        np.testing.assert_array_equal(found.psi[0], last)
-        last = predicted.exploration[cell, task, actions[cell]]
-        assert found.exploration[0] == last
+        total, factor, cell = np.zeros(3), 1.0, start
+        for _ in range(num_steps):
+            if not is_met[cell, greedy[cell, task]]:
+                break
+            cell = int(world.next_cell[cell, greedy[cell, task]])
+            total = total + factor * cumulant[cell, task]
+            factor *= 0.9
+        expected = total + factor * values[cell, task, greedy[cell, task]]
+        np.testing.assert_allclose(found[start, task], expected, atol=1e-5)
 
 
-def test_a_step_is_put_before_a_window():
-    window = random_window(np.random.default_rng(0), 2)
-    longer = maze_agent._prepend(window, jnp.array([1.0, 2.0]), jnp.float32(3.0), 0.5)
-    np.testing.assert_allclose(longer.phi, [1.0, 2.0] + 0.5 * window.phi, rtol=1e-6)
-    np.testing.assert_allclose(longer.r_entropy, 3.0 + 0.5 * window.r_entropy)
-    np.testing.assert_allclose(longer.discount, 0.5 * window.discount)
-
-
-def test_heads_learn_the_successor_features_of_their_tasks():
-    # In a corridor whose every move is soon met, the heads must come to value iteration.
+@pytest.mark.parametrize("name", agent.AGENTS)
+def test_heads_learn_the_successor_features_of_their_tasks(name):
+    # In a corridor whose every move is soon met, the heads must come to value iteration,
+    # those of the agent that only explores too.
     world = maze.parse_maze(CORRIDOR)
-    config = maze_agent.AgentConfig(
-        feature_dim=2, num_heads=4, num_envs=4, num_iterations=300, epsilon=0.5
+    skill_weight, entropy_weight = agent.AGENTS[name]
+    config = agent.AgentConfig(
+        skill_weight=skill_weight,
+        entropy_weight=entropy_weight,
+        feature_dim=2,
+        num_heads=4,
+        num_envs=4,
+        num_iterations=300,
+        epsilon=0.5,
     )
-    learnt = jax.jit(maze_agent.make_pretrain(config))(jax.random.key(0), world)
-    phi = maze_agent.feature_table(learnt.feature_params, world, config).phi
+    learnt = jax.jit(lambda key: agent.pretrain(key, world, config))(jax.random.key(0))
+    phi = agent.feature_table(learnt.feature_params, world, config).phi
     for index, w in enumerate(learnt.tasks):
         exact = maze.optimal_action_values(
             world, jnp.matmul(phi, w), horizon=400, discount=config.discount
         )[-1]
-        psi = learnt.successor_params.psi[:, index]
-        values = jnp.sum(psi * w[None, None, :], axis=-1)
+        values = jnp.sum(learnt.table.psi[:, index] * w[None, None, :], axis=-1)
         np.testing.assert_allclose(values, (1 - config.discount) * exact, atol=0.02)
 
 
 @pytest.mark.parametrize(
     "fields, message",
     [
-        ({"num_envs": 0}, "num_envs must be positive, got 0"),
+        ({"num_envs": 0}, "num_envs must be at least 1, got 0"),
+        ({"td_form": "best"}, "td_form must be one of"),
         ({"task_hold": 7}, "divide an episode of 40 steps, got 7"),
-        ({"num_heads": -1}, "num_heads must be at least 0, got -1"),
         ({"num_steps": 4}, "1 more than a power of 2, got 4"),
         ({"num_neighbors": 300}, "at most the 256 particles, got 300"),
     ],
 )
 def test_bad_agent_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        maze_agent.AgentConfig(**fields)
+        agent.AgentConfig(**fields)
 
 
 @pytest.mark.parametrize(
@@ -163,7 +173,7 @@ def test_bad_agent_configs_are_refused(fields, message):
 )
 def test_bad_test_configs_are_refused(fields, message):
     with pytest.raises(ValueError, match=message):
-        maze_evaluation.TestConfig(**fields)
+        evaluation.TestConfig(**fields)
 
 
 def test_episodes_start_at_the_start_and_follow_the_greedy_action_of_each_task():
@@ -172,48 +182,27 @@ def test_episodes_start_at_the_start_and_follow_the_greedy_action_of_each_task()
     # then bumping into the upper border.
     actions = jnp.array([[3, 1], [1, 0]])
     greedy = jnp.broadcast_to(actions, (5, 2, 2)).astype(jnp.int32)
-    played = maze_agent._play(jax.random.key(0), world, greedy, 0.0, 4)
+    played = agent.play(jax.random.key(0), world, greedy, epsilon=0.0, num_steps=4)
     np.testing.assert_array_equal(played.cell, [[2, 2], [1, 3], [0, 4], [1, 4]])
     np.testing.assert_array_equal(played.next_cell, [[1, 3], [0, 4], [1, 4], [2, 4]])
     np.testing.assert_array_equal(played.action, [[3, 1], [3, 1], [1, 0], [1, 0]])
 
 
 def test_exploring_actions_are_uniform_and_as_frequent_as_epsilon():
-    explores, actions = maze_agent.random_actions(jax.random.key(0), (40_000,), 0.25)
-    # Standard deviations: 0.0022 of the share, 0.0022 of each action's.
-    np.testing.assert_allclose(np.mean(explores), 0.25, atol=0.01)
-    np.testing.assert_allclose(np.bincount(actions) / 40_000, 0.25, atol=0.01)
+    world = maze.parse_maze(("S",))
+    greedy = jnp.zeros((1, 400, 1), jnp.int32)
+    played = agent.play(jax.random.key(0), world, greedy, epsilon=0.4, num_steps=100)
+    # Of 40,000 actions; standard deviations: 0.0015 of each share of 0.1.
+    shares = np.bincount(np.ravel(played.action)) / 40_000
+    np.testing.assert_allclose(shares, [0.7, 0.1, 0.1, 0.1], atol=0.01)
 
 
 def test_random_visits_count_every_step_once():
     world = maze.parse_maze(maze.MAPS["comb"])
-    config = maze_agent.AgentConfig(num_iterations=3)
-    visits = maze_agent.random_visits(jax.random.key(0), world, config)
+    config = agent.AgentConfig(num_iterations=3)
+    visits = agent.random_visits(jax.random.key(0), world, config)
     np.testing.assert_array_equal(jnp.sum(visits, axis=1), 64 * 40)
     assert not np.any(np.asarray(visits)[:, ~np.asarray(world.is_free)])
-
-
-def test_feature_bound_grows_with_the_features_to_one():
-    world = maze.parse_maze(maze.MAPS["comb"])
-    boxes = jnp.asarray(maze.box_masks(10, 10))
-    rewards = jax.vmap(lambda key: maze.sample_reward(key, world, boxes))(
-        jax.random.split(jax.random.key(0), 20)
-    )
-    few, more, all_of_them = [
-        maze_evaluation.feature_bound(world, rewards, feature_dim=dim, horizon=40)
-        for dim in (2, 8, 100)
-    ]
-    assert few < more < all_of_them
-    np.testing.assert_allclose(all_of_them, 1.0, atol=1e-3)
-
-
-def test_discount_bound_is_one_without_a_reason_to_hurry():
-    # With a single rewarded cell at the end of a corridor, the way that is best for any
-    # discount is best for 40 steps as well.
-    world = maze.parse_maze(CORRIDOR)
-    rewards = jnp.array([[0.0, 0.0, 0.0, 0.0, 1.0]])
-    bound = maze_evaluation.discount_bound(world, rewards, discount=0.9, horizon=40)
-    np.testing.assert_allclose(bound, 1.0)
 
 
 def run_with(scores, agents=("aps", "random")):
@@ -234,50 +223,71 @@ def run_with(scores, agents=("aps", "random")):
         for agent in agents
         for seed, score in enumerate(row)
     ]
-    return {"agents": list(agents), "mazes": {"open": {}, "comb": {}}, "runs": runs}
+    mazes = {"open": {}, "comb": {}}
+    sizes = [10, "all"]
+    return {"agents": list(agents), "mazes": mazes, "runs": runs, "sample_sizes": sizes}
 
 
-@pytest.mark.parametrize("rewarded, is_seen", [(2, True), (4, False)])
-def test_unseen_cells_cost_what_cannot_be_known(monkeypatch, rewarded, is_seen):
-    """A corridor of five of which three were visited, one feature tells 2 and one 4."""
+def test_zero_shot_of_known_features_is_optimal(monkeypatch):
+    """Features that are the cells: the inferred reward is the true one."""
     world = maze.parse_maze(CORRIDOR)
-    phi = np.eye(5, dtype=np.float32)[:, [2, 4]]
+    phi = jnp.eye(5)
     monkeypatch.setattr(
-        maze_agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
+        agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
     )
-    psi = jnp.zeros((5, 1, 4, 2))  # Indifferent: always the first action, which bumps.
-    table = modules.Successor(psi=psi, exploration=jnp.zeros((5, 1, 4)))
-    monkeypatch.setattr(maze_agent, "successor_table", lambda *_: table)
-    visits = jnp.array([[3, 1, 0, 0, 0], [2, 1, 1, 0, 0]])
-    nothing = jnp.zeros(2)
-    result = maze_agent.Pretrained({}, {}, phi[2:3], visits, nothing, nothing)
-    box = (jnp.arange(5)[None] == rewarded).astype(jnp.float32)
-    config = maze_agent.AgentConfig(episode_length=40, feature_dim=2, num_heads=1)
+    # Of two policies one bumps for ever; the other goes right, to cell 4, and stays.
+    going = np.zeros((5, 4, 5), np.float32)
+    going[:, 1, 4] = 1.0
+    psi = jnp.stack([jnp.zeros((5, 4, 5)), going], axis=1)
+    result = agent.Pretrained(
+        feature_params={},
+        table=modules.Successor(psi=psi, exploration=None),
+        tasks=jnp.asarray([-phi[4], phi[4]]),
+        visits=jnp.full((1, 5), 8.0),
+    )
+    box = jnp.asarray(phi[4:])
+    config = agent.AgentConfig(feature_dim=5, num_heads=2)
+    test_config = evaluation.TestConfig(num_rewards=3, sample_sizes=(50, 100))
+    asked = (jax.random.key(0), world, box, result, config, test_config)
     with jax.numpy_rank_promotion("allow"):
-        found = maze_evaluation.unseen_cells(
+        scores, example = evaluation.zero_shot(*asked)
+    np.testing.assert_allclose(scores.improved, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(scores.alone, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(scores.bound, 1.0, rtol=1e-5)
+    np.testing.assert_array_equal(example.reward, 2 * phi[4])
+    np.testing.assert_array_equal(example.policy, 1)
+
+
+def test_fine_tuning_learns_from_what_it_meets(monkeypatch):
+    """From an empty psi; without pretraining the task is inferred but once."""
+    world = maze.parse_maze(CORRIDOR)
+    phi = jnp.eye(5)
+    monkeypatch.setattr(
+        agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
+    )
+    table = modules.Successor(psi=jnp.zeros((5, 2, 4, 5)), exploration=None)
+    config = agent.AgentConfig(feature_dim=5, num_heads=2, epsilon=0.8)
+    test_config = evaluation.TestConfig(few_shot_rewards=2, few_shot_updates=30)
+    with jax.numpy_rank_promotion("allow"):
+        curve = evaluation.few_shot(
             jax.random.key(0),
             world,
-            box,
-            result,
+            jnp.asarray(phi[4:]),
+            {},
+            table,
             config,
-            maze_evaluation.TestConfig(num_rewards=3),
+            test_config,
+            is_pretrained=False,
         )
-    np.testing.assert_allclose(found.share, 0.4, rtol=1e-6)
-    reward = 2.0 * box[0]
-    at_random = maze.random_return(world, reward, horizon=40)
-    best = maze.optimal_return(world, reward, horizon=40)
-    bumping = float(-at_random / (best - at_random))
-    np.testing.assert_allclose(found.acted, bumping, rtol=1e-4)
-    if is_seen:
-        known = [found.known, found.silent, found.believed]
-        np.testing.assert_allclose(known, 1.0, rtol=1e-5)
-    else:
-        np.testing.assert_allclose(found.known, bumping, rtol=1e-4)
+    chex.assert_shape(curve, (31,))
+    # Zeros are greedy in bumping for ever, below random play, up to the tenth episode.
+    assert np.all(curve[:10] < 0)
+    np.testing.assert_allclose(curve[-1], 1.0, rtol=1e-5)
 
 
 def test_summary_pools_the_runs_of_all_mazes():
     result = run_with([[0.0, 0.4], [0.6, 1.0]])
-    aps, random = maze_grid.summarise(result)
+    aps, random = grid.summarise(result)
     # The middle two of four runs: (0.4 + 0.6) / 2.
     assert aps["improved"][0] == 0.5
     assert aps["alone"][0] == 0.25
@@ -289,30 +299,34 @@ def test_summary_pools_the_runs_of_all_mazes():
 
 def test_table_shows_intervals_where_there_are_several_seeds():
     result = run_with([[0.5], [0.7]])
-    result["table"] = maze_grid.summarise(result)
-    table = maze_grid.format_table(result)
-    expected = "| aps | 0.60 | 0.30 | 1.00 | 75% | 0.50 | 0.70 |"
-    assert table.splitlines()[2] == expected
+    result["table"] = grid.summarise(result)
+    table = grid.format_table(result)
+    assert table.splitlines()[2] == "| aps | 0.60 | 0.30 | 1.00 | 75% | 0.50 | 0.70 |"
+    assert table.splitlines()[-2] == "| aps, zero-shot | 0.00 | 0.60 |"
 
 
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["--workdir=unused", "open"], "Unexpected arguments: ['open']"),
-        (["--workdir=unused", "--mazes=cellar"], "must name some of open, four_rooms"),
-        (["--workdir=unused", "--agents=aps,aps"], "each once; got aps, aps"),
-        (["--workdir=unused", "--set=gamma=1"], "no field 'gamma'"),
-        (["--workdir=unused", "--set=num_envs=few"], "num_envs needs a whole number"),
-        (["--workdir=unused", "--set=num_envs=0"], "num_envs must be positive, got 0"),
+        (["--mazes=cellar"], "--mazes must name some of open, four_rooms"),
+        (["--maze_agents=aps,aps"], "each once; got aps, aps"),
+        (["--batch_size=8"], "--batch_size: no option of the maze's agent"),
+        (["--num_envs=0"], "num_envs must be at least 1, got 0"),
         (["--workdir=README.md"], "--workdir=README.md: [Errno 17] File exists"),
-        ([], "--workdir"),
     ],
 )
 def test_bad_command_lines_are_refused_in_one_line(arguments, message):
-    finished = run_script("maze", *arguments, timeout=300)
-    assert finished.returncode == 1
-    assert message in finished.stderr + finished.stdout
-    assert "Traceback" not in finished.stderr
+    finished = run_script("maze", "--workdir=unused", *arguments, timeout=300)
+    assert finished.returncode == 2
+    (line,) = finished.stderr.splitlines()
+    assert message in line
+    assert not (ROOT / "unused").exists()
+
+
+def test_scripts_share_their_flags():
+    scripts = ("maze", "maze.ablation", "benchmark", "pretrain", "sweep", "report")
+    program = "import " + ", ".join(f"experiments.{name}" for name in scripts)
+    subprocess.run([sys.executable, "-c", program], cwd=ROOT, check=True)
 
 
 def test_short_run_learns_and_writes_everything(tmp_path):
@@ -320,13 +334,13 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         "maze",
         f"--workdir={tmp_path}",
         "--mazes=open",
-        "--agents=aps,random",
+        "--maze_agents=aps,random",
         # The sizes of the tutorial's command: what is compiled for one serves both.
         "--num_seeds=2",
         "--rewards=10",
-        "--set=num_iterations=60",
-        "--set=num_heads=16",
-        "--set=feature_dim=20",
+        "--num_iterations=60",
+        "--num_heads=16",
+        "--feature_dim=20",
         timeout=300,
     )
     assert finished.returncode == 0, finished.stderr
@@ -334,10 +348,7 @@ def test_short_run_learns_and_writes_everything(tmp_path):
         result = json.load(file)
     trained, other, random, _ = result["runs"]
     scores = [run["zero_shot"]["improved"][-1] for run in (trained, other)]
-    # Random play scores 0. Seeds 0 to 19 of this very command: 0.42, 0.45, 0.56, 0.63,
-    # 0.68, 0.69, 0.69, 0.70, 0.72, 0.73, 0.77, 0.78, 0.80, 0.82, 0.82, 0.87, 0.87, 0.91,
-    # 0.91, 0.94; the two worst have a mean of 0.44.
-    assert np.mean(scores) > 0.4
+    assert np.mean(scores) > 0.4  # Random play scores 0.
     assert trained["cells_reached"][-1] >= random["cells_reached"][-1]
     assert sum(trained["visits"]) == 60 * 64 * 40
     assert {name for name in os.listdir(tmp_path) if name.endswith(".png")} == {
@@ -354,23 +365,23 @@ def test_short_run_learns_and_writes_everything(tmp_path):
     chex.assert_shape(np.array(trained["few_shot"]), (31,))
 
     refused = run_script(
-        "maze", f"--workdir={tmp_path}", "--mazes=open", "--agents=random"
+        "maze", f"--workdir={tmp_path}", "--mazes=open", "--maze_agents=random"
     )
-    assert refused.returncode == 1
+    assert refused.returncode == 2
     assert "differs in agent_config, agent_weights, test_config, seeds, agents" in (
-        refused.stderr + refused.stdout
+        refused.stderr
     )
 
 
 def test_a_stop_ends_with_the_code_that_asks_to_be_run_again(tmp_path):
     command = [sys.executable, "-m", "experiments.maze", f"--workdir={tmp_path}"]
     with subprocess.Popen(
-        [*command, "--set=num_iterations=1000000"],
+        [*command, "--num_iterations=1000000"],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        assert any("stopped and continued" in line for line in process.stderr)
+        assert any("stopped between" in line for line in process.stderr)
         process.send_signal(signal.SIGTERM)
         said = process.stderr.read()
     assert process.returncode == 75
@@ -378,8 +389,8 @@ def test_a_stop_ends_with_the_code_that_asks_to_be_run_again(tmp_path):
 
 
 def test_a_grid_goes_on_after_its_last_maze():
-    config = maze_agent.AgentConfig(feature_dim=2, num_heads=2, num_iterations=2)
-    test_config = maze_evaluation.TestConfig(
+    config = agent.AgentConfig(feature_dim=2, num_heads=2, num_iterations=2)
+    test_config = evaluation.TestConfig(
         num_rewards=1, few_shot_rewards=1, few_shot_inference_episodes=1
     )
     settings = ["random"], [0], config, test_config
@@ -390,21 +401,11 @@ def test_a_grid_goes_on_after_its_last_maze():
         "wall_seconds": 5.0,
         "cpu_seconds": 7.0,
     }
-    (both,) = maze_grid.run_grid(["open", "comb"], *settings, earlier)
+    (both,) = grid.run_grid(["open", "comb"], *settings, earlier)
     assert list(both["mazes"]) == ["open", "comb"]
     assert both["runs"][0] == before
     assert [run["maze"] for run in both["runs"]] == ["open", "comb"]
     assert both["wall_seconds"] > 5.0
     assert both["cpu_seconds"] > 7.0
-    (again,) = maze_grid.run_grid(["open"], *settings, both)
+    (again,) = grid.run_grid(["open"], *settings, both)
     assert again == both
-
-
-def test_pages_show_the_table_of_the_results():
-    folder = ROOT / "results" / "maze"
-    with open(folder / "maze.json") as file:
-        result = json.load(file)
-    table = maze_grid.format_table({**result, "table": maze_grid.summarise(result)})
-    assert (folder / "table.md").read_text() == table
-    for page in ("README.md", "docs/maze.md"):
-        assert table in (ROOT / page).read_text()

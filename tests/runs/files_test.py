@@ -3,7 +3,6 @@
 import collections
 import errno
 import hashlib
-import io
 import json
 import math
 import os
@@ -17,7 +16,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from faults import harness
 from hypothesis import strategies as st
 from PIL import Image
 
@@ -215,7 +213,9 @@ def test_arrays_that_cannot_be_read_back_are_no_checkpoint(tmp_path, monkeypatch
     saver.save(1, {"agent": make_tree()}, {})
     saver.wait_until_finished()
     # So it is where Orbax does not find what it has written.
-    merge = "orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files"
+    merge = (
+        "orbax.checkpoint._src.serialization.ocdbt_utils.merge_ocdbt_per_process_files"
+    )
 
     async def merge_nothing(*args, **kwargs):
         pass
@@ -310,7 +310,9 @@ def test_any_byte_that_changes_or_lacks_falls_back(two_checkpoints, data):
         path.write_bytes(whole)
     assert found.metadata["agent_steps"] == found.step == 1
     assert found.damaged_steps == [2]
-    np.testing.assert_array_equal(found.items["agent"]["layer"]["kernel"], np.ones((2, 1)))
+    np.testing.assert_array_equal(
+        found.items["agent"]["layer"]["kernel"], np.ones((2, 1))
+    )
     (warning,) = said
     assert str(folder / "2") in warning and path.name in warning
     assert "step 1 is used in place of step 2" in warning
