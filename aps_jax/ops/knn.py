@@ -61,9 +61,9 @@ def knn_distances(
 
     The relative error is a few units in the last place of float32, and with many
     features at worst 5e-6, whatever the mean and the spread of the points; distances
-    below 1e-18 may be 0. The gradient is the unit vector from the particle to the query,
-    and zero where they coincide. A query or particle that is not a number makes the
-    distances that depend on it NaN; an infinite particle is infinitely far.
+    below 1e-18 may be 0. The gradient is the unit vector from the particle to the
+    query, and zero where they coincide. A query or particle that is not a number makes
+    the distances that depend on it NaN; an infinite particle is infinitely far.
 
     Args:
       queries: `[N, D]` float, components below 1e18.
@@ -296,8 +296,8 @@ def _product_bounds(centre, queries, particles) -> jax.Array:
 
     Rounding moves `norm(q)^2 + norm(p)^2 - 2 q^T p` by at most `gamma` times the sum of
     the squared norms. In the worst case gamma is near 2 D units of rounding; sums of D
-    terms whose rounding errors are not all of one sign stay within a multiple of sqrt(D)
-    (Higham and Mary 2019, https://doi.org/10.1137/18M1226312).
+    terms whose rounding errors are not all of one sign stay within a multiple of
+    sqrt(D) (Higham and Mary 2019, https://doi.org/10.1137/18M1226312).
     """
     queries = queries - centre[None, :]
     particles = particles - centre[None, :]
@@ -383,10 +383,10 @@ def _top_k(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
 def _repeated_minima(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     """Takes the minimum k times, from the minima of blocks of rows.
 
-    Each time only the block that the minimum was in is looked at again. On a CPU this is
-    several times faster than XLA's `top_k`, because every step is vectorised over the
-    columns. Equal values are taken in the order of their rows; so what was taken is what
-    does not come after the last (value, row).
+    Each time only the block that the minimum was in is looked at again. On a CPU this
+    is several times faster than XLA's `top_k`, because every step is vectorised over
+    the columns. Equal values are taken in the order of their rows; so what was taken is
+    what does not come after the last (value, row).
     """
     num_rows, num_columns = values.shape
     num_blocks = math.ceil(num_rows / _BLOCK_SIZE)

@@ -1,7 +1,8 @@
 """Errors and losses of one transition, for successor features and for features.
 
-`psi(s, a, w)` predicts the discounted sum of the cumulants met from `s` on, after taking `a`
-and then obeying `w`; `Q = psi^T w`. There are four forms of its temporal-difference error:
+`psi(s, a, w)` predicts the discounted sum of the cumulants met from `s` on, after
+taking `a` and then obeying `w`; `Q = psi^T w`. There are four forms of its
+temporal-difference error:
 
 - scalar: `psi^T w` learns the whole reward, and psi itself is free to be anything;
 - vector: psi learns the features, plus the exploration reward along `w`;
@@ -10,10 +11,11 @@ and then obeying `w`; `Q = psi^T w`. There are four forms of its temporal-differ
 - off-policy: as split, but psi learns the features under the policy that only obeys.
 
 Everything is written for one transition: `jax.vmap` it over a batch, and average there.
-The cumulants given are already n-step sums, and `discount_t` is then the product of the n
-discounts: `gamma^n`, or 0 where the game was over. Errors are target minus prediction;
-gradient reaches the prediction (`psi_tm1`, `exploration_tm1`) and nothing else. What is
-not a number shows in the error. Results are float32 or wider (`precision.widen`).
+The cumulants given are already n-step sums, and `discount_t` is then the product of the
+n discounts: `gamma^n`, or 0 where the game was over. Errors are target minus
+prediction; gradient reaches the prediction (`psi_tm1`, `exploration_tm1`) and nothing
+else. What is not a number shows in the error. Results are float32 or wider
+(`precision.widen`).
 
 Letters: `A` actions, `D` feature dimension, `n` steps of a window.
 """
@@ -64,8 +66,8 @@ def q_values(psi: Array, w: Array) -> jax.Array:
 def feature_loss(phi_t: Array, w_tm1: Array) -> jax.Array:
     """Computes `-phi(s_t)^T w_tm1`, by which features learn to tell the task.
 
-    Maximum likelihood of a von Mises-Fisher distribution of the task around the features
-    (VISR, https://arxiv.org/abs/1906.05030, section 4; APS,
+    Maximum likelihood of a von Mises-Fisher distribution of the task around the
+    features (VISR, https://arxiv.org/abs/1906.05030, section 4; APS,
     https://arxiv.org/abs/2108.13956, section 4.3). Gradient reaches the features only.
 
     Args:
@@ -111,8 +113,9 @@ def n_step_cumulant(
 ) -> tuple[jax.Array, jax.Array]:
     """Sums the cumulants of one window, and multiplies its discounts.
 
-    `sum_j (prod_{i<j} discount_i) cumulant_j` and `prod_i discount_i`, which is `gamma^n`
-    (not gamma) for a window without a cut: what stands before the bootstrapped value.
+    `sum_j (prod_{i<j} discount_i) cumulant_j` and `prod_i discount_i`, which is
+    `gamma^n` (not gamma) for a window without a cut: what stands before the
+    bootstrapped value.
 
     Args:
       cumulant_t: `[n, D]` or `[n]` float, cumulants of the window: features or rewards.
@@ -135,8 +138,8 @@ def n_step_cumulant(
 def mask_after_cut(cut_t: Array) -> Window:
     """Finds the steps of a window that belong to one episode and task.
 
-    Steps after the first cut must not be learnt from. Give them cumulant 0 and discount 1:
-    then `n_step_cumulant` of the whole window is that of its used part,
+    Steps after the first cut must not be learnt from. Give them cumulant 0 and discount
+    1: then `n_step_cumulant` of the whole window is that of its used part,
 
         window = mask_after_cut(cut_t)
         reward_t = window.weights * r_t
@@ -206,10 +209,11 @@ def vector_td_error(
 ) -> jax.Array:
     """Computes the TD error of the successor features.
 
-    `cumulant_t + discount_t * psi_t[a*] - psi_tm1[a_tm1]` with `a* = argmax_a psi_t[a]^T w`
-    (Barreto et al. 2017, https://arxiv.org/abs/1606.05312, section 3). With the cumulant
-    `skill_weight * phi_t + entropy_weight * r_entropy_t * w`, its product with a unit `w`
-    is the scalar form.
+    `cumulant_t + discount_t * psi_t[a*] - psi_tm1[a_tm1]` with
+    `a* = argmax_a psi_t[a]^T w` (Barreto et al. 2017,
+    https://arxiv.org/abs/1606.05312, section 3).
+    With the cumulant `skill_weight * phi_t + entropy_weight * r_entropy_t * w`, its
+    product with a unit `w` is the scalar form.
 
     Args:
       psi_tm1: `[A, D]` float, successor features at time t-1.
@@ -256,8 +260,8 @@ def split_td_error(
         phi_t + discount_t * psi_t[a*] - psi_tm1[a_tm1]
         r_entropy_t + discount_t * exploration_t[a*] - exploration_tm1[a_tm1]
 
-    Neither target is weighted, so that without exploration `psi^T w` is the value of the
-    task alone.
+    Neither target is weighted, so that without exploration `psi^T w` is the value of
+    the task alone.
 
     Args:
       psi_tm1: `[A, D]` float, successor features at time t-1.
@@ -315,8 +319,8 @@ def off_policy_td_error(
 
     Behaviour explores, and its exploration value is learned as in the split form. The
     successor features follow `a* = argmax_a psi_t[a]^T w` instead, Q-learning for the
-    task alone (Barreto et al. 2017, https://arxiv.org/abs/1606.05312, section 3): at test
-    time `psi^T w` is then the value of a policy that no longer explores. Without
+    task alone (Barreto et al. 2017, https://arxiv.org/abs/1606.05312, section 3): at
+    test time `psi^T w` is then the value of a policy that no longer explores. Without
     entropy reward the two forms are the same.
 
     Arguments and result are those of `split_td_error`.

@@ -1,7 +1,7 @@
 """The intrinsic reward: see new states (particle entropy) and obey a task (skill).
 
-`r = skill_weight * r_skill + entropy_weight * r_entropy`. APS weighs the two (1, 1), VISR
-(1, 0), and an agent driven by entropy alone, as in APT, (0, 1). All functions but
+`r = skill_weight * r_skill + entropy_weight * r_entropy`. APS weighs the two (1, 1),
+VISR (1, 0), and an agent driven by entropy alone, as in APT, (0, 1). All functions but
 those of the running mean are written for one state: `jax.vmap` them over a batch. What
 is not a number shows in the result. Results are float32 or wider (`precision.widen`).
 
@@ -42,13 +42,13 @@ def update_distance_scale(
 ) -> DistanceScale:
     """Adds a batch of distances to their decaying running mean.
 
-    `weight' = decay * weight + count` and `mean' = mean + sum(d - mean) / weight'`: each
-    update makes all earlier ones count `decay` times as much. With `decay = 1` this is the
-    mean of all distances ever seen, however they were split into batches.
+    `weight' = decay * weight + count` and `mean' = mean + sum(d - mean) / weight'`:
+    each update makes all earlier ones count `decay` times as much. With `decay = 1`
+    this is the mean of all distances ever seen, however they were split into batches.
 
-    The public code divides by a running variance that never forgets; a mean has the units of a
-    distance, so that the reward does not depend on the norm of the features, and decay
-    lets it follow them when that norm drifts.
+    The public code divides by a running variance that never forgets; a mean has the
+    units of a distance, so that the reward does not depend on the norm of the features,
+    and decay lets it follow them when that norm drifts.
 
     Args:
       scale: the mean so far.
@@ -116,15 +116,16 @@ def particle_entropy_reward(
 ) -> jax.Array:
     """Rewards a state for being far from its k nearest neighbours among the particles.
 
-    `log(c + (1/k) * sum_j max(d_j / sigma - clip, 0))`: a particle-based estimate of the
-    entropy of the state distribution, up to constants (APT,
+    `log(c + (1/k) * sum_j max(d_j / sigma - clip, 0))`: a particle-based estimate of
+    the entropy of the state distribution, up to constants (APT,
     https://arxiv.org/abs/2103.04551, eq. 5; APS, https://arxiv.org/abs/2108.13956,
-    section 4.2). The mean is over the k distances, not over their powers of `D` as in the
-    theory: both papers found that more stable.
+    section 4.2). The mean is over the k distances, not over their powers of `D` as in
+    the theory: both papers found that more stable.
 
     Args:
-      distances: `[k]` float, to the nearest particles, the state itself excluded. Entries
-        that are +inf stand for a neighbour that does not exist, and do not count.
+      distances: `[k]` float, to the nearest particles, the state itself excluded.
+        Entries that are +inf stand for a neighbour that does not exist, and do not
+        count.
       sigma: `[]` float, the running mean of the distances.
       c: added to the mean before the logarithm; 1 keeps the reward at least 0.
       clip: relative distances up to this one count as 0.

@@ -1,9 +1,9 @@
 """Whitening of features by their moments over the states in the replay.
 
-The outputs of a fresh network are nearly the same for all pictures of one game: projected
-onto the sphere they are one point, from which no task can be told. What is not a number
-shows in the result. Results are float32 or wider (`precision.widen`). Letters: `N`
-states, `D` feature dimension.
+The outputs of a fresh network are nearly the same for all pictures of one game:
+projected onto the sphere they are one point, from which no task can be told. What is
+not a number shows in the result. Results are float32 or wider (`precision.widen`).
+Letters: `N` states, `D` feature dimension.
 """
 
 from typing import NamedTuple
@@ -49,8 +49,8 @@ def update_whitening(
     `weight' = decay * weight + 1`, and the covariance moves by `1 / weight'` of its
     distance to the batch's, around the batch's own mean: features which drift all
     together are not taken for features that vary. The mean is the batch's, because the
-    features of a network that learns drift within a few updates by more than they differ
-    between states: by a running mean all states would be on the same side.
+    features of a network that learns drift within a few updates by more than they
+    differ between states: by a running mean all states would be on the same side.
 
     Args:
       whitening: the moments so far.

@@ -160,8 +160,8 @@ def test_reward_error_is_below_1e_5(kind, dim, tile_size):
 
 @pytest.mark.parametrize("dim", [32, 512])
 def test_clusters_closer_than_the_product_can_tell(dim):
-    # The squared norms are 1e10 times the squared distances: a matrix product alone has no
-    # correct digit left.
+    # The squared norms are 1e10 times the squared distances: a matrix product alone has
+    # no correct digit left.
     particles = references_knn.features("clusters", 100, dim)
     np.testing.assert_allclose(
         knn_distances(particles, particles, k=3),
@@ -284,8 +284,9 @@ def test_gradient_matches_that_of_plain_operations(dim, tile_size):
 
 
 def test_gradient_by_hand_where_points_coincide_or_are_missing():
-    # The particle at the query pulls nowhere, the one at (3, 4) away from it by the unit
-    # vector -(0.6, 0.8); the query itself is no neighbour, so that the third is missing.
+    # The particle at the query pulls nowhere, the one at (3, 4) away from it by the
+    # unit vector -(0.6, 0.8); the query itself is no neighbour, so that the third is
+    # missing.
     queries = np.float32([[0.0, 0.0]])
     particles = np.float32([[0.0, 0.0], [3.0, 4.0], [9.0, 9.0]])
 

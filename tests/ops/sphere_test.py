@@ -130,7 +130,8 @@ def test_von_mises_fisher_matches_scipy(dim, kappa):
     expected = references_sphere.mean_cosine(dim, kappa)
     assert abs(np.mean(cosines) - expected) < 4 * standard_error
 
-    # Around the mean every direction is as likely: no mean, and an isotropic covariance.
+    # Around the mean every direction is as likely: no mean, and an isotropic
+    # covariance.
     tangents = samples - cosines[:, None] * mean
     tangents /= np.linalg.norm(tangents, axis=1, keepdims=True)
     projector = np.eye(dim) - np.outer(mean, mean)
@@ -142,8 +143,8 @@ def test_von_mises_fisher_matches_scipy(dim, kappa):
 
 @pytest.mark.parametrize("kappa", [1e6, 1e12])
 def test_von_mises_fisher_keeps_its_shape_at_huge_concentration(kappa):
-    # kappa (1 - cosine) tends to a Gamma variable of shape (D - 1) / 2. Around a mean on
-    # an axis, 1 - cosine is half the square of the remaining coordinates.
+    # kappa (1 - cosine) tends to a Gamma variable of shape (D - 1) / 2. Around a mean
+    # on an axis, 1 - cosine is half the square of the remaining coordinates.
     mean = np.array([0.0, -1.0, 0.0, 0.0], np.float32)
     samples = np.float64(
         sample_von_mises_fisher(key_of(1), mean, kappa=kappa, num=10_000)

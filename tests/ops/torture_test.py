@@ -294,7 +294,8 @@ def test_what_is_not_a_number_shows(name):
             assert all(shows), argument
 
 
-# Those that treat a part of what they compute as constant have tests of their gradients.
+# Those that treat a part of what they compute as constant have tests of their
+# gradients.
 @pytest.mark.parametrize(
     "name",
     [
