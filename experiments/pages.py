@@ -15,8 +15,11 @@ from collections.abc import Callable, Sequence
 
 from absl import app, flags
 
+from aps_jax import agents
+from aps_jax import config as config_lib
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import folders, metrics
+from aps_jax.types import Metric
 from experiments.benchmark import table as bench_table
 from experiments.maze import grid
 
@@ -72,12 +75,6 @@ def maze_table() -> str:
     return grid.format_table({**result, "table": grid.summarise(result)})
 
 
-<<<<<<< HEAD
-def measured_rows(
-    file_name: str, is_shown: Callable[[str], bool] = lambda name: True
-) -> Callable[[], str]:
-    """Returns a function that makes the table of the rows of a benchmark to show."""
-=======
 def ablation_table() -> str:
     """Returns the choices of the maze's agent, as the ablation measured them."""
     text = (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
@@ -90,7 +87,6 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
     def is_gone(row: bench_table.Row) -> bool:
         return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
->>>>>>> maze
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu/benchmark.json"
@@ -104,15 +100,28 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     return make
 
 
+def metrics_tables() -> str:
+    """Returns the metrics of all agents, each group once, under those who declare it."""
+    groups: dict[tuple[Metric, ...], list[str]] = {}
+    for name in agents.AGENTS:
+        agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+        phases = {"pretraining": agent.pretrain, "learning from reward": agent.finetune}
+        for stage, phase in phases.items():
+            if phase is not None:
+                groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
+    return metrics.to_markdown(
+        {
+            "Progress, in every stage": metrics.COUNTERS,
+            **{"; ".join(who): group for group, who in groups.items()},
+            "Evaluations, in the rows after full games": metrics.EVALUATION,
+        }
+    )
+
+
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-<<<<<<< HEAD
-    "docs/maze.md": {"ablation": ablation_tables},
-    "docs/metrics.md": {"metrics": lambda: metrics.to_markdown(metrics.GROUPS)},
-=======
     "docs/maze.md": {"maze": maze_table, "ablation": ablation_table},
-    "docs/metrics.md": {"metrics": metrics.to_markdown},
->>>>>>> maze
+    "docs/metrics.md": {"metrics": metrics_tables},
     "docs/performance.md": {
         "benchmark": measured_rows(lambda name: name not in _ON_SCALING),
     },
