@@ -8,11 +8,13 @@ import re
 import pytest
 
 from aps_jax import config as config_lib
+from aps_jax.agents import AGENTS, aps
 
 
+@pytest.mark.parametrize("agent", AGENTS)
 @pytest.mark.parametrize("preset", config_lib.PRESETS)
-def test_a_config_survives_json(preset):
-    config = config_lib.preset_config(preset)
+def test_a_config_survives_json(preset, agent):
+    config = config_lib.preset_config(preset, agent)
     values = json.loads(json.dumps(config_lib.to_dict(config)))
     assert config_lib.from_dict(values) == config
 
@@ -38,8 +40,8 @@ def test_the_paper_preset_has_the_papers_values():
 
 
 def test_a_window_holds_its_targets_their_steps_and_its_history():
-    learner = config_lib.AgentConfig(window_targets=4, n_steps=10, batch_size=32)
-    assert (learner.num_windows, learner.window_states) == (8, 14)
+    learner = aps.Config(window_targets=4, n_steps=10, batch_size=32)
+    assert learner.window_states == 14
     assert learner.window_length == 17
 
 
@@ -62,7 +64,15 @@ def test_a_window_holds_its_targets_their_steps_and_its_history():
         ({"replay_size": 64 * 13}, "holds 13 agent steps of each of 64.*window of 14"),
         ({"pretrain_frames": 100}, "must give each of 64 environments an agent step"),
         ({"seed": -1}, "seed must be at least 0, got -1"),
-        ({"agent": "dqn"}, "agent must be one of aps, visr, apt, got 'dqn'"),
+        ({"agent": "apt"}, "agent must be one of aps, visr, entropy, .*got 'apt'"),
+        (
+            {"agent": "dqn", "feature_dim": 3},
+            "dqn has no option feature_dim.*aps, visr",
+        ),
+        (
+            {"finetune_batch_size": 9, "window_targets": 2},
+            "finetune_batch_size must be",
+        ),
         ({"num_envs": 2.5}, "num_envs must be int, got 2.5"),
         ({"noop_max": 0}, "noop_max must be at least 1, got 0"),
         ({"colour": 1}, "no option 'colour'"),
@@ -74,15 +84,15 @@ def test_a_wrong_value_is_named_with_its_number(options, message):
 
 
 def test_the_unit_of_values_is_that_of_one_step():
-    learner = config_lib.AgentConfig(discount=0.75)
+    learner = aps.Config(discount=0.75)
     assert learner.value_unit == 0.25
-    without = config_lib.AgentConfig(discount=1.0, unit_values=False)
+    without = aps.Config(discount=1.0, unit_values=False)
     assert without.value_unit == 1.0
 
 
-@pytest.mark.parametrize("form", config_lib.TD_FORMS)
+@pytest.mark.parametrize("form", aps.TD_FORMS)
 def test_the_exploration_value_is_apart_in_two_forms(form):
-    learner = config_lib.AgentConfig(td_form=form)
+    learner = aps.Config(td_form=form)
     assert learner.has_exploration_value == (form in ("off_policy", "split"))
 
 
@@ -91,44 +101,72 @@ def test_an_unknown_preset_names_the_known_ones():
         config_lib.preset_config("tpu")
 
 
-def test_naming_an_agent_sets_its_weights_unless_given():
-    base = config_lib.Config()
+def test_naming_an_agent_gives_its_values_unless_given():
+    base = config_lib.preset_config("smoke")
+    dqn = config_lib.replace_options(base, agent="dqn", n_steps=2)
+    assert dqn == config_lib.replace_options(
+        config_lib.preset_config("smoke", "dqn"), n_steps=2
+    )
     assert config_lib.replace_options(base, agent="visr").learner.entropy_weight == 0.0
     mixed = config_lib.replace_options(base, agent="visr", entropy_weight=0.5)
     assert (mixed.learner.skill_weight, mixed.learner.entropy_weight) == (1.0, 0.5)
 
 
-@pytest.mark.parametrize("change", ["missing", "unknown", "section"])
-def test_a_foreign_config_is_refused(change):
+def test_an_option_that_an_older_config_lacks_takes_its_default_with_a_notice():
+    values = config_lib.to_dict(config_lib.preset_config("cpu"))
+    del values["learner"]["n_steps"], values["evaluation"]
+    notices = []
+    config = config_lib.from_dict(values, notices.append)
+    assert config.learner.n_steps == 10
+    assert config.evaluation == config_lib.EvaluationConfig()
+    assert config.learner.hidden_units == 128
+    assert any("n_steps" in notice for notice in notices)
+    assert any("evaluation" in notice for notice in notices)
+
+
+@pytest.mark.parametrize("place", ["learner", "top", "agent"])
+def test_an_unknown_option_is_refused(place):
     values = config_lib.to_dict(config_lib.Config())
-    if change == "missing":
-        del values["learner"]["n_steps"]
-    elif change == "unknown":
+    if place == "learner":
         values["learner"]["momentum"] = 0.9
+    elif place == "top":
+        values["momentum"] = 0.9
     else:
-        del values["learner"]
-    names = {"missing": "n_steps", "unknown": "momentum", "section": "learner"}
-    with pytest.raises(ValueError, match=names[change]):
+        values["agent"] = "momentum"
+    with pytest.raises(ValueError, match="momentum"):
         config_lib.from_dict(values)
 
 
+def test_whole_numbers_are_taken_for_floats_and_nothing_else():
+    config = config_lib.replace_options(config_lib.Config(), sticky=1, discount=0)
+    assert (config.environment.sticky, config.learner.discount) == (1.0, 0.0)
+    for wrong in ("1", True, None):
+        with pytest.raises(ValueError, match="discount must be float"):
+            config_lib.replace_options(config_lib.Config(), discount=wrong)
+
+
 def test_every_option_has_a_sentence():
-    for name, (_, field) in config_lib.option_fields().items():
+    for name, field in config_lib.all_option_fields().items():
         assert re.fullmatch(r"[A-Z].{15,}\.", field.metadata["help"]), name
 
 
 def test_every_option_is_read():
-    """Each field is used somewhere outside of the module that declares it."""
+    """Each field is used somewhere as an attribute."""
+    root = pathlib.Path(__file__).parents[1]
     sources = "".join(
         path.read_text()
         for folder in ("aps_jax", "experiments")
-        for path in pathlib.Path(__file__).parent.parent.joinpath(folder).glob("*.py")
-        if path.name != "config.py"
+        for path in (root / folder).rglob("*.py")
     )
-    own = pathlib.Path(config_lib.__file__).read_text()
-    derived = set(re.findall(r"self\.(\w+)", own))
-    for name in config_lib.option_fields():
-        assert re.search(rf"\.{name}\b", sources) or name in derived, name
+    for name in config_lib.all_option_fields():
+        assert re.search(rf"\.{name}\b", sources), name
+
+
+def test_options_say_what_a_resumed_run_may_change():
+    fields = config_lib.all_option_fields()
+    resumable = {name for name, field in fields.items() if field.metadata["resumable"]}
+    assert {"num_devices", "keep_checkpoints", "checkpoint_agent_steps"} <= resumable
+    assert not {"seed", "game", "n_steps", "batch_size"} & resumable
 
 
 def test_configs_are_frozen():

@@ -168,7 +168,7 @@ def go_left(before, after):
     return after.ram[:, 0] < before.ram[:, 0]
 
 
-TASKS = ["score", "survival", "game_tasks_test:go_left"]
+TASKS = ["score", "survival", "reward_functions_test:go_left"]
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +177,7 @@ def chain(tmp_path_factory):
     folder = tmp_path_factory.mktemp("chain")
     stages.pretrain(chain_config(), folder / "p", constructor=fakes.ChainPool)
     trained = stages.load_pretrained(folder / "p")
-    results = zero_shot.evaluate_tasks(
+    results = zero_shot.evaluate_rewards(
         trained, chain_config(), TASKS, constructor=fakes.ChainPool
     )
     return folder, results
@@ -194,7 +194,8 @@ def test_many_tasks_at_once_are_what_finetuning_finds_for_each(chain, index):
         constructor=fakes.ChainPool,
     )
     result = results[index]
-    assert tuned["task"] == {"name": TASKS[index], **result.inferred.to_facts()}
+    adapted = {k: v for k, v in result.adapted.items() if k != "summary"}
+    assert tuned["task"] == {"name": TASKS[index], **adapted}
     first, last = tuned["evaluations"]
     assert first["eval_return_mean"] == result.played.returns.mean()
     assert first["eval_score_mean"] == result.played.score_returns.mean()
@@ -215,7 +216,7 @@ def test_each_task_has_a_return_of_its_own_and_random_play_beside_it(chain):
     # The same random games, whatever the task that is counted in them.
     for result in results:
         np.testing.assert_array_equal(result.random.score_returns, score.random.returns)
-    assert left.inferred.num_nonzero > 0
+    assert left.adapted["num_nonzero"] > 0
     assert left.random.returns.max() > 0
 
 
