@@ -29,7 +29,7 @@ RESULTS = pathlib.Path("results", "cpu_sweep")
 # Rows of the benchmark that the page on scaling shows; all others are on performance's.
 _ON_SCALING = ("devices", "particles", "seeds")
 # Rows, and cases by a part of them, that were measured once and are no more.
-_GONE = ("knn_accuracy", "knn_memory")
+_GONE = ("knn_accuracy", "knn_memory", "recompilation")
 _GONE_CASES = ("first sketch", "host replay", "bytes per step", "memory of ")
 
 _CHECK = flags.DEFINE_bool(

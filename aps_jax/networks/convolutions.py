@@ -254,7 +254,7 @@ def choose_plan(
     """Chooses forms and chunk size for one backend.
 
     Accelerators take XLA's own convolutions (cuDNN) on the whole batch. On CPUs,
-    `experiments.bench_encoders` measures what this rule is made of: matrix products
+    `experiments.benchmark` (row `encoder`) measures what this rule gives: products
     of gathered windows, a few images at a time, but no windows where those of a
     single image would take more than `_GATHER_BYTES`.
 

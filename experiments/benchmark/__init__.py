@@ -24,7 +24,6 @@ ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "raw": loops.raw_rows,
     "others": loops.others_rows,
     "replay": parts.replay_rows,
-    "recompilation": loops.recompilation_rows,
     "page_faults": loops.page_faults_rows,
     "knn": parts.knn_rows,
     "encoder": parts.encoder_rows,

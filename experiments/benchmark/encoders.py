@@ -3,7 +3,6 @@
 import functools
 import os
 from collections.abc import Callable, Mapping
-from types import ModuleType
 from typing import Any
 
 import jax
@@ -11,7 +10,7 @@ import numpy as np
 
 from aps_jax.networks import modules
 
-ENCODERS: Mapping[str, Callable[..., Any]] = {
+ENCODERS: Mapping[str, Any] = {
     "small": modules.SmallEncoder,
     "nature": modules.NatureEncoder,
     "paper": modules.PaperEncoder,
@@ -20,7 +19,7 @@ IMAGE_SHAPE = (84, 84, 4)
 
 
 @functools.cache
-def torch() -> ModuleType | None:
+def torch() -> Any:
     """Returns PyTorch, imported when it is first needed; None if it is not installed."""
     try:
         import torch

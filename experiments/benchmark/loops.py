@@ -4,8 +4,7 @@ import contextlib
 import functools
 import itertools
 import resource
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -164,53 +163,6 @@ def others_rows(size: Size) -> list[Row]:
     )
     # On a CPU no second device could learn while the cores emulate.
     return [only_on_gpu(blocking), scan]
-
-
-@contextlib.contextmanager
-def _counted_compilations() -> Iterator[list[str]]:
-    """Collects the compilations that happen inside."""
-    events: list[str] = []
-    is_open = True
-
-    def listen(name: str, seconds: float, **_: Any) -> None:
-        del seconds
-        if is_open and name.endswith("backend_compile_duration"):
-            events.append(name)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    try:
-        yield events
-    finally:
-        is_open = False
-
-
-def recompilation_rows(size: Size) -> list[Row]:
-    """Counts compilations and implicit transfers of the loop after warm-up."""
-    session = setup.started(setup.main_config(size))
-    # Everything that is compiled late has been compiled by then.
-    session.play(min(size.long_iterations, 250))
-    num_transfers, note = 0, ""
-    with _counted_compilations() as events:
-        try:
-            with jax.transfer_guard("disallow"):
-                session.play(size.long_iterations)
-        except jax.errors.JaxRuntimeError as error:
-            if "transfer" not in str(error):
-                raise
-            num_transfers, note = 1, str(error).splitlines()[0]
-    counts = {"compilations": len(events), "implicit transfers": num_transfers}
-    return [
-        Row(
-            "recompilation",
-            f"{what} in {size.long_iterations:,} iterations of the loop",
-            count,
-            0,
-            goal="0",
-            is_met=count == 0,
-            note=note if count else "",
-        )
-        for what, count in counts.items()
-    ]
 
 
 def page_faults_rows(size: Size) -> list[Row]:

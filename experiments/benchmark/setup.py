@@ -26,7 +26,6 @@ class Size:
     repetitions: int = 5  # Turns of each thing.
     iterations: int = 60  # Of the loop in one turn.
     updates: int = 15  # In one turn.
-    long_iterations: int = 1000  # Of the loop, for recompilations.
     env_counts: tuple[int, ...] = (8, 32, 128, 512)
     encoders: tuple[str, ...] = ("small", "nature", "paper")
     encoder_batches: tuple[int, ...] = (32, 256)
@@ -52,7 +51,6 @@ SMOKE = Size(
     repetitions=1,
     iterations=3,
     updates=1,
-    long_iterations=5,
     env_counts=(2, 4),
     encoders=("small",),
     encoder_batches=(2,),

@@ -14,7 +14,7 @@ import pathlib
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import IO, Any
 
 import jax
@@ -88,10 +88,8 @@ class Worker:
           **options: Its flags, over those of the size.
         """
         config = setup.main_config(size)
-        options = {
-            "replay_size": config.pretrain.replay_size,
-            **dict(size.options),
-        } | options
+        replay_size = config.pretrain.replay_size
+        options = {"replay_size": replay_size, **dict(size.options), **options}
         environment = dict(os.environ)
         if "compilation_cache" in options:  # The variable would win over the flag.
             environment.pop("JAX_COMPILATION_CACHE_DIR", None)
@@ -130,9 +128,10 @@ class Worker:
         """Waits until it has done what it began.
 
         Raises:
-          RuntimeError: It ended.
+          RuntimeError: It ended, or answered otherwise.
         """
-        assert self._answer() == _DONE
+        if (answer := self._answer()) != _DONE:
+            raise RuntimeError(f"{' '.join(self._command)} answered {answer!r}.")
 
     def do(self, thing: str, count: int, case: str = "global") -> None:
         """Lets it do so many of a thing, and waits."""
@@ -145,17 +144,6 @@ class Worker:
             self._process.stdin.close()
         self._process.wait()
         self._process.stdout.close()
-
-
-def _start(
-    size: Size, options: Mapping[Any, Mapping[str, Any]], held: contextlib.ExitStack
-) -> dict[Any, Worker]:
-    """Starts workers, one after another so that they compile once."""
-    workers = {}
-    for name, some in options.items():
-        workers[name] = Worker(size, **some)
-        held.callback(workers[name].close)
-    return workers
 
 
 def startup_rows(size: Size) -> list[Row]:
@@ -178,30 +166,36 @@ def startup_rows(size: Size) -> list[Row]:
     ]
 
 
-def _play_beside(workers: Sequence[Worker], iterations: int) -> None:
-    for worker in workers:
-        worker.begin("play", iterations)
-    for worker in workers:
-        worker.wait()
-
-
 def seeds_rows(size: Size) -> list[Row]:
     """Compares S seeds at once with S processes side by side, and one after another."""
+    steps = size.iterations * setup.main_config(size).pretrain.num_envs
     rows = []
     for count in size.seed_counts:
-        options = {seed: {"seed": seed} for seed in range(count)}
         with contextlib.ExitStack() as held:
-            many = list(_start(size, options, held).values())
-            one = _start(size, {"all": {"num_seeds": count}}, held)["all"]
+            *many, one = (
+                held.enter_context(contextlib.closing(Worker(size, **options)))
+                for options in (
+                    *({"seed": seed} for seed in range(count)),
+                    {"num_seeds": count},
+                )
+            )
+
+            def beside(many=many):
+                for worker in many:
+                    worker.begin("play", size.iterations)
+                for worker in many:
+                    worker.wait()
+
+            def in_turn(many=many):
+                for worker in many:
+                    worker.do("play", size.iterations)
+
             things = {
-                "at once": lambda o=one: o.do("play", size.iterations),
-                "side by side": lambda m=many: _play_beside(m, size.iterations),
-                "one after another": lambda m=many: [
-                    worker.do("play", size.iterations) for worker in m
-                ],
+                "at once": lambda one=one: one.do("play", size.iterations),
+                "side by side": beside,
+                "one after another": in_turn,
             }
-            steps = count * size.iterations * setup.main_config(size).pretrain.num_envs
-            work = dict.fromkeys(things, float(steps))
+            work = dict.fromkeys(things, float(count * steps))
             turns = take_turns(things, repetitions=size.repetitions, work=work)
         for name, note in (
             ("side by side", "processes share the cores"),
@@ -223,8 +217,12 @@ def devices_rows(size: Size) -> list[Row]:
     things: dict[tuple[str, str, int], Callable[[], None]] = {}
     work: dict[tuple[str, str, int], float] = {}
     with contextlib.ExitStack() as held:
-        options = {count: {"num_devices": count, **fewer} for count in counts}
-        workers = _start(size, options, held)
+        workers = {
+            count: held.enter_context(
+                contextlib.closing(Worker(size, num_devices=count, **fewer))
+            )
+            for count in counts
+        }
         for (count, worker), case in itertools.product(workers.items(), CASES):
             on_all = config_lib.replace_options(config, num_devices=count)
             num_envs = config_of(case, on_all).pretrain.num_envs

@@ -102,11 +102,11 @@ def draw_transfer(result: dict[str, Any]) -> matplotlib.figure.Figure:
             axis=1,
         )
         colour, label = _STYLES[agent]
-        error = {"yerr": bars[:, 1:].T, "capsize": 2}
+        error: dict[str, Any] = {"yerr": bars[:, 1:].T, "capsize": 2}
         axes.bar(x, bars[:, 0], width, color=colour, label=label, **error)
-        label = "planning on the inferred reward" if index == 0 else None
-        dash = {"marker": "_", "s": 250 * width, "color": "black"}
-        axes.scatter(x, bounds[:, 0], label=label, **dash)
+        name = "planning on the inferred reward" if index == 0 else None
+        dash: dict[str, Any] = {"marker": "_", "s": 250 * width, "color": "black"}
+        axes.scatter(x, bounds[:, 0], label=name, **dash)
     axes.set_xticks(range(len(groups)), list(groups))
     axes.set_ylabel("zero-shot score\n(0 random play, 1 optimal)")
     axes.legend(frameon=False, ncols=4, loc="upper center", bbox_to_anchor=(0.5, 1.15))
@@ -121,7 +121,7 @@ def draw_samples(result: dict[str, Any]) -> matplotlib.figure.Figure:
     for agent in result["agent_weights"]:
         points = _intervals(result, names, agent, *numbers)
         colour, label = _STYLES[agent]
-        error = {"yerr": points[:, 1:].T, "capsize": 3, "marker": "o"}
+        error: dict[str, Any] = {"yerr": points[:, 1:].T, "capsize": 3, "marker": "o"}
         axes.errorbar(
             range(len(sizes)), points[:, 0], color=colour, label=label, **error
         )

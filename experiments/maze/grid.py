@@ -6,8 +6,6 @@ Letters: `I` iterations, `S` cells, `R` runs of one maze and agent.
 import dataclasses
 import functools
 import math
-import os
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -25,39 +23,6 @@ from experiments.maze import evaluation
 RANDOM = "random"
 _SEEDS_AT_ONCE = 2  # The tables of all would not fit into a cache.
 _COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
-
-
-def open_workdir(
-    workdir: pathlib.Path, name: str, description: dict[str, Any]
-) -> dict[str, Any] | None:
-    """Makes the folder, and returns the result of a run that was stopped in it, if any.
-
-    Args:
-      workdir: The folder.
-      name: Of the result's file.
-      description: What this run will write of itself there.
-
-    Raises:
-      OSError: It cannot be made, read or written.
-      ValueError: Its file is damaged, or of a run with another description.
-    """
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not os.access(workdir, os.W_OK | os.X_OK):
-        raise PermissionError("the folder cannot be written.")
-    path = workdir / name
-    if not path.exists():
-        return None
-    earlier = folders.read_json(path)
-    differing = [
-        key
-        for key, value in description.items()
-        if key != "git_commit" and earlier.get(key) != value
-    ]
-    if differing:
-        raise ValueError(
-            f"holds a run that differs in {', '.join(differing)}; give another folder."
-        )
-    return earlier
 
 
 def keys_of(seeds: Sequence[int]) -> jax.Array:
@@ -147,8 +112,7 @@ def _run_agent(
         walk = functools.partial(
             agent_lib.random_visits, world=world, config=agent_config
         )
-        visits = jax.device_get(over_seeds(walk, keys))
-        return [_coverage(row, is_free) for row in visits]
+        return [_coverage(row, is_free) for row in np.asarray(over_seeds(walk, keys))]
     weights = tuple(np.float32(weight) for weight in agent_lib.AGENTS[agent])
     pretrained, scores, examples = jax.block_until_ready(
         pretrain_and_test(keys, world, weights, agent_config, test_config)
@@ -219,10 +183,7 @@ def run_grid(
         ]
         # The scratch arm meets the rewards of the others: they share the key.
         scratch = jax.device_get(_fine_tune(keys, world, None, *configs))
-        about = {
-            "map": list(maze.MAPS[name]),
-            "few_shot_scratch": _rounded(scratch),
-        }
+        about = {"map": list(maze.MAPS[name]), "few_shot_scratch": _rounded(scratch)}
         wall, cpu = time.time() - started, time.process_time() - cpu_started
         result = {
             **result,

@@ -1,14 +1,16 @@
 """The flags that the maze's scripts share: the agent's options and the seeds."""
 
 import dataclasses
+import os
 import pathlib
 from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
+from aps_jax.runs import folders
 from experiments import common_flags
-from experiments.maze import agent, grid
+from experiments.maze import agent
 
 _OPTIONS = {
     field.name: common_flags.define_option(field.name, field)
@@ -50,12 +52,37 @@ def seeds_from_flags(num: int) -> list[int]:
 def open_workdir(
     name: str, description: dict[str, Any]
 ) -> tuple[pathlib.Path, dict[str, Any] | None]:
-    """Returns the folder of `--workdir`, and what a stopped run left in it."""
+    """Makes the folder of `--workdir`; returns it, and the result of a stopped run.
+
+    Args:
+      name: Of the result's file.
+      description: What this run will write of itself there.
+
+    Raises:
+      ValueError: The folder cannot be made or written, or its file is damaged or of a
+        run with another description.
+    """
     workdir = common_flags.workdir_from_flags()
     try:
-        return workdir, grid.open_workdir(workdir, name, description)
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise PermissionError("the folder cannot be written.")
+        if not (workdir / name).exists():
+            return workdir, None
+        earlier = folders.read_json(workdir / name)
     except (OSError, ValueError) as error:
         raise ValueError(f"--workdir={workdir}: {error}") from error
+    differing = [
+        key
+        for key, value in description.items()
+        if key != "git_commit" and earlier.get(key) != value
+    ]
+    if differing:
+        raise ValueError(
+            f"--workdir={workdir} holds a run that differs in {', '.join(differing)}; "
+            "give another folder."
+        )
+    return workdir, earlier
 
 
 def check_names(flag: str, names: Sequence[str], known: Sequence[str]) -> None:

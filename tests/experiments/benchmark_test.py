@@ -142,9 +142,6 @@ def test_every_row_runs(tmp_path, monkeypatch, started):
     assert {"cpu", "cores", "device", "jax", "commit"} <= set(result["machine"])
     for row in result["rows"]:
         assert row["ratio"] is None or math.isfinite(row["ratio"]), row
-        # What does not depend on the clock holds in the smallest size too.
-        if row["row"] == "recompilation":
-            assert row["is_met"], row
     cases = {row["case"]: row for row in result["rows"]}
     # The same process took both turns.
     assert cases["cold / with the compilation cache"]["ratio"] == 1.0

@@ -229,24 +229,24 @@ def run_with(scores, agents=("aps", "random")):
 
 
 def test_zero_shot_of_known_features_is_optimal(monkeypatch):
-    """Features that are the cells: the inferred reward is the true one."""
+    """One feature tells cell 2 and one cell 4, which alone is rewarded."""
     world = maze.parse_maze(CORRIDOR)
-    phi = jnp.eye(5)
+    phi = jnp.eye(5)[:, jnp.array([2, 4])]
     monkeypatch.setattr(
         agent, "feature_table", lambda *_: modules.Features(h=phi, phi=phi)
     )
     # Of two policies one bumps for ever; the other goes right, to cell 4, and stays.
-    going = np.zeros((5, 4, 5), np.float32)
-    going[:, 1, 4] = 1.0
-    psi = jnp.stack([jnp.zeros((5, 4, 5)), going], axis=1)
+    going = np.zeros((5, 4, 2), np.float32)
+    going[:, 1, 1] = 1.0
+    psi = jnp.stack([jnp.zeros((5, 4, 2)), going], axis=1)
     result = agent.Pretrained(
         feature_params={},
         table=modules.Successor(psi=psi, exploration=None),
         tasks=jnp.asarray([-phi[4], phi[4]]),
         visits=jnp.full((1, 5), 8.0),
     )
-    box = jnp.asarray(phi[4:])
-    config = agent.AgentConfig(feature_dim=5, num_heads=2)
+    box = jnp.eye(5)[4:]
+    config = agent.AgentConfig(feature_dim=2, num_heads=2)
     test_config = evaluation.TestConfig(num_rewards=3, sample_sizes=(50, 100))
     asked = (jax.random.key(0), world, box, result, config, test_config)
     with jax.numpy_rank_promotion("allow"):
@@ -254,7 +254,7 @@ def test_zero_shot_of_known_features_is_optimal(monkeypatch):
     np.testing.assert_allclose(scores.improved, 1.0, rtol=1e-5)
     np.testing.assert_allclose(scores.alone, 1.0, rtol=1e-5)
     np.testing.assert_allclose(scores.bound, 1.0, rtol=1e-5)
-    np.testing.assert_array_equal(example.reward, 2 * phi[4])
+    np.testing.assert_array_equal(example.reward, 2 * box[0])
     np.testing.assert_array_equal(example.policy, 1)
 
 
