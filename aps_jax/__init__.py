@@ -47,6 +47,7 @@ from aps_jax.ops.tasks import (
     gpi_action_values,
     infer_task,
     init_regression_moments,
+    regress_task,
     update_regression_moments,
 )
 from aps_jax.ops.whitening import Whitening, init_whitening, update_whitening, whiten
@@ -85,6 +86,7 @@ __all__ = (
     "off_policy_td_error",
     "particle_entropy_reward",
     "q_values",
+    "regress_task",
     "sample_uniform",
     "sample_von_mises_fisher",
     "scalar_td_error",

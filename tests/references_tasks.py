@@ -12,6 +12,14 @@ def least_squares(phi, r, intercept):
     return (w[:-1], w[-1]) if intercept else (w, 0.0)
 
 
+def ridge(phi, r, ridge, intercept):
+    """Solves the regularised normal equations, of deviations with an intercept."""
+    phi, r = np.float64(phi), np.float64(r)
+    if intercept:
+        phi, r = phi - np.mean(phi, axis=0), r - np.mean(r)
+    return np.linalg.solve(phi.T @ phi + ridge * np.eye(phi.shape[1]), phi.T @ r)
+
+
 def r_squared(phi, r, w, b, intercept):
     """One minus the share of the squared rewards that `phi^T w + b` leaves."""
     phi, r = np.float64(phi), np.float64(r)

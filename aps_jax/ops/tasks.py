@@ -1,9 +1,9 @@
 """Task vectors: inferring one from rewards, and choosing actions by many.
 
-A reward is explained by the features of the state reached, `r ~ phi^T w`. `w` is the least
-squares solution; its direction is the task, and its norm turns `psi^T w` into the units
-of the reward. Results are float32 or wider (`precision.widen`). Letters: `N` samples,
-`A` actions, `D` feature dimension, `K` candidates.
+A reward is explained by the features of the state reached, `r ~ phi^T w`. `w` is the
+least squares solution; its direction is the task, and its norm turns `psi^T w` into the
+units of the reward. Results are float32 or wider (`precision.widen`). Letters: `N`
+samples, `A` actions, `D` feature dimension, `K` candidates.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from aps_jax.types import Array, PRNGKey
 class RegressionMoments(NamedTuple):
     """Sufficient statistics of the regression of rewards on features.
 
-    Products of deviations from the mean: however far from 0 features and rewards lie, no
-    digits are lost.
+    Products of deviations from the mean: however far from 0 features and rewards lie,
+    no digits are lost.
     """
 
     mean: Array  # [D + 1] float, of the features and, last, of the reward.
@@ -64,8 +64,8 @@ def update_regression_moments(
 ) -> RegressionMoments:
     """Adds samples, each the features of a state and the reward for reaching it.
 
-    The moments of the batch are merged with those before it by the formula of Chan, Golub
-    and LeVeque (1983, https://doi.org/10.1080/00031305.1983.10483115).
+    The moments of the batch are merged with those before it by the formula of Chan,
+    Golub and LeVeque (1983, https://doi.org/10.1080/00031305.1983.10483115).
 
     Args:
       moments: of the samples so far.
@@ -114,36 +114,44 @@ def infer_task(
     moments: RegressionMoments,
     *,
     fallback_task: Array,
-    ridge: float = 1e-6,
-    intercept: bool = False,
+    ridge: float | Array = 1.0,
+    intercept: bool = True,
 ) -> InferredTask:
     """Infers the task by ridge regression of rewards on features.
 
-    `w = argmin_w sum (r - phi^T w - b)^2 + lambda norm(w)^2` (APS,
+    `w = argmin_w sum (r - phi^T w - b)^2 + ridge norm(w)^2` (APS,
     https://arxiv.org/abs/2108.13956, section 4.4). This is the regression of rewards on
-    features: the other way round, as in the URLB benchmark's code, w would be the direction
-    of `Phi^T r`, which is wrong as soon as features are correlated.
+    features: the other way round, as in the URLB benchmark's code, w would be the
+    direction of `Phi^T r`, which is wrong as soon as features are correlated.
+
+    The ridge is a Gaussian prior of w: the variance of a reward's noise, divided by
+    that of a component of w. Hence a few samples already give a direction. 1 is right
+    for unit features that explain a good part of the rewards; noisier rewards want
+    more.
 
     Args:
-      moments: of at least `D` samples, one more with an intercept.
-      fallback_task: `[D]` float, taken if nothing can be inferred: too few samples, rewards
-        that are all 0 (with an intercept: all the same), features that are all 0 (all the
-        same), or anything that is not finite.
-      ridge: lambda, in units of the mean of the diagonal of the matrix that is
-        inverted: the Gram matrix, with an intercept the centred one.
+      moments: of any number of samples.
+      fallback_task: `[D]` float, taken if nothing can be inferred: rewards that are all
+        the same (without an intercept: all 0), features that do not vary with them, or
+        anything that is not finite.
+      ridge: added to the diagonal of the sum of `phi phi^T` over the samples, with an
+        intercept of the deviations from the mean; at least 0.
       intercept: whether to fit a constant reward `b` too; else it is 0.
 
     Returns:
-      The task. `r_squared` is relative to the sum of the squares of the rewards, with an
-      intercept to that of their deviations from the mean. As a fallback, the task is
-      `fallback_task` with scale 1, intercept 0 and `r_squared` 0, never NaN.
+      The task. `r_squared` is relative to the sum of the squares of the rewards'
+      deviations from their mean, without an intercept of the rewards themselves. As a
+      fallback, the task is `fallback_task` with scale 1, intercept 0 and `r_squared` 0,
+      never NaN.
     """
     chex.assert_rank([moments.comoment, fallback_task], [2, 1])
     chex.assert_type(fallback_task, float)
     dim = fallback_task.shape[0]
     chex.assert_shape(moments.mean, (dim + 1,))
 
-    mean, square, fallback_task = precision.widen(*moments[:2], fallback_task)
+    mean, square, fallback_task, ridge = precision.widen(
+        *moments[:2], fallback_task, ridge
+    )
     is_finite = jnp.all(jnp.isfinite(square)) & jnp.all(jnp.isfinite(mean))
     mean, square = (jnp.where(is_finite, x, 0.0) for x in (mean, square))
     if not intercept:
@@ -155,13 +163,7 @@ def infer_task(
     scale = jnp.sqrt(jnp.sum(jnp.square(w)))
     constant = mean[dim] - jnp.sum(mean[:dim] * w) if intercept else 0.0 * scale
 
-    is_fallback = (
-        (moments.num_samples < dim + intercept)
-        | ~is_finite
-        | ~(r_square > 0)
-        | ~(scale > 0)
-        | ~jnp.isfinite(scale)
-    )
+    is_fallback = ~(is_finite & (r_square > 0) & (scale > 0) & jnp.isfinite(scale))
 
     def unless_fallback(value, substitute):
         return jnp.where(is_fallback, substitute, value)
@@ -185,8 +187,8 @@ def regress_task(
     mask: Array | None = None,
     *,
     fallback_task: Array,
-    ridge: float = 1e-6,
-    intercept: bool = False,
+    ridge: float = 1.0,
+    intercept: bool = True,
 ) -> InferredTask:
     """Infers the task from all samples at once, in float64 on the host.
 
@@ -216,9 +218,10 @@ def regress_task(
 def gpi_action_values(psi: Array, w: Array) -> jax.Array:
     """Values actions by the best of several policies, `max_i psi(s, a, w_i)^T w`.
 
-    Generalised policy improvement (Barreto et al. 2017, https://arxiv.org/abs/1606.05312,
-    theorem 1). Every policy is scored by the task that counts, `w`, not by the `w_i`
-    that it was trained for as in the authors' notebook.
+    Generalised policy improvement (Barreto et al. 2017,
+    https://arxiv.org/abs/1606.05312, theorem 1). Every policy is scored by the task
+    that counts, `w`, not by the `w_i` that it was trained for as in the authors'
+    notebook.
 
     Args:
       psi: `[K, A, D]` float, successor features of the policies of K candidate tasks.
@@ -274,14 +277,14 @@ def _host() -> jax.Device | None:
         return None
 
 
-def _solve_ridge(gram: jax.Array, phi_r: jax.Array, ridge: float | Array) -> jax.Array:
-    """Solves `(gram + lambda I) w = phi_r`, `lambda = ridge * mean(diag(gram))`.
+def _solve_ridge(gram: jax.Array, phi_r: jax.Array, ridge: jax.Array) -> jax.Array:
+    """Solves `(gram + ridge I) w = phi_r`.
 
-    Directions whose sum is within rounding errors of 0 get weight 0, as in a
-    pseudo-inverse: any weight would be an accident. With a ridge there are none.
+    Directions in which the left side is within rounding errors of 0 get weight 0, as in
+    a pseudo-inverse: any weight would be an accident.
     """
     eigenvalues, eigenvectors = jnp.linalg.eigh(gram)
-    denominators = eigenvalues + ridge * jnp.mean(jnp.diagonal(gram))
+    denominators = eigenvalues + ridge
     noise = (8 + gram.shape[0]) * jnp.finfo(gram.dtype).eps * jnp.trace(gram)
     is_signal = denominators > noise
     inverse = jnp.where(is_signal, 1 / jnp.where(is_signal, denominators, 1.0), 0.0)

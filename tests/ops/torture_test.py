@@ -389,7 +389,7 @@ def test_distances_of_extreme_features(dim, size):
 def test_infinite_particles_are_infinitely_far(dim):
     # More of them than there are spare candidates.
     particles = np.float32(PARTICLES[:, :dim])
-    particles[1:7, -1] = np.inf
+    particles[1:7] = np.inf
     queries = np.float32(PARTICLES[:2, :dim] + 0.1)
     distances = knn_distances(queries, particles, k=4)
     expected = references_knn.knn_distances(queries, particles, 4)

@@ -51,6 +51,15 @@ def test_a_batch_is_white_under_its_own_moments(num, dim, transform):
     np.testing.assert_allclose(moments.transform, expected, rtol=1e-3, atol=1e-3)
 
 
+@pytest.mark.parametrize("num", [300, 65_536])
+def test_a_large_offset_loses_no_digits(num):
+    h = np.float32(1e5 + np.random.default_rng(0).normal(size=(num, 3)))
+    moments = whitening.update_whitening(whitening.init_whitening(3), h)
+    expected = np.cov(np.float64(h).T, ddof=0)
+    np.testing.assert_allclose(moments.covariance, expected, atol=2e-6)
+    np.testing.assert_allclose(moments.mean, np.mean(np.float64(h), axis=0), atol=4e-3)
+
+
 def test_before_any_batch_nothing_changes():
     h = draw(4, 3)
     np.testing.assert_array_equal(
