@@ -136,8 +136,8 @@ def _cores(config: config_lib.Config) -> Check:
 
 
 def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
-    of_stage = {"is_pretraining": name == stages.PRETRAIN, "num_seeds": num_seeds}
-    memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
+    is_pretraining = name == stages.PRETRAIN
+    memory = stages.memory_of(config, is_pretraining=is_pretraining)
     needed = machine.needed_bytes(**memory, num_seeds=num_seeds)
     ring = num_seeds * memory["replay_bytes"]
     text = (
@@ -146,7 +146,7 @@ def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
         f"{machine.size_text(machine.available_bytes())} free"
     )
     try:
-        stages.check_memory(config, **of_stage)
+        stages.check_memory(config, is_pretraining=is_pretraining, num_seeds=num_seeds)
     except ValueError as error:
         return Check(f"memory, {name}", str(error), "failed")
     return Check(f"memory, {name}", text)
@@ -224,6 +224,7 @@ def measure_rate(
     pool = loop.make_pool(
         config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=run_seeds
     )
+    session: loop.Session
     try:
         if num_seeds > 1:
             session, _ = seeds.start_pretraining(config, run_seeds, pool)

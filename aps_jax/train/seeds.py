@@ -243,7 +243,7 @@ class SeedSession(loop.Session):
         self._index = devices.device_put(np.int32(index))
         self._place = index
         self._flag = None
-        self.pool = everyone.pool.of_seed(index)
+        self.pool = everyone.pool.of_seed(index)  # type: ignore[attr-defined]
         self.draw = draw
         self.calibrate = None  # The session of all does it for every seed.
         self.schedule = everyone.schedule
@@ -271,7 +271,7 @@ class SeedSession(loop.Session):
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
     @property
-    def rollout(self) -> _SeedRollout:
+    def rollout(self) -> _SeedRollout:  # type: ignore[override]
         return _SeedRollout(self._everyone.rollout, self._index)
 
     @rollout.setter
@@ -302,7 +302,8 @@ class SeedSession(loop.Session):
         return jax.tree.map(lambda x: x[self._place], everyone)
 
     @timestep.setter
-    def timestep(self, value: types.TimeStep) -> None:
+    def timestep(self, value: types.TimeStep | None) -> None:
+        assert value is not None
         self._everyone.take_up(self._place, value)
 
     def free_replay(self) -> None:
@@ -363,7 +364,8 @@ class SeedsSession(loop.Session):
             return
         for place, one in enumerate(self.of_seeds()):
             with one.naming():
-                one._check_rewards(action[place], one.timestep)
+                of_seed = jax.tree.map(lambda x, i=place: x[i], timestep)
+                one._check_rewards(action[place], of_seed)
 
 
 def start_pretraining(

@@ -90,7 +90,11 @@ def evaluate_rewards(
         state = devices.device_put(agent.start_finetune(trained.state))
         session = loop.start(config, plan, pool, state)
         rollouts = stages.roll_out(
-            config, agent, session, progress=progress, check=stop and stop.check
+            config,
+            agent,
+            session,
+            progress=progress,
+            check=None if stop is None else stop.check,
         )
     finally:
         pool.close()

@@ -156,7 +156,6 @@ def chain_config(**options):
         "warmup_agent_steps": 60,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         "pretrain_epsilon": 0.5,
         **options,
     }

@@ -31,7 +31,6 @@ def make_config(**options):
         "checkpoint_agent_steps": 100_000,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         **options,
     }
     return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
