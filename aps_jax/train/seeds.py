@@ -270,8 +270,8 @@ class SeedSession(loop.Session):
     def sums(self, value: sums_lib.RunningSums) -> None:
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
-    @property
-    def rollout(self) -> _SeedRollout:  # type: ignore[override]
+    @property  # type: ignore[override]
+    def rollout(self) -> _SeedRollout:
         return _SeedRollout(self._everyone.rollout, self._index)
 
     @rollout.setter
