@@ -18,6 +18,7 @@ html_theme = "alabaster"
 html_theme_options = {"page_width": "1100px"}
 # Types stand in the annotations, and shapes in the docstrings.
 autodoc_typehints = "none"
+autodoc_default_options = {"members": True, "undoc-members": True}
 autodoc_member_order = "bysource"
 autodoc_preserve_defaults = True
 # Docstrings are Google's, which write code in single backticks.

@@ -71,7 +71,7 @@ def results_table() -> str:
 def maze_table() -> str:
     """Returns the maze's tables, without the arm that was measured wrongly."""
     result = folders.read_json(ROOT / "results/maze/maze.json")
-    result["agents"] = [agent for agent in result["agents"] if agent != "apt"]
+    result["agents"] = [agent for agent in result["agents"] if agent != "entropy"]
     return grid.format_table({**result, "table": grid.summarise(result)})
 
 

@@ -8,6 +8,8 @@ import pathlib
 import re
 import shlex
 
+import jax
+import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
@@ -23,11 +25,14 @@ def blocks(language, text=README):
     return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
 
 
-def test_the_reuse_example_runs():
+@pytest.mark.parametrize("is_64_bits", [False, True])
+def test_the_reuse_example_runs(is_64_bits):
     (code,) = blocks("python")
     found = {}
-    exec(compile(code, "README.md", "exec"), found)  # noqa: S102
+    with jax.enable_x64(is_64_bits):
+        exec(compile(code, "README.md", "exec"), found)  # noqa: S102
     assert found["error"].shape == (32, 5)
+    assert found["error"].dtype == (np.float64 if is_64_bits else np.float32)
     # The rewards were phi's first component, so the task is the first axis.
     assert found["found"].task[0] > 0.999
     assert found["found"].r_squared > 0.95
@@ -68,6 +73,22 @@ def test_make_targets_exist():
 
 
 def test_files_named_exist():
-    for path in re.findall(r"\]\(([^)#]+)\)", README):
+    named = re.findall(r"\]\(([^)#]+)|src=\"([^\"]+)\"", README)
+    for path in map("".join, named):
         if not path.startswith("http"):
             assert (ROOT / path).exists(), path
+
+
+def test_the_page_is_short_and_its_first_screen_shows_what_this_is():
+    assert README.count("\n") <= 160
+    first_screen = README.split("\n## ")[0]
+    assert first_screen.count("<img ") == 1
+    assert len(blocks("bash", first_screen)[0].splitlines()) == 3
+
+
+def test_the_map_names_each_room_in_at_most_twelve_rows():
+    rooms = re.findall(r"^\| `([^`]+)/` \|", README, flags=re.MULTILINE)
+    assert len(rooms) <= 12
+    packages = (ROOT / "aps_jax").glob("*/__init__.py")
+    expected = {f"aps_jax/{path.parent.name}" for path in packages}
+    assert set(rooms) == expected | {"experiments"}
