@@ -1,8 +1,8 @@
 """One pretrained agent, many reward functions of its game, without learning.
 
-The agent plays once as in pretraining, as the first part of fine-tuning does, and adapts
-to each reward function by the rewards that it gives to that same play. Then it plays
-full games for each. Letters: `K` reward functions, `E` environments.
+The agent plays once as in pretraining, as the first part of fine-tuning does, and
+adapts to each reward function by the rewards that it gives to that same play. Then it
+plays full games for each. Letters: `K` reward functions, `E` environments.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from aps_jax.train import evaluation, loop, stages
 
 
 class RewardResult(NamedTuple):
-    """What a pretrained agent does on one reward function at once, beside random play."""
+    """How a pretrained agent does on one reward function at once, and random play."""
 
     name: str
     adapted: dict[str, Any]  # facts of `Agent.adapt`
