@@ -152,7 +152,6 @@ def make_pool(
         len(seeds),
         seeds=seeds,
         num_threads=environment.env_threads,
-        frame_skip=types.FRAME_SKIP,
         noop_max=environment.noop_max,
         max_frames=environment.max_frames,
         sticky=environment.sticky,
