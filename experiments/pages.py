@@ -1,7 +1,7 @@
 r"""Writes the parts of pages that are made from code and results, never typed.
 
   python -m experiments.pages          writes them
-  python -m experiments.pages --check  says which are stale, and fails if any is
+  python -m experiments.pages --check  names those that are stale, and fails if any is
 
 They stand between two comments in the page, which name what makes them.
 """
@@ -86,7 +86,7 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     """Returns what makes the table of some rows of the benchmark, as it was measured."""
 
     def is_gone(row: bench_table.Row) -> bool:
-        return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
+        return row.row in _GONE or any(part in row.case for part in _GONE_CASES)
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu/benchmark.json"

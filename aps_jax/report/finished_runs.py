@@ -83,10 +83,10 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
                 if result.get("stage") == "pretrain":
                     pretraining.append(folder)
                     continue
-                run, complaints = _parse(folder, result)
+                run, remarks = _parse(folder, result)
                 runs.append(run)
                 options.append(_read_options(path.parent, run.arm))
-                notices += [f"{path}: {complaint}." for complaint in complaints]
+                notices += [f"{path}: {remark}." for remark in remarks]
         except _OtherRewardError:
             other_rewards.append(path)
         except _UnusableResultError as error:
@@ -262,10 +262,10 @@ def _parse(
     }
     settings |= {_PROTOCOL + name: value for name, value in result["protocol"].items()}
 
-    complaints = []
+    remarks = []
     episodes = result["protocol"].get("episodes")
     if episodes != returns.size:
-        complaints.append(
+        remarks.append(
             f"{returns.size} games were evaluated, its protocol says {episodes}"
         )
     computed = {"return_mean": float(returns.mean())}
@@ -280,13 +280,13 @@ def _parse(
             type(written) in (int, float)
             and math.isclose(written, value, rel_tol=1e-3, abs_tol=1e-3)
         ):
-            complaints.append(
+            remarks.append(
                 f"{name} is {written}, its returns give {value:.6g}, which is used"
             )
     run = FinishedRun(
         folder, game, result["agent"], arm, result["seed"], returns, settings
     )
-    return run, complaints
+    return run, remarks
 
 
 def _read_options(folder: pathlib.Path, arm: str) -> dict[str, Any] | None:

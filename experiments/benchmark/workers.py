@@ -234,12 +234,12 @@ def devices_rows(size: Size) -> list[Row]:
     rows = [
         turns.rates(
             "devices",
-            f"{words}, {thing}: {count} devices / one with all the cores",
+            f"{name}, {thing}: {count} devices / one with all the cores",
             (thing, case, count),
             (thing, case, counts[0]),
             unit,
         )
-        for case, words in CASES.items()
+        for case, name in CASES.items()
         for count in counts
         for thing, unit in units_of.items()
     ]

@@ -84,8 +84,8 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
             for field in _SCORES
         )
         share = np.mean([run["unseen_share"] for run in of_change])
-        words = change if change == NO_CHANGE else f"`{change}`"
-        rows.append([words, *map(grid.format_interval, intervals), f"{1 - share:.0%}"])
+        label = change if change == NO_CHANGE else f"`{change}`"
+        rows.append([label, *map(grid.format_interval, intervals), f"{1 - share:.0%}"])
     return grid.format_rows(rows)
 
 

@@ -325,10 +325,10 @@ def format_table(result: dict[str, Any]) -> str:
     sizes = result["sample_sizes"]
     labels = [["rewarded cells", *(str(size) for size in sizes)]]
     for agent in (a for a in result["agents"] if a != RANDOM):
-        for field, words in (("improved", "zero-shot"), ("bound", "bound")):
+        for field, label in (("improved", "zero-shot"), ("bound", "bound")):
             means = (
                 np.mean(np.concatenate(scores_by_maze(result, agent, field, size)))
                 for size in range(len(sizes))
             )
-            labels.append([f"{agent}, {words}", *(f"{mean:.2f}" for mean in means)])
+            labels.append([f"{agent}, {label}", *(f"{mean:.2f}" for mean in means)])
     return format_rows(scores) + ("\n" + format_rows(labels) if labels[1:] else "")
