@@ -45,8 +45,8 @@ class SplitTDError(NamedTuple):
     exploration: Array  # [] float, of the exploration value of the action taken.
 
 
-class Window(NamedTuple):
-    """The part of an n-step window that may be used."""
+class UsedSteps(NamedTuple):
+    """The steps of an n-step window that may be used."""
 
     horizon: jax.Array  # [] int32 in [1, n], steps up to and including the first cut.
     weights: jax.Array  # [n] float, 1 for these steps and 0 after them.
@@ -143,15 +143,15 @@ def n_step_cumulant(
     return jnp.sum(weights * cumulant_t, axis=0), products[-1]
 
 
-def mask_after_cut(cut_t: Array) -> Window:
+def mask_after_cut(cut_t: Array) -> UsedSteps:
     """Finds the steps of a window that belong to one episode and task.
 
     Steps after the first cut must not be learnt from. Give them cumulant 0 and discount
     1: then `n_step_cumulant` of the whole window is that of its used part,
 
-        window = mask_after_cut(cut_t)
-        reward_t = window.weights * r_t
-        discount_t = jnp.where(window.weights > 0, discount_t, 1.0)
+        used = mask_after_cut(cut_t)
+        reward_t = used.weights * r_t
+        discount_t = jnp.where(used.weights > 0, discount_t, 1.0)
 
     and the state to bootstrap from is the one reached by step `horizon`, at index
     `horizon - 1`. The step of the cut itself is used; its discount is 0 if the game was
@@ -168,7 +168,7 @@ def mask_after_cut(cut_t: Array) -> Window:
 
     num_cuts = jnp.cumsum(cut_t, dtype=jnp.int32)
     is_used = num_cuts - cut_t.astype(jnp.int32) == 0
-    return Window(
+    return UsedSteps(
         horizon=jnp.sum(is_used, dtype=jnp.int32), weights=is_used.astype(float)
     )
 

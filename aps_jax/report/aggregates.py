@@ -130,11 +130,8 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
     known = scores.published_scores()
     if list(systems) == ["all"]:
         return tuple(known)
-    for one in systems:
-        if one not in known:
-            raise ValueError(
-                f"No published system {one!r}; there are {', '.join(known)}."
-            )
+    for one in (system for system in systems if system not in known):
+        raise ValueError(f"No published system {one!r}; there are {', '.join(known)}.")
     return tuple(dict.fromkeys(systems))
 
 

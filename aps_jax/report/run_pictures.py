@@ -161,10 +161,8 @@ def save_learning_curves(
     for axes in figure.axes:
         if axes.lines:
             axes.legend(fontsize="small")
-        else:
-            axes.set_visible(
-                False
-            )  # An agent may measure no distance, or have no reward.
+        else:  # An agent may measure no distance, or have no reward.
+            axes.set_visible(False)
     figure.savefig(path, dpi=110)
 
 
