@@ -1,7 +1,7 @@
 """What an agent is: the types that every agent file fills and the loop calls.
 
-An agent sees plain, global arrays. It knows no device, file, flag or stage. Letters: `E`
-environments, `B` windows, `T` states of a window, `P` particles.
+An agent sees plain, global arrays. It knows no device, file, flag or stage. Letters:
+`E` environments, `B` windows, `T` states of a window, `P` particles.
 """
 
 import dataclasses
@@ -211,10 +211,10 @@ class Agent(NamedTuple):
     # The same for a random skill in each environment, told by the decision's extras;
     # None where there are no skills.
     play_skills: Callable[[float], Policy] | None
-    # Takes statistics of states [N, 1, ...] drawn from the replay of pretraining; called
-    # before the agent is saved. It must not change what is learned.
+    # Takes statistics of states [N, 1, ...] drawn from the replay of pretraining;
+    # called before the agent is saved. It must not change what is learned.
     calibrate: Callable[[AgentState, Window], AgentState]
-    # Starts learning from reward: fresh optimiser and counter, a state of the same type.
+    # Starts learning from reward: fresh optimiser and counter, state of the same type.
     start_finetune: Callable[[AgentState], AgentState]
     # On the host, after `start_finetune`: key, state, rollouts (None: from scratch) ->
     # state, facts for `result.json`; facts["summary"] is a sentence for the user.

@@ -1,7 +1,7 @@
 """Replay of single frames on the device: added in place, sampled as stacked windows.
 
-The buffer is Flashbax's trajectory buffer; what is drawn from it is ours, so that it does
-not depend on how many devices hold a part. Letters: `E` environments, `B` windows,
+The buffer is Flashbax's trajectory buffer; sampling is our own, so that it does not
+depend on how many devices hold a part. Letters: `E` environments, `B` windows,
 `T` states of a window, `L = T + STACK_SIZE - 1` its frames.
 """
 
@@ -263,10 +263,10 @@ def sample_indices(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws where windows lie: environments in strata, starts uniformly.
 
-    Window `b` lies in environment `floor((b E + r) / B)`, `r` uniform in `[0, E)`, from a
-    key of its own. Over all `b` that is uniform over the environments, with less variance
-    than independent draws; and the windows `[k B / N, (k + 1) B / N)` lie in the
-    environments `[k E / N, (k + 1) E / N)`, those of device `k` of `N`.
+    Window `b` lies in environment `floor((b E + r) / B)`, `r` uniform in `[0, E)`, from
+    a key of its own. Over all `b` that is uniform over the environments, with less
+    variance than independent draws; and the windows `[k B / N, (k + 1) B / N)` lie in
+    the environments `[k E / N, (k + 1) E / N)`, those of device `k` of `N`.
 
     Args:
       key: Is consumed.
@@ -302,7 +302,7 @@ def sample_indices(
 def stack_window(steps: Step) -> Window:
     """Rebuilds the stacked observations of a window of single frames.
 
-    As EnvPool's own `stack_num=4`: no stack reaches over a reset, at and after which the
+    As EnvPool's own `stack_num=4`: no stack reaches over a reset. At and after it, the
     reset frame fills the places of the frames that do not exist.
 
     Args:

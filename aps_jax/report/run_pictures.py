@@ -68,16 +68,16 @@ def tile(
     cell = height + _LABEL_HEIGHT
     blank = Image.new("RGB", (num_columns * width, num_rows * cell), "black")
     numbered = [divmod(index, num_columns) for index in range(len(videos))]
-    places = [(column * width, row * cell) for row, column in numbered]
+    corners = [(column * width, row * cell) for row, column in numbered]
     draw = ImageDraw.Draw(blank)
-    for (x, y), label in zip(places, labels, strict=True):
+    for (x, y), label in zip(corners, labels, strict=True):
         while draw.textlength(label) > width:
             label = label[:-1]
         draw.text((x + 1, y + 1), label, fill="white")
     made = []
     for step in range(max(map(len, videos))):
         sheet = np.array(blank)
-        for (x, y), video in zip(places, videos, strict=True):
+        for (x, y), video in zip(corners, videos, strict=True):
             picture = video[step] if step < len(video) else video[-1] // 2
             y += _LABEL_HEIGHT
             sheet[y : y + height, x : x + width] = picture
@@ -161,10 +161,8 @@ def save_learning_curves(
     for axes in figure.axes:
         if axes.lines:
             axes.legend(fontsize="small")
-        else:
-            axes.set_visible(
-                False
-            )  # An agent may measure no distance, or have no reward.
+        else:  # An agent may measure no distance, or have no reward.
+            axes.set_visible(False)
     figure.savefig(path, dpi=110)
 
 

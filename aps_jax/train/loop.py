@@ -1,7 +1,7 @@
 """The host loop of every stage, and the jitted steps that it calls.
 
-One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates and
-returns, so the device learns while the CPU cores emulate. Where the cores are the
+One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates
+and returns, so the device learns while the CPU cores emulate. Where the cores are the
 device, `recv` comes before the updates: both at once would only take turns. Keys are
 derived from the seed by `fold_in` with a stream and a step, so a resumed run continues
 the same streams. The loop knows no agent: see `agents.base`. Letters: `E` environments.
@@ -152,7 +152,6 @@ def make_pool(
         len(seeds),
         seeds=seeds,
         num_threads=environment.env_threads,
-        frame_skip=types.FRAME_SKIP,
         noop_max=environment.noop_max,
         max_frames=environment.max_frames,
         sticky=environment.sticky,
@@ -546,7 +545,7 @@ class Session:
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
-    # On a CPU emulators and updates want the same cores: measured in docs/performance.md.
+    # On a CPU emulators and updates want the same cores (docs/performance.md).
     overlaps: bool = dataclasses.field(
         default_factory=lambda: jax.default_backend() != "cpu"
     )
@@ -606,7 +605,7 @@ class Session:
             )
 
     def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
-        """Raises a `NonFinite` that names the environment, unless rewards are finite."""
+        """Raises a `NonFinite` that names the environment if a reward is not finite."""
         if not np.isfinite(timestep.reward).all():
             (indices,) = np.nonzero(~np.isfinite(timestep.reward))
             message = (

@@ -1,4 +1,4 @@
-"""Preflight: whether a machine can do a run, and how long it will take, before it starts.
+"""Preflight: whether a machine can do a run, and how long that will take.
 
 A stage checks the same at every start, but for the measured rate.
 """

@@ -23,7 +23,7 @@ _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
 
 
 class Recorder:
-    """Writes metrics and checkpoints of a stage, and resumes from the newest checkpoint.
+    """Writes metrics and checkpoints of a stage; resumes from the newest checkpoint.
 
     A disk that cannot be written is no reason to end a stage that runs: it is warned of
     and tried again with every row.
@@ -368,7 +368,7 @@ class Recorder:
             self._complain(error)
 
     def _sync(self) -> bool:
-        """Brings to disk the rows, which a checkpoint counts; returns whether it could."""
+        """Flushes the rows, which a checkpoint counts; returns whether that worked."""
         try:
             self._ensure_folder()
             assert self._writer is not None

@@ -1,9 +1,9 @@
-"""Many seeds at once: every state has a leading axis of seeds, and one pool serves all.
+"""Many seeds at once: each state has a leading axis of seeds, and one pool serves all.
 
-The jitted steps of `loop` are mapped over that axis (`jax.vmap`), each seed with its own
-keys, so that a seed does what it would do alone, up to rounding. What is written of a
-seed is taken out of the states that they share. Letters: `S` seeds, `E` environments of
-each.
+The jitted steps of `loop` are mapped over that axis (`jax.vmap`), each seed with its
+own keys, so that a seed does what it would do alone, up to rounding. What is written of
+a seed is taken out of the states that they share. Letters: `S` seeds, `E` environments
+of each.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ class SeedsPool:
     """
 
     def __init__(self, pool: loop.Pool, num_seeds: int):
-        """Takes over a pool, not yet reset, of `num_seeds` times as many environments."""
+        """Takes a pool, not yet reset, of `num_seeds` times as many environments."""
         self._pool = pool
         self.num_seeds = num_seeds
         self.num_envs = pool.num_envs // num_seeds
@@ -379,7 +379,7 @@ def start_pretraining(
       pool: Environments, not yet reset, from `loop.make_pool` with these seeds.
 
     Returns:
-      The session, and the function that embeds states of every seed (`loop.make_embed`).
+      The session, and the function that embeds states of all seeds (`loop.make_embed`).
     """
     agent = config.make_agent(pool.num_actions)
     plan = loop.pretrain_plan(config, agent)

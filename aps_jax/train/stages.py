@@ -51,8 +51,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pretrains an agent on a game whose reward it never sees.
 
-    The same call continues a run that was interrupted, and returns at once if the run is
-    finished.
+    The same call continues a run that was interrupted. It returns at once if the run
+    is finished.
 
     Args:
       config: The run's values.
@@ -128,8 +128,8 @@ def pretrain_seeds(
 ) -> list[dict[str, Any]]:
     """Pretrains several seeds at once, on one device and with one pool (`seeds`).
 
-    Every folder is written as `pretrain` would write it, and can be continued or used by
-    itself. Seeds that are finished are left as they are; the others go on from the
+    Every folder is written as `pretrain` would write it, and can be continued or used
+    by itself. Seeds that are finished are left as they are; the others go on from the
     newest checkpoint that all of them have.
 
     Args:
@@ -144,8 +144,8 @@ def pretrain_seeds(
     Raises:
       ValueError: The configs differ in more than the seed or name several devices, a
         folder holds another run, or the seeds stand too far apart.
-      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed nothing is
-        saved but the batch; a checkpoint of every other was saved.
+      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed only the
+        batch is saved; a checkpoint of every other was saved.
       loop.EnvironmentFailure: The environments raised; checkpoints were saved.
       interrupts.Interrupted: A stop was requested; checkpoints were saved.
     """
@@ -280,9 +280,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Shows the reward: the agent adapts at once, then learns from it.
 
-    A pretrained agent first plays as it did while pretraining, and adapts to the rewards
-    of that play; what it played stays in the replay. An untrained agent learns from its
-    first steps. The same call continues a run that was interrupted.
+    A pretrained agent first plays as it did while pretraining, and adapts to the
+    rewards of that play; what it played stays in the replay. An untrained agent learns
+    from its first steps. The same call continues a run that was interrupted.
 
     Args:
       config: The run's values.

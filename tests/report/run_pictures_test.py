@@ -14,8 +14,9 @@ from PIL import Image
 from aps_jax import config as config_lib
 from aps_jax.agents import aps as agent_lib
 from aps_jax.report import run_pictures
+from aps_jax.runs import snapshots
 from aps_jax.scores import scores
-from aps_jax.train import snapshots, stages
+from aps_jax.train import stages
 
 
 def video(color, length, height=20, width=30):
