@@ -13,13 +13,14 @@ import re
 import sys
 from collections.abc import Callable, Sequence
 
-from absl import app, flags
+from absl import flags
 
 from aps_jax import agents
 from aps_jax import config as config_lib
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import folders, metrics
 from aps_jax.types import Metric
+from experiments import common_flags
 from experiments.benchmark import table as bench_table
 from experiments.maze import grid
 
@@ -83,7 +84,7 @@ def ablation_table() -> str:
 
 
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
-    """Returns what makes the table of some rows of the benchmark, as it was measured."""
+    """Returns what makes the table of some rows of the benchmark, as measured."""
 
     def is_gone(row: bench_table.Row) -> bool:
         return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
@@ -101,7 +102,7 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
 
 def metrics_tables() -> str:
-    """Returns the metrics of all agents, each group once, under those who declare it."""
+    """Returns all agents' metrics, each group once, under those who declare it."""
     groups: dict[tuple[Metric, ...], list[str]] = {}
     for name in agents.AGENTS:
         agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
@@ -109,13 +110,17 @@ def metrics_tables() -> str:
         for stage, phase in phases.items():
             if phase is not None:
                 groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
-    return metrics.to_markdown(
-        {
-            "Progress, in every stage": metrics.COUNTERS,
-            **{"; ".join(who): group for group, who in groups.items()},
-            "Evaluations, in the rows after full games": metrics.EVALUATION,
-        }
-    )
+    sections = {
+        "Progress, in every stage": metrics.COUNTERS,
+        **{"; ".join(who): group for group, who in groups.items()},
+        "Evaluations, in the rows after full games": metrics.EVALUATION,
+    }
+    lines = []
+    for heading, group in sections.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # Page -> name of the part -> what makes it.
@@ -150,8 +155,7 @@ def updated(page: str) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Writes or compares every page."""
-    if len(argv) > 1:
-        raise app.UsageError(f"Unexpected words: {argv[1:]}")
+    common_flags.reject_words(argv)
     stale = [page for page in PARTS if updated(page) != (ROOT / page).read_text()]
     if _CHECK.value and stale:
         print(f"stale: {', '.join(stale)}; run python -m experiments.pages")
@@ -162,4 +166,4 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    app.run(main)
+    common_flags.run(main, short=())

@@ -6,7 +6,7 @@ states, `D` dimensions.
 
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,8 @@ def write_snapshot(
         return
     folder = workdir / FOLDER_NAME
     folder.mkdir(exist_ok=True)
-    np.savez(folder / f"{agent_steps:012d}.npz", **visited)
+    arrays: dict[str, Any] = dict(visited)
+    np.savez(folder / f"{agent_steps:012d}.npz", **arrays)
 
 
 def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:

@@ -303,7 +303,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
     monkeypatch.setattr(sweep, "_start", record)
     monkeypatch.setattr(sweep.time, "sleep", pause)
     with flagsaver.flagsaver(preset="cpu"), pytest.raises(interrupts.Interrupted):
-        sweep._run_local([job], sweep.rich.console.Console(quiet=True))
+        sweep._run_local([job])
     assert [process.returncode for process in started] == [75]
 
 
