@@ -19,6 +19,7 @@ import tensorstore as ts
 from absl import logging
 
 from aps_jax.parallel import processes
+from aps_jax.runs import folders
 
 FORMAT = 3
 METADATA_NAME = "metadata.json"
@@ -69,7 +70,6 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
     items: dict[str, Any]
     step: int
-    damaged_steps: list[int]  # newer checkpoints that cannot be read, newest first
 
 
 class Checkpointer:
@@ -194,11 +194,7 @@ class Checkpointer:
         return self._join() if is_done else None
 
     def wait_until_finished(self) -> None:
-        """Waits until the save under way is on disk.
-
-        Raises:
-          OSError: It failed; older checkpoints are as they were.
-        """
+        """Waits until the save under way is on disk; an `OSError` if it failed."""
         if (failure := self._join()) is not None:
             raise failure
 
@@ -278,7 +274,7 @@ class Checkpointer:
                 while aside.exists():
                     aside = aside.with_name(f"{aside.name}_again")
                 self._path(bad).rename(aside)
-        return Restored(*found, step, list(damaged))
+        return Restored(*found, step)
 
     def _path(self, step: int) -> pathlib.Path:
         return self._folder / str(step)
@@ -286,15 +282,11 @@ class Checkpointer:
     def _score(self, step: int) -> float | None:
         try:
             return read_metadata(self._path(step)).get("score")
-        except (OSError, ValueError):
+        except ValueError:
             return None
 
     def _prepare(self, step: int) -> None:
-        """Makes room for a checkpoint in the folder.
-
-        Raises:
-          OSError: There is none.
-        """
+        """Makes room for a checkpoint in the folder, or raises an `OSError`."""
         self._folder.mkdir(parents=True, exist_ok=True)
         self.clean()
         newest = [p for old in self.steps()[-1:] for p in self._path(old).rglob("*")]
@@ -326,13 +318,8 @@ class Checkpointer:
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the metadata of one checkpoint, unverified.
-
-    Raises:
-      OSError: It cannot be read.
-      ValueError: It is not JSON.
-    """
-    return json.loads(pathlib.Path(path, METADATA_NAME).read_text())
+    """Returns the metadata of a checkpoint, unverified, or raises a `ValueError`."""
+    return folders.read_json(pathlib.Path(path, METADATA_NAME))
 
 
 @contextlib.contextmanager
@@ -357,10 +344,8 @@ def _complete(
 ) -> None:
     """Adds metadata and manifest to a checkpoint that Orbax is about to rename.
 
-    Runs in the primary process, once the arrays of all processes are written.
-
-    Raises:
-      OSError: Something cannot be written, or read back.
+    Runs in the primary process, once the arrays of all processes are written. Raises an
+    error if something cannot be written, or read back.
     """
     (folder,) = (p for p in root.iterdir() if p.name.startswith(f"{step}{_TEMPORARY}"))
     (folder / METADATA_NAME).write_text(metadata)
@@ -372,11 +357,7 @@ def _complete(
 
 
 def _read_back(item: pathlib.Path, num_arrays: int) -> None:
-    """Reads a chunk of every array of an item.
-
-    Raises:
-      OSError: Arrays are missing. (TensorStore raises others for what it cannot read.)
-    """
+    """Reads a chunk of every array of an item, or raises an error of any type."""
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
     keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
     paths = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
@@ -433,11 +414,7 @@ def _restore(
     templates: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]],
     optional: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the metadata and items of a checkpoint.
-
-    Raises:
-      _MisfitError: It is of another format, or items or arrays differ.
-    """
+    """Returns the metadata and items of a checkpoint; raises `_MisfitError`."""
     metadata = read_metadata(path) if (path / METADATA_NAME).exists() else {}
     if metadata.get("format") != FORMAT:
         there = metadata.get("format", "2 or older")

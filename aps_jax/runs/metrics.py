@@ -73,7 +73,7 @@ def finetune_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
 
 
 class MetricsWriter:
-    """Writes rows to `metrics.csv` and, where wanted, to TensorBoard events.
+    """Writes rows to `metrics.csv` and to TensorBoard events.
 
     A resumed stage keeps the rows that its checkpoint knows of and drops later ones, so
     the file is that of a run that was never interrupted. Rows that could not be written
@@ -86,7 +86,6 @@ class MetricsWriter:
         columns: Sequence[str],
         *,
         kept_rows: int = 0,
-        tensorboard: bool = True,
         wandb_run: Any = None,
     ):
         """Opens the files.
@@ -95,7 +94,6 @@ class MetricsWriter:
           folder: The stage's folder, which exists.
           columns: Names of the columns; the first is `agent_steps`.
           kept_rows: Rows of the file on disk to keep: those a checkpoint knows of.
-          tensorboard: Whether event files are written as well.
           wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
 
         Raises:
@@ -105,7 +103,6 @@ class MetricsWriter:
         self._columns = list(columns)
         self._folder = folder
         self._path = folder / FILE_NAME
-        self._has_events = tensorboard
         self._wandb_run = wandb_run
         self._rows = self._read(kept_rows)  # lines, as they stand in the file
         self._size: int | None = None  # of the file, in bytes; None: to be written anew
@@ -169,8 +166,7 @@ class MetricsWriter:
                 file.flush()
                 os.fsync(file.fileno())
         self._size, self._num_written = self._path.stat().st_size, len(self._rows)
-        if self._has_events:
-            self._write_events()
+        self._write_events()
 
     def _write_events(self) -> None:
         """Writes the rows that are pending as events, all rows if the file is gone."""

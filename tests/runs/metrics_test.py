@@ -1,4 +1,4 @@
-"""Tests of aps_jax.runs.metrics: rows of a run on disk, and as TensorBoard shows them."""
+"""Tests of aps_jax.runs.metrics: rows on disk, and as TensorBoard shows them."""
 
 import math
 import os
@@ -36,7 +36,7 @@ def test_a_resumed_metrics_file_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_rows_are_on_disk_as_soon_as_written_and_lack_nothing(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, COLUMNS, tensorboard=False)
+    writer = metrics.MetricsWriter(tmp_path, COLUMNS)
     writer.write({"agent_steps": 5})
     columns = metrics.read_metrics(tmp_path / "metrics.csv")
     assert columns["agent_steps"] == [5.0]
