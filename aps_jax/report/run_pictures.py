@@ -172,7 +172,7 @@ def save_feature_picture(
     """Draws the visited part of the feature sphere at up to six moments of pretraining.
 
     The sphere is seen from outside: points are projected onto the plane in which the
-    last snapshot's features vary most (`snapshots.plane_of`), the circle is the
+    last snapshot's features vary most (`plane_of`), the circle is the
     sphere's outline. The colour is the direction, in that plane, of the task under
     which a state was reached: where features tell the tasks apart, each colour gathers
     on its own side, as in the small wheel.
@@ -190,7 +190,7 @@ def save_feature_picture(
     if not visited:
         raise ValueError("There are no feature snapshots to draw.")
     moments = {round(i * (len(visited) - 1) / 5) for i in range(6)}
-    plane = snapshots.plane_of(visited[-1].arrays["phi"])
+    plane = plane_of(visited[-1].arrays["phi"])
     size = (2.3 * len(moments) + 1.2, 3.0)
     figure = mpl_figure.Figure(figsize=size, layout="constrained")
     *spheres, wheel = figure.subplots(
@@ -227,3 +227,25 @@ def _line(axes: Any, columns: dict[str, list[float]], name: str, **style: Any) -
     frames, values = np.array([columns["frames"], columns[name]])
     known = np.isfinite(values)
     axes.plot(frames[known], values[known], **style)
+
+
+def plane_of(phi: np.ndarray) -> np.ndarray:
+    """Finds the plane in which features vary most: their first principal directions.
+
+    Points of the unit sphere, projected onto it at right angles, lie in the unit disc;
+    its edge is the sphere's outline. With 2 dimensions nothing is lost.
+
+    Args:
+      phi: `[N, D]` float, `D` at least 1.
+
+    Returns:
+      `[D, 2]` float64, orthonormal columns (the second is 0 where `D` is 1), with their
+      largest component positive, so that the same data give the same picture.
+    """
+    centred = np.float64(phi) - np.mean(phi, axis=0, dtype=np.float64)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    plane = np.zeros((phi.shape[1], 2))
+    for index, direction in enumerate(directions[:2]):
+        largest = direction[np.argmax(np.abs(direction))]
+        plane[:, index] = direction * np.sign(largest)
+    return plane

@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import devices, processes
-from aps_jax.runs import folders, machine
+from aps_jax.runs import console, folders, machine
 from aps_jax.train import loop, seeds, stages
 from aps_jax.types import FRAME_SKIP
 
@@ -85,7 +84,7 @@ def print_table(checks: Sequence[Check]) -> None:
     for check in checks:
         style = _STYLES[check.verdict]
         table.add_row(check.name, check.found, f"[{style}]{check.verdict}[/]")
-    rich.console.Console().print(table)
+    console.make_console().print(table)
 
 
 def _of_all(checks: list[Check]) -> list[Check]:
