@@ -254,7 +254,7 @@ class Config:
     )
     num_devices: int = option(
         1,
-        "Devices that share environments, replay and batch, those of all hosts together.",
+        "Devices that share environments, replay and batch, of all hosts together.",
         low=1,
         high=1024,
         compared=False,

@@ -3,14 +3,14 @@
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/zero \
     --task=score,survival,examples.tasks:freeway_middle
 
-Each takes the time step before and the one reached, and returns a number for each of the
-`E` environments. The bytes are those of the Atari Annotated RAM Interface (Anand et al.
+Each takes the time step before and the one reached, and returns a number for each
+of the `E` environments. The bytes are those of the Atari Annotated RAM Interface (Anand et al.
 2019, https://arxiv.org/abs/1906.08226).
 """
 
 
 def freeway_middle(before, after):
-    """Freeway: 1 while the chicken (byte 14, 6 at the start) is half across the road."""
+    """Freeway: 1 while the chicken (byte 14, 6 at the start) is half-way across."""
     height = after.ram[:, 14].astype(int)
     return (height > 60) & (height < 120)
 
@@ -21,7 +21,7 @@ def pong_high(before, after):
 
 
 def pacman_left(before, after):
-    """Ms. Pac-Man: 1 while she (byte 10, 18 to 160) is in the left third of the maze."""
+    """Ms. Pac-Man: 1 while she (byte 10, 18 to 160) is in the left third."""
     return after.ram[:, 10] < 60
 
 

@@ -363,7 +363,7 @@ def _connect(script: str, *, is_for_several: bool) -> None:
     if processes.is_primary():
         print(f"A run of {processes.describe()}.", file=sys.stderr)
     else:  # What there is to say, process 0 says.
-        sys.stdout = open(os.devnull, "w")
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Until the process ends.
 
 
 @contextlib.contextmanager

@@ -101,7 +101,7 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
 
 def metrics_tables() -> str:
-    """Returns the metrics of all agents, each group once, under its agents."""
+    """Returns all agents' metrics, each group once, under those who declare it."""
     groups: dict[tuple[Metric, ...], list[str]] = {}
     for name in agents.AGENTS:
         agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
@@ -109,13 +109,17 @@ def metrics_tables() -> str:
         for stage, phase in phases.items():
             if phase is not None:
                 groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
-    return metrics.to_markdown(
-        {
-            "Progress, in every stage": metrics.COUNTERS,
-            **{"; ".join(who): group for group, who in groups.items()},
-            "Evaluations, in the rows after full games": metrics.EVALUATION,
-        }
-    )
+    sections = {
+        "Progress, in every stage": metrics.COUNTERS,
+        **{"; ".join(who): group for group, who in groups.items()},
+        "Evaluations, in the rows after full games": metrics.EVALUATION,
+    }
+    lines = []
+    for heading, group in sections.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # Page -> name of the part -> what makes it.

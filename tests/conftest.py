@@ -17,8 +17,9 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["MPLBACKEND"] = "Agg"
 os.environ["JAX_NUMPY_RANK_PROMOTION"] = "raise"
 os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
-# Tests compile much and run little: without LLVM's optimisations they take half as long,
-# and XLA's older code for fusions compiles in a third of the time. JAX 0.12 has it no more.
+# Tests compile much and run little: without LLVM's optimisations they take half as
+# long, and XLA's older code for fusions compiles in a third of the time. JAX 0.12 has
+# it no more.
 _FLAGS = ["--xla_backend_optimization_level=0"]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")

@@ -1,6 +1,7 @@
-"""Runs steps on 1 and 8 virtual devices, or stages on 2, and writes what they leave.
+r"""Runs steps on 1 and 8 virtual devices, or stages on 2, and writes what they leave.
 
-  XLA_FLAGS=--xla_force_host_platform_device_count=8 python devices_program.py FOLDER steps
+  XLA_FLAGS=--xla_force_host_platform_device_count=8 \
+    python devices_program.py FOLDER steps
 
 A program of its own, because the number of devices is fixed when JAX starts.
 """
@@ -23,8 +24,7 @@ from aps_jax.train import loop, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
-# Of 8 particles one device encodes 3, 3 and 2; of two devices each 2 and 2; of eight each
-# its one.
+# Of 8 particles one device encodes 3, 3 and 2; of eight devices each its one.
 buffer.CHUNK_SIZE = 3
 CONFIG = config_lib.replace_options(
     config_lib.Config(),

@@ -13,7 +13,7 @@ TESTS = pathlib.Path(__file__).resolve().parent
 
 @functools.cache
 def server(program: str):
-    """Returns the server of a module of the tests, which starts with its first process."""
+    """Returns the server of a test module; it starts with its first process."""
     # Threads of a library that is merely imported would not survive a fork.
     os.environ["OPENBLAS_NUM_THREADS"] = "1"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(TESTS.parent), str(TESTS)])

@@ -1,4 +1,4 @@
-"""What one process of a run over several hosts does in the tests: both stages, on the chain.
+"""What one process of a run over several hosts does in tests: both stages.
 
   python processes_program.py --workdir=DIR --coordinator_address=HOST:PORT \
     --num_processes=2 --process_id=0 --options='{"num_devices": 2}'

@@ -1,4 +1,4 @@
-"""Slow float64 versions of `aps_jax.ops.sphere`, and the distributions it must follow."""
+"""Slow float64 versions of `aps_jax.ops.sphere`, and the distributions it follows."""
 
 import numpy as np
 import scipy.integrate

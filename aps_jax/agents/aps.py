@@ -139,7 +139,7 @@ class Config(base.Config):
     )
     ridge: float = option(
         1.0,
-        "Ridge penalty of task inference, added to the diagonal of the sum of phi phi^T.",
+        "Ridge penalty of task inference, added to the diagonal of sum phi phi^T.",
         low=0.0,
     )
 

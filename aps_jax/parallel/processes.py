@@ -204,7 +204,7 @@ def broadcast_from_primary(function: Callable[[], _T]) -> _T:
         _is_alone = True
         try:
             answer["result"] = function()
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  Raised again, in all processes.
             failure = _agreed(error)
             answer["text"] = str(error)
             answer["kind"] = [isinstance(error, kind) for kind in _KINDS].index(True)

@@ -174,7 +174,7 @@ class Recorder:
         newer = [there for there in self.numbers() if there > number]
         if newer:
             self._warn(
-                f"goes back to agent step {number:,}, where all seeds have a checkpoint; "
+                f"goes back to agent step {number:,}, where all seeds have one; "
                 f"that of {newer[-1]:,} is deleted."
             )
             self._checkpointer.delete(newer)
@@ -432,7 +432,7 @@ class Recorder:
         with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
             self._checkpointer.wait_until_finished()
         try:
-            np.savez_compressed(path, allow_pickle=False, **batch)  # type: ignore[arg-type]
+            np.savez_compressed(path, allow_pickle=False, **batch)
             where = f"The batch is in {path}."
         except OSError as failure:
             where = f"The batch could not be written ({failure})."
@@ -502,8 +502,8 @@ class SeedsRecorder:
         if len(set(found)) > 1:
             steps = ", ".join(f"{at:,}" for at, _ in found)
             raise ValueError(
-                f"The seeds {self._names()} have no common checkpoint that is whole and "
-                f"of one kind (they are of agent steps {steps}): the same command tries "
+                f"The seeds {self._names()} have no common checkpoint that is whole "
+                f"and of one kind (agent steps {steps}): the same command tries "
                 "again with older ones, and --seeds continues them one after another."
             )
 
@@ -520,7 +520,7 @@ class SeedsRecorder:
         if max(map(max, numbers)) - common > interval:
             steps = ", ".join(f"{max(each):,}" for each in numbers)
             raise ValueError(
-                f"The seeds {self._names()} stand at agent steps {steps}, too far apart "
+                f"The seeds {self._names()} are at agent steps {steps}, too far apart "
                 "to go on together: continue them one after another with --seeds."
             )
         for recorder in self._recorders:

@@ -40,11 +40,11 @@ def check_configs(configs: Sequence[config_lib.Config]) -> None:
     if first.num_devices > 1:
         raise ValueError(
             "Many seeds at once share one device, got num_devices="
-            f"{first.num_devices}: leave it out, or give --seeds in place of --num_seeds."
+            f"{first.num_devices}: leave it out, or give --seeds for --num_seeds."
         )
     if processes.num_processes() > 1:
         raise ValueError(
-            "Many seeds at once are for one process: give --seeds in place of --num_seeds."
+            "Many seeds at once are for one process: give --seeds for --num_seeds."
         )
     if first.report.wandb:
         raise ValueError(

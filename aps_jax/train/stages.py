@@ -208,7 +208,7 @@ def _check_has_pretraining(config: config_lib.Config) -> None:
     """Raises a `ValueError` unless the agent can be pretrained without reward."""
     if config.report.keep_best:
         raise ValueError(
-            "keep_best ranks checkpoints by the game's score, which a reward-free stage "
+            "keep_best ranks checkpoints by the score, which a reward-free stage "
             "must not see: leave it out here, and give it to fine-tuning."
         )
     loop.pretrain_plan(config, config.make_agent(num_actions=2))

@@ -1,4 +1,4 @@
-"""An honest test of learning: pretrained agents beat untrained ones where it is known."""
+"""A test of learning: pretrained agents beat untrained ones where it is known."""
 
 import functools
 import json
@@ -15,8 +15,8 @@ from aps_jax.train import stages
 
 # Reward-free play in the four corners, then 160 steps with reward to infer the task and
 # 24 to learn it. Seen with seeds 0 and 1: of 10 points, evaluated after inference and
-# after 12 and 24 steps, the pretrained agents score 10, 10, 10 and 7, 10, 10; those from
-# scratch 2, 7, 10 and 0, 0, 10.
+# after 12 and 24 steps, the pretrained agents score 10, 10, 10 and 7, 10, 10; those
+# from scratch 2, 7, 10 and 0, 0, 10.
 OPTIONS = {
     "game": "Corners",
     "encoder": "small",

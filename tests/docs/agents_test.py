@@ -1,4 +1,4 @@
-"""Tests that the agent of docs/agents.md learns what it says, and trains as any other."""
+"""Tests that the agent of docs/agents.md learns as it says, and trains as any other."""
 
 import importlib.util
 import json

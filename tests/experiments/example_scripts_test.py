@@ -1,7 +1,7 @@
 """Runs the scripts of examples/scripts with stand-ins for what machines would start.
 
-`srun` and `gcloud` run what they are given, `python` writes down its words and ends as it
-is told to; the words must be flags of the real scripts, and make a valid config.
+`srun` and `gcloud` run what they are given, `python` writes down its words and ends as
+it is told to; the words must be flags of the real scripts, and make a valid config.
 """
 
 import importlib
@@ -31,7 +31,7 @@ STAND_INS = {
 
 @pytest.fixture
 def run(tmp_path):
-    """Runs a script; returns its exit code, and the words of each call of a stand-in."""
+    """Runs a script; returns its exit code, and the words of each stand-in's call."""
     stand_ins, log = tmp_path / "bin", tmp_path / "log"
     stand_ins.mkdir()
     log.mkdir()

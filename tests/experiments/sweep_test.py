@@ -160,8 +160,8 @@ def test_as_many_processes_as_cores_and_memory_hold(monkeypatch):
     assert found == [{"cores": [i]} for i in range(4)]
     found = slots_with(monkeypatch, cores=4, gib=100, cores_per_process=2)
     assert found == [{"cores": [0, 1]}, {"cores": [2, 3]}]
-    # Twice 50,000 frames of 7 kB (one copy for checkpoints) and 700 MiB for what any run
-    # takes are 1.4 GiB; of 10 GiB nine are used.
+    # Twice 50,000 frames of 7 kB (one copy for checkpoints) and 700 MiB for what any
+    # run takes are 1.4 GiB; of 10 GiB nine are used.
     assert len(slots_with(monkeypatch, cores=64, gib=10)) == 6
     assert len(slots_with(monkeypatch, cores=4, gib=0.1)) == 1
     assert len(slots_with(monkeypatch, cores=2, gib=100, processes=3)) == 3
@@ -330,7 +330,9 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         check=False,
         env={
             **os.environ,
-            "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'tests'}{os.pathsep}{ROOT / 'tests/experiments'}",
+            "PYTHONPATH": os.pathsep.join(
+                str(ROOT / folder) for folder in ("", "tests", "tests/experiments")
+            ),
         },
     )
     assert done.returncode == 0, done.stderr

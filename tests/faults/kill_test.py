@@ -7,8 +7,8 @@ import time
 import pytest
 from faults import harness
 
-# Steps of the pools of a whole run: 60 of pretraining; 15 of inference; an evaluation of
-# up to 20; 15 of fine-tuning; another evaluation.
+# Steps of the pools of a whole run: 60 of pretraining; 15 of inference; an evaluation
+# of up to 20; 15 of fine-tuning; another evaluation.
 PHASES = {
     "warm-up": 6,
     "pretraining": 40,

@@ -126,8 +126,8 @@ def test_places_by_hand():
         )
 
     envs, starts = jax.vmap(draw)(jax.random.split(jax.random.key(0), 600))
-    # Window 0 draws (0 + 0) // 3 or (0 + 1) // 3, window 2 (4 + 0) // 3 or (4 + 1) // 3;
-    # only window 1 has a choice, of (2 + 0) // 3 and (2 + 1) // 3.
+    # Window 0 draws (0 + 0) // 3 or (0 + 1) // 3, window 2 (4 + 0) // 3 or
+    # (4 + 1) // 3; only window 1 has a choice, of (2 + 0) // 3 and (2 + 1) // 3.
     np.testing.assert_array_equal(envs[:, 0], 0)
     np.testing.assert_array_equal(envs[:, 2], 1)
     # 600 fair coins: a deviation of 80 has a probability of 7e-11.

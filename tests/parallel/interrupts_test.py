@@ -76,7 +76,7 @@ def whole(tmp_path_factory):
     )
 
 
-# Steps of 4 environments: 15 infer, then each evaluation plays games of 20 at most on 2.
+# Steps of 4 environments: 15 infer, then each evaluation plays 2 games of 20 at most.
 @pytest.mark.parametrize("num_steps", [9, 18, 45])
 def test_finetuning_goes_on_from_any_phase(tmp_path, whole, num_steps):
     """While it infers (9), evaluates zero-shot (18) and learns or evaluates (45)."""

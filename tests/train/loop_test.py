@@ -1,4 +1,4 @@
-"""Tests of aps_jax.train.loop on the chain: what is stored, when it learns, what it moves."""
+"""Tests of aps_jax.train.loop on the chain: what it stores, learns and moves."""
 
 import functools
 

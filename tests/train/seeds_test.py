@@ -133,7 +133,7 @@ def test_a_seed_among_many_is_the_seed_alone(runs, seed):
     numbers, facts, parts = newest(among)
     expected_numbers, expected_facts, expected = newest(alone)
     assert numbers == [120, 140, 240] and expected_numbers == [120, 240]
-    # What was played and stored is the same to the bit, the state of the games included.
+    # What was played and stored is the same to the bit, with the state of the games.
     assert facts["environment"] == expected_facts["environment"]
     assert_equal(parts["replay"], expected["replay"])
     actor, episodes, _, sums = parts["loop"]
@@ -250,8 +250,8 @@ def test_a_reward_that_is_not_finite_names_its_seed_and_the_others_are_saved(
         stages.pretrain_seeds(configs_of(tmp_path), constructor=Poisoned)
     path = tmp_path / "seed_5" / "nonfinite_180.npz"
     assert str(caught.value) == (
-        "Seed 5: The game's reward of environment 2 is nan at agent step 180. The batch "
-        f"is in {path}. The last good checkpoint is of agent step 120.; seed 4, 6: a "
+        "Seed 5: The game's reward of environment 2 is nan at agent step 180. The "
+        f"batch is in {path}. The last good checkpoint is of agent step 120.; seed 4, 6: a "
         "checkpoint of agent step 180 was saved"
     )
     with np.load(path, allow_pickle=False) as batch:
@@ -296,7 +296,7 @@ def test_an_update_that_is_not_finite_names_its_seed():
 
 
 def test_environments_are_dealt_out_by_hand():
-    """Two seeds of two environments: rows 0 and 1 are the first's, 2 and 3 the other's."""
+    """Two seeds of two environments: rows 0 and 1 are the first's, 2 and 3 not."""
     everyone = fakes.ChainPool("Chain", 4, seeds=[0, 1, 2, 3])
     pool = seeds.SeedsPool(everyone, 2)
     assert (pool.num_seeds, pool.num_envs, pool.num_actions) == (2, 2, 3)

@@ -1,4 +1,4 @@
-"""Tests of aps_jax.train.stages on the chain: what is carried over, resumed and refused."""
+"""Tests of aps_jax.train.stages on the chain: transfer, resumption, refusals."""
 
 import concurrent.futures
 import csv
@@ -112,7 +112,7 @@ def test_metrics_rows_stand_where_they_are_due(run):
 
 
 def test_finetuning_takes_over_all_that_was_learned(run):
-    """Features and their scale stay bit for bit; psi and its target start from there."""
+    """Features and their scale stay bit for bit; psi and its target begin there."""
     folder, _, _ = run
     before = stages.load_pretrained(folder / "pretrain")
     after = stages.load_finetuned(folder / "finetune")
@@ -332,7 +332,7 @@ def wait_for_saves(monkeypatch):
 
 
 def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
-    """The first checkpoint and the first two tries of the last one cannot be written."""
+    """The first checkpoint and the first two tries of the last cannot be written."""
     folder, pretrained, _ = run
     to_disk, tries = checkpoints._to_disk, []
 

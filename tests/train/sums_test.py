@@ -1,4 +1,4 @@
-"""Tests of aps_jax.train.sums: means of metrics, and the first update that went wrong."""
+"""Tests of aps_jax.train.sums: means of metrics, and the first bad update."""
 
 import math
 
