@@ -4,8 +4,8 @@
     --task=score,survival,examples.tasks:freeway_middle
 
 Each takes the time step before and the one reached, and returns a number for each
-of the `E` environments. The bytes are those of the Atari Annotated RAM Interface (Anand et al.
-2019, https://arxiv.org/abs/1906.08226).
+of the `E` environments. The bytes are those of the Atari Annotated RAM Interface
+(Anand et al. 2019, https://arxiv.org/abs/1906.08226).
 """
 
 

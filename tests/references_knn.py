@@ -3,8 +3,8 @@
 import numpy as np
 
 # Features as they are met: spread out; almost constant and far from the origin, as
-# those of a new network; in a few tight clusters, as those of a game with a few rooms, around
-# the origin and far from it; on a grid, with many equal distances; repeated.
+# those of a new network; in a few tight clusters, as those of a game with a few rooms,
+# around the origin and far from it; on a grid, with many equal distances; repeated.
 KINDS = ("spread", "constant", "offset", "clusters", "far_clusters", "grid", "repeated")
 
 
