@@ -20,6 +20,7 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check .
 	$(BIN)/python -m ruff format --check .
+	$(BIN)/python -m mypy
 	$(BIN)/python -m pytest
 
 # The settings of pyproject.toml leave these tests out.
@@ -50,6 +51,7 @@ results: $(VENV)/installed
 
 lint: $(VENV)/installed
 	$(BIN)/python -m ruff check .
+	$(BIN)/python -m mypy
 
 format: $(VENV)/installed
 	$(BIN)/python -m ruff format .

@@ -21,13 +21,14 @@ setuptools.setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=setuptools.find_packages(include=["aps_jax*", "experiments*"]),
-    package_data={"aps_jax.scores": ["data/*"]},
+    package_data={"aps_jax": ["py.typed"], "aps_jax.scores": ["data/*"]},
     install_requires=_requirements(),
     extras_require={
-        # What the tests compare with, and the linter.
+        # What the tests compare with, the linter and the type checker.
         "dev": [
             "distrax>=0.1.9",
             "hypothesis>=6.170",
+            "mypy>=2.0",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scipy>=1.17",

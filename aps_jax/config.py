@@ -112,11 +112,8 @@ class FinetuneConfig:
     )
     infer_agent_steps: int = option(
         40_000,
-        "Agent steps under random tasks from which the task is inferred, at most.",
+        "Agent steps played as in pretraining, to whose rewards the agent adapts.",
         low=1,
-    )
-    infer_episodes: int = option(
-        10, "Finished games after which that phase ends early.", low=1
     )
     finetune_num_envs: int = option(
         8, "Environments that fine-tuning steps together.", low=1, high=65536
@@ -331,7 +328,7 @@ class Config:
         return self.entry.make(self.learner, num_actions)
 
 
-_SECTIONS = {
+_SECTIONS: dict[str, Any] = {
     field.name: field.type
     for field in dataclasses.fields(Config)
     if "help" not in field.metadata
@@ -493,7 +490,6 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_agent_steps": 12_000,
         "infer_agent_steps": 5_000,
         "finetune_num_envs": 8,
-        "finetune_samples_per_step": 8.0,
         "eval_episodes": 10,
         "report_agent_steps": 4_000,
         "checkpoint_agent_steps": 50_000,

@@ -24,24 +24,28 @@ from aps_jax.runs import console, folders, machine, progress, tracking
 from aps_jax.train import loop, preflight
 from aps_jax.train import seeds as seeds_lib
 
-_PRESET_HELP = (
-    "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes on "
-    "two cores, a small encoder), gpu (the paper's quantities, many environments), or "
-    "paper."
-)
-
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: made, or continued if it is this very run."
 )
-_PRESET = flags.DEFINE_enum("preset", "paper", list(config_lib.PRESETS), _PRESET_HELP)
+_PRESET = flags.DEFINE_enum(
+    "preset",
+    "paper",
+    list(config_lib.PRESETS),
+    "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes "
+    "on two cores, a small encoder), gpu (the paper's quantities, many environments), "
+    "or paper.",
+)
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
     "auto",
     "Folder in which compiled programs are kept for the next start; auto is the user's "
-    "cache folder (that of JAX_COMPILATION_CACHE_DIR where it is set), empty keeps none.",
+    "cache folder (JAX_COMPILATION_CACHE_DIR where it is set), empty keeps none.",
 )
 _REQUIRE_ACCELERATOR = flags.DEFINE_bool(
     "require_accelerator", False, "Stop at once if JAX sees no GPU or TPU."
+)
+_SHOW_TRACEBACK = flags.DEFINE_bool(
+    "showtraceback", False, "Show where in the program an error arose."
 )
 _SEEDS = flags.DEFINE_list(
     "seeds",
@@ -71,7 +75,8 @@ _COORDINATOR_ADDRESS = flags.DEFINE_string(
 _NUM_PROCESSES = flags.DEFINE_integer(
     "num_processes",
     None,
-    "Processes of this run, one on each host; 1 leaves the others of a Slurm step alone.",
+    "Processes of this run, one on each host; 1 leaves the others of a Slurm step "
+    "alone.",
     lower_bound=1,
 )
 _PROCESS_ID = flags.DEFINE_integer(
@@ -88,7 +93,7 @@ _PREFLIGHT_SECONDS = flags.DEFINE_float(
     "preflight_seconds",
     20.0,
     "Seconds for which --preflight measures the rate of each stage.",
-    lower_bound=0.0,
+    lower_bound=0.1,
 )
 
 
@@ -102,13 +107,13 @@ def define_option(name: str, field: Any) -> flags.FlagHolder:
     help_text = field.metadata["help"]
     if field.metadata["choices"] is not None:
         return flags.DEFINE_enum(name, None, field.metadata["choices"], help_text)
-    define = {
+    define: dict[Any, Callable[..., flags.FlagHolder]] = {
         bool: flags.DEFINE_bool,
         int: flags.DEFINE_integer,
         float: flags.DEFINE_float,
         str: flags.DEFINE_string,
-    }[field.type]
-    return define(name, None, help_text)
+    }
+    return define[field.type](name, None, help_text)
 
 
 _OPTIONS = {
@@ -119,13 +124,8 @@ _OPTIONS = {
 
 # What `--helpshort` shows of the flags here; `--helpfull` shows all.
 SHORT = (
-    "game",
-    "seed",
-    "agent",
-    "preset",
-    "workdir",
-    "require_accelerator",
-    "preflight",
+    *("game", "seed", "agent", "preset", "workdir"),
+    *("require_accelerator", "preflight"),
 )
 
 
@@ -135,25 +135,29 @@ def given_options() -> dict[str, Any]:
     return {name: value for name, value in given.items() if value is not None}
 
 
-def config_from_flags(base: config_lib.Config | None = None) -> config_lib.Config:
+def config_from_flags(
+    base: config_lib.Config | None = None, **changes: Any
+) -> config_lib.Config:
     """Builds the config that the flags describe.
 
     Args:
       base: What the flags change; the preset's config by default.
+      **changes: Options that go before the flags.
 
     Raises:
-      ValueError: A value is out of bounds, the game is unknown, or `base` and
-        `--preset` are both given.
+      ValueError: A value is out of bounds, the game is unknown, the agent has not such
+        an option, or `base` and `--preset` are both given.
     """
+    given = {**given_options(), **changes}
     if base is not None and _PRESET.present:
         raise ValueError(
             "--preset cannot be given here: the values come from the run in the "
             "folder that is named. Give single options instead."
         )
     if base is None:
-        agent = given_options().get("agent", config_lib.DEFAULT_AGENT)
+        agent = given.get("agent", config_lib.DEFAULT_AGENT)
         base = config_lib.preset_config(_PRESET.value, agent)
-    config = config_lib.replace_options(base, **given_options())
+    config = config_lib.replace_options(base, **given)
     atari.check_game(config.game)
     if config.report.wandb:
         tracking.check_wandb()
@@ -166,20 +170,30 @@ def workdir_from_flags() -> pathlib.Path:
     """Returns the run's folder.
 
     Raises:
-      ValueError: `--workdir` was not given.
+      ValueError: `--workdir` was not given, or is a URL.
     """
     if not _WORKDIR.value:
         raise ValueError("--workdir=DIR is needed: the folder of this run.")
-    return pathlib.Path(_WORKDIR.value)
+    return folders.as_path(_WORKDIR.value)
 
 
-def seeds_from_flags() -> list[int] | None:
-    """Returns the seeds of `--seeds`; None if it was not given.
+def seeds_of_runs() -> list[int] | None:
+    """Returns the seeds of `--seeds` or `--num_seeds`; None if neither was given.
 
     Raises:
-      ValueError: They are no numbers.
+      ValueError: Both were given, or they name no seed.
     """
-    words = _SEEDS.value
+    words, num = _SEEDS.value, _NUM_SEEDS.value
+    if num is not None:
+        if words is not None:
+            raise ValueError(
+                "--num_seeds pretrains the seeds from --seed on at once, and --seeds "
+                "names those of runs one after another: give one of the two."
+            )
+        if num < 1:
+            raise ValueError(f"--num_seeds must be at least 1, got {num}.")
+        first = given_options().get("seed", 0)
+        return list(range(first, first + num))
     if words is None:
         return None
     if not words or not all(word.strip().isdecimal() for word in words):
@@ -190,25 +204,6 @@ def seeds_from_flags() -> list[int] | None:
     if numbers[0] == 0:
         raise ValueError("--seeds=0 asks for no seed: give a number of seeds.")
     return list(range(numbers[0]))
-
-
-def seeds_of_runs() -> list[int] | None:
-    """Returns the seeds of `--seeds` or `--num_seeds`; None if neither was given.
-
-    Raises:
-      ValueError: Both were given, or they name no seed.
-    """
-    if not is_at_once():
-        return seeds_from_flags()
-    if _SEEDS.value is not None:
-        raise ValueError(
-            "--num_seeds pretrains the seeds from --seed on at once, and --seeds names "
-            "those of runs one after another: give one of the two."
-        )
-    if _NUM_SEEDS.value < 1:
-        raise ValueError(f"--num_seeds must be at least 1, got {_NUM_SEEDS.value}.")
-    first = given_options().get("seed", 0)
-    return list(range(first, first + _NUM_SEEDS.value))
 
 
 def seed_folder(folder: pathlib.Path, seed: int) -> pathlib.Path:
@@ -243,18 +238,24 @@ def is_at_once() -> bool:
     return _NUM_SEEDS.value is not None
 
 
-def arms_from_flags(default: Sequence[str]) -> list[str]:
-    """Returns the arms of `--arms`, without duplicates.
+def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[str]:
+    """Returns the arms of `--arms`, or `default`, that the agent can have.
 
     Raises:
-      ValueError: There is no such arm.
+      ValueError: There is no such arm, or the agent can have none of them.
     """
     arms = list(dict.fromkeys(default if _ARMS.value is None else _ARMS.value))
     if not arms or not set(arms) <= set(_KNOWN_ARMS):
         raise ValueError(
             f"--arms must be some of {', '.join(_KNOWN_ARMS)}, got {arms}."
         )
-    return arms
+    if config.has_pretraining:
+        return arms
+    if _ARMS.value is not None and "scratch" not in arms:
+        raise ValueError(
+            f"Agent {config.agent} learns from reward alone: give --arms=scratch."
+        )
+    return ["scratch"]
 
 
 def is_preflight(
@@ -311,18 +312,16 @@ def use_compilation_cache() -> None:
     """
     folder = _COMPILATION_CACHE.value
     if folder == "auto":
-        if os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-            return
-        cache = machine.cache_folder(_note)
+        is_set = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+        cache = None if is_set else machine.cache_folder(_note)
         if cache is None:
             return
-        path = cache / "xla"
+        folder = str(cache / "xla")
         try:
-            path.mkdir(parents=True, exist_ok=True)
+            os.makedirs(folder, exist_ok=True)
         except OSError as error:
             _note(f"compiled programs are not kept for the next start: {error}")
             return
-        folder = str(path)
     if not folder:
         return
     jax.config.update("jax_compilation_cache_dir", folder)
@@ -364,7 +363,7 @@ def _connect(script: str, *, is_for_several: bool) -> None:
     if processes.is_primary():
         print(f"A run of {processes.describe()}.", file=sys.stderr)
     else:  # What there is to say, process 0 says.
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        sys.stdout = open(os.devnull, "w")
 
 
 @contextlib.contextmanager
@@ -374,12 +373,11 @@ def watched() -> Iterator[dict[str, Any]]:
     Returns:
       `stop` and `progress`, as the stages take them.
     """
-    with contextlib.ExitStack() as held:
-        stop = held.enter_context(
-            interrupts.StopRequests(is_other_stopped=processes.is_other_stopped)
-        )
-        stream = None if processes.is_primary() else sys.stdout
-        shown = held.enter_context(progress.Progress(stream))
+    stream = None if processes.is_primary() else sys.stdout
+    with (
+        interrupts.StopRequests(is_other_stopped=processes.is_other_stopped) as stop,
+        progress.Progress(stream) as shown,
+    ):
         yield {"stop": stop, "progress": shown}
 
 
@@ -444,13 +442,18 @@ def run(
 
 def _use_32_bits() -> None:
     """Turns JAX's 64-bit mode off: a run is the same whatever the user's shell says."""
-    if jax.config.jax_enable_x64:
+    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
         jax.config.update("jax_enable_x64", False)
         _note("JAX_ENABLE_X64 is ignored: runs compute in 32 bits")
 
 
 def _note(text: str) -> None:
     print(f"note: {text}", file=sys.stderr)
+
+
+def warn(text: str) -> None:
+    """Prints a warning to standard error."""
+    print(f"warning: {text}", file=sys.stderr)
 
 
 def _explain(error: BaseException) -> tuple[int, str | None]:
@@ -465,8 +468,3 @@ def _explain(error: BaseException) -> tuple[int, str | None]:
     if isinstance(error, jax.errors.JaxRuntimeError) and is_of_memory:
         return 2, f"out of memory: {str(error).splitlines()[0]}"
     return 1, None
-
-
-_SHOW_TRACEBACK = flags.DEFINE_bool(
-    "showtraceback", False, "Show where in the program an error arose."
-)

@@ -7,9 +7,9 @@ r"""Evaluates an agent: full games, unclipped scores, no learning.
     --video_tasks=9
 
 Game, network and protocol come from the checkpoint's run; flags that are given change
-them, and the protocol is printed beside every score. With --task, or where the folder is
-that of a pretraining, the pretrained agent is tried on these reward functions of its game
-at once, without a gradient step.
+them, and the protocol is printed beside every score. With --task, or where the folder
+is that of a pretraining, the pretrained agent is tried on these reward functions of its
+game at once, without a gradient step.
 """
 
 import pathlib
@@ -23,10 +23,8 @@ from absl import flags
 from aps_jax import config as config_lib
 from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
-from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders
-from aps_jax.runs.progress import Progress
 from aps_jax.train import evaluation, stages, zero_shot
 from aps_jax.types import FRAME_SKIP
 from experiments import common_flags, summary
@@ -57,38 +55,42 @@ def main(argv: Sequence[str]) -> None:
         raise ValueError("--checkpoint=DIR is needed: the folder of a finished run.")
     if _VIDEO.value or _VIDEO_TASKS.value:
         run_pictures.check_video_format(_VIDEO_FORMAT.value)
-    checkpoint = pathlib.Path(_CHECKPOINT.value)
+    checkpoint = folders.as_path(_CHECKPOINT.value)
     names = common_flags.given_options().get("task")
-    facts, base = folders.read_run(checkpoint)
+    facts, its_config = folders.read_run(checkpoint)
     # A pretraining alone has no task yet: it is tried on that of its config.
     if names is None and facts["stage"] == stages.PRETRAIN:
-        names = base.finetune.task
-    if _VIDEO_TASKS.value or names is not None:
+        names = its_config.finetune.task
+    if names is None and not _VIDEO_TASKS.value:
+        load = stages.load_finetuned
+    else:
+        load = stages.load_pretrained
         names = [name.strip() for name in (names or reward_functions.SCORE).split(",")]
         for name in names:
             reward_functions.load(name)
-        trained = stages.load_pretrained(checkpoint)
-    else:
-        trained = stages.load_finetuned(checkpoint)
+    trained = load(checkpoint, warn=common_flags.warn)
     config = common_flags.config_from_flags(trained.config)
     stages.check_fits(trained, checkpoint, config, trained.num_actions)
     folders.open_run(
-        workdir, stage="evaluate", config=config, checkpoint=_CHECKPOINT.value
+        workdir, stage="evaluate", config=config, checkpoint=str(checkpoint)
     )
     if _VIDEO_TASKS.value:
         _record_tasks(workdir, trained, config)
-    elif names is not None:
-        _evaluate_tasks(workdir, trained, config, names)
+    elif names is None:
+        _evaluate(workdir, trained, config, str(checkpoint))
     else:
-        _evaluate(workdir, trained, config)
+        _evaluate_tasks(workdir, trained, config, str(checkpoint), names)
 
 
 def _evaluate(
-    workdir: pathlib.Path, trained: stages.Trained, config: config_lib.Config
+    workdir: pathlib.Path,
+    trained: stages.Trained,
+    config: config_lib.Config,
+    checkpoint: str,
 ) -> None:
     """Plays the full games of a fine-tuned agent, and films the first."""
     started = time.monotonic()
-    with StopRequests() as stop, Progress() as progress:
+    with common_flags.watched() as watched:
         played = evaluation.evaluate(
             config,
             evaluation.make_player(config, trained.agent),
@@ -97,15 +99,13 @@ def _evaluate(
             constructor=reward_functions.constructor_for(
                 config.finetune.task, atari.AtariPool
             ),
-            progress=progress,
-            stop=stop,
+            **watched,
         )
     result = stages.evaluation_result(
-        config, played, checkpoint=_CHECKPOINT.value, started=started
+        config, played, checkpoint=checkpoint, started=started
     )
-    folders.write_json(workdir / folders.RESULT_NAME, result)
+    _write_result(workdir, trained, result)
     summary.print_results(config, {"evaluated": result})
-    print(f"Result: {workdir / folders.RESULT_NAME}")
     if _VIDEO.value:
         _save_video(workdir / "game", played.pictures[0])
 
@@ -114,36 +114,44 @@ def _evaluate_tasks(
     workdir: pathlib.Path,
     trained: stages.Trained,
     config: config_lib.Config,
+    checkpoint: str,
     names: list[str],
 ) -> None:
     """Tries a pretrained agent on several tasks, and prints a row for each."""
     started = time.monotonic()
-    with StopRequests() as stop, Progress() as progress:
-        results = zero_shot.evaluate_rewards(
-            trained, config, names, progress=progress, stop=stop
-        )
-    content: dict[str, Any] = {
+    with common_flags.watched() as watched:
+        results = zero_shot.evaluate_rewards(trained, config, names, **watched)
+    tasks = [zero_shot.to_dict(result) for result in results]
+    content = {
         "schema": folders.SCHEMA,
         "stage": "zero_shot",
         "game": config.game,
         "agent": config.agent,
         "seed": config.seed,
         "preset": config.preset,
-        "checkpoint": _CHECKPOINT.value,
-        "pretrain_frames": trained.facts["agent_steps"] * FRAME_SKIP,
+        "checkpoint": checkpoint,
+        "pretrain_frames": trained.step * FRAME_SKIP,
         "protocol": evaluation.protocol_of(config),
-        "tasks": [zero_shot.to_dict(result) for result in results],
+        "tasks": tasks,
         "wall_seconds": round(time.monotonic() - started, 3),
         "device": jax.devices()[0].platform,
         "git_commit": folders.git_commit(),
     }
-    folders.write_json(workdir / folders.RESULT_NAME, content)
-    summary.print_tasks(config, content["tasks"])
-    print(f"Result: {workdir / folders.RESULT_NAME}")
+    _write_result(workdir, trained, content)
+    summary.print_tasks(config, tasks)
     if _VIDEO.value:
         for result in results:
             name = result.name.replace(":", "_")
             _film(workdir / f"game_{name}", trained, config, result.state)
+
+
+def _write_result(
+    workdir: pathlib.Path, trained: stages.Trained, result: dict[str, Any]
+) -> None:
+    """Writes a result, and the agent steps at the checkpoint that was used."""
+    path = workdir / folders.RESULT_NAME
+    folders.write_json(path, {**result, "checkpoint_step": trained.step})
+    print(f"Result: {path}")
 
 
 def _film(
@@ -172,7 +180,7 @@ def _record_tasks(
     if play is None:
         raise ValueError(f"Agent {config.agent} has no task vectors to play for.")
     config = config_lib.replace_options(config, eval_episodes=count)
-    with StopRequests() as stop, Progress() as progress:
+    with common_flags.watched() as watched:
         played = evaluation.evaluate(
             config,
             evaluation.Player(config, play(config.evaluation.eval_epsilon)),
@@ -180,8 +188,7 @@ def _record_tasks(
             record_games=count,
             record_agent_steps=evaluation.VIDEO_AGENT_STEPS // 3,
             only_record=True,
-            progress=progress,
-            stop=stop,
+            **watched,
         )
     labels = [
         ", ".join(f"{value:+.1f}" for value in task[:6])

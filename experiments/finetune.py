@@ -28,7 +28,8 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     seeds = common_flags.seeds_of_runs()
     first = _init_of(seeds[0] if seeds else None)
-    config = common_flags.config_from_flags(first and folders.read_run(first)[1])
+    base = folders.read_run(first)[1] if first else None
+    config = common_flags.config_from_flags(base)
     runs = common_flags.runs_from_flags(config, workdir)
     if common_flags.is_preflight(config, workdir, stages.FINETUNE, num_seeds=len(runs)):
         return
@@ -38,21 +39,18 @@ def main(argv: Sequence[str]) -> None:
             result = stages.finetune(one, folder, init, **watched)
             if seeds:
                 print(f"Seed {one.seed}:")
-            summary.print_results(one, {_arm(init): result})
+            arm = "scratch" if init is None else "pretrained"
+            summary.print_results(one, {arm: result})
 
 
 def _init_of(seed: int | None) -> pathlib.Path | None:
     """Returns the pretraining that `--init` names, or that of one of its seeds."""
     if not _INIT.value:
         return None
-    folder = pathlib.Path(_INIT.value)
+    folder = folders.as_path(_INIT.value)
     if seed is not None:
         folder = common_flags.seed_folder(folder, seed)
     return folders.find_stage(folder, stages.PRETRAIN)
-
-
-def _arm(init: pathlib.Path | None) -> str:
-    return "scratch" if init is None else "pretrained"
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 r"""Writes the parts of pages that are made from code and results, never typed.
 
   python -m experiments.pages          writes them
-  python -m experiments.pages --check  says which are stale, and fails if any is
+  python -m experiments.pages --check  names those that are stale, and fails if any is
 
 They stand between two comments in the page, which name what makes them.
 """
@@ -83,10 +83,10 @@ def ablation_table() -> str:
 
 
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
-    """Returns what makes the table of some rows of the benchmark, as it was measured."""
+    """Returns what makes the table of some rows of the benchmark as measured."""
 
     def is_gone(row: bench_table.Row) -> bool:
-        return row.row in _GONE or any(words in row.case for words in _GONE_CASES)
+        return row.row in _GONE or any(part in row.case for part in _GONE_CASES)
 
     def make() -> str:
         path = ROOT / "results/benchmark_cpu/benchmark.json"
@@ -101,7 +101,7 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
 
 def metrics_tables() -> str:
-    """Returns the metrics of all agents, each group once, under those who declare it."""
+    """Returns the metrics of all agents, each group once, under its agents."""
     groups: dict[tuple[Metric, ...], list[str]] = {}
     for name in agents.AGENTS:
         agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)

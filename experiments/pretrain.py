@@ -1,12 +1,12 @@
-r"""Pretrains APS on one game without its reward: the first stage alone.
+r"""Pretrains an agent on one game without its reward: the first stage alone.
 
   python -m experiments.pretrain --game=Pong --preset=cpu --workdir=runs/pretrain
-  python -m experiments.pretrain --game=Pong --preset=gpu --workdir=runs/five --num_seeds=5
+  python -m experiments.pretrain --preset=gpu --workdir=runs/five --num_seeds=5
 
-Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. The newest checkpoint in
+APS: Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. The newest checkpoint in
 WORKDIR/checkpoints is what `experiments.finetune --init=WORKDIR` starts from; with
---num_seeds each seed has such a folder, WORKDIR/seed_K. The same command continues a run
-that was interrupted.
+--num_seeds each seed has such a folder, WORKDIR/seed_K. The same command continues a
+run that was interrupted.
 """
 
 import shlex

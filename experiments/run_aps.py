@@ -1,14 +1,14 @@
-r"""Pretrains APS on one game without its reward, then fine-tunes on that reward.
+r"""Pretrains an agent on one game without its reward, then fine-tunes on that reward.
 
   python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b --seed=1
   python -m experiments.run_aps --game=Breakout --preset=cpu --workdir=runs/b3 \
     --arms=pretrained,scratch --seeds=0,1,2
-  python -m experiments.run_aps --game=Breakout --preset=gpu --workdir=runs/b5 --num_seeds=5
+  python -m experiments.run_aps --preset=gpu --workdir=runs/five --num_seeds=5
 
-Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. Ends with the score beside random
-and human scores, WORKDIR/result.json, a picture of the learning curves and a gif of the
-agent playing; with both arms, also with what pretraining gained and its interval over
-seeds. The same command continues a run that was interrupted.
+APS: Liu & Abbeel 2021, https://arxiv.org/abs/2108.13956. Ends with the score beside
+random and human scores, WORKDIR/result.json, a picture of the learning curves and a gif
+of the agent playing; with both arms, also with what pretraining gained and its interval
+over seeds. The same command continues a run that was interrupted.
 """
 
 import gc
@@ -19,30 +19,33 @@ from typing import Any
 from aps_jax import config as config_lib
 from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, processes
-from aps_jax.parallel.interrupts import StopRequests
 from aps_jax.report import report, run_pictures, tables
 from aps_jax.runs import folders, metrics, snapshots
-from aps_jax.runs.progress import Progress
 from aps_jax.train import evaluation, stages
 from experiments import common_flags, summary
 
 _SHORT = (*common_flags.SHORT, "arms", "seeds", "num_seeds")
-_STAGES = (stages.PRETRAIN, stages.FINETUNE)
+# What a run leaves, as it is named to people.
+_LEFT = {
+    "Result": folders.RESULT_NAME,
+    "Learning curves": "curves.png",
+    "Visited features": "features.png",
+    "The agent playing": "game.gif",
+}
 
 
 def main(argv: Sequence[str]) -> None:
     """Runs the stages that the flags describe."""
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
-    arms = common_flags.arms_from_flags(
-        ["pretrained"] if config.has_pretraining else ["scratch"]
-    )
+    arms = common_flags.arms_from_flags(config, ["pretrained"])
     reward_functions.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
     is_at_once = common_flags.is_at_once()
+    names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
     if common_flags.is_preflight(
-        config, workdir, *_STAGES, num_seeds=len(runs) if is_at_once else 1
+        config, workdir, *names, num_seeds=len(runs) if is_at_once else 1
     ):
         return
     devices.make_mesh(config.num_devices)  # What is refused leaves no folder behind.
@@ -59,29 +62,21 @@ def main(argv: Sequence[str]) -> None:
             if folder != workdir:
                 print(f"Seed {one.seed}:")
             summary.print_results(one, results)
-            print(f"Result: {folder / folders.RESULT_NAME}")
-            print(f"Learning curves: {folder / 'curves.png'}")
-            if (folder / "features.png").exists():
-                print(f"Visited features: {folder / 'features.png'}")
-            print(f"The agent playing: {folder / 'game.gif'}")
+            for what, name in _LEFT.items():
+                if (folder / name).exists():
+                    print(f"{what}: {folder / name}")
     is_gain_known = len(arms) == 2 and config.finetune.task == "score"
     if is_gain_known and processes.is_primary():
         tables.show_gain(report.report(list(runs)))
 
 
 def _run(
-    config: config_lib.Config,
-    workdir: pathlib.Path,
-    arms: list[str],
-    *,
-    progress: Progress,
-    stop: StopRequests,
+    config: config_lib.Config, workdir: pathlib.Path, arms: list[str], **watched: Any
 ) -> dict[str, dict[str, Any]]:
     """Runs all arms of one seed; returns the result of each."""
     processes.broadcast_from_primary(
         lambda: folders.open_run(workdir, stage="run_aps", config=config, arms=arms)
     )
-    watched = {"progress": progress, "stop": stop}
     results: dict[str, dict[str, Any]] = {}
 
     def run(stage: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
@@ -109,12 +104,7 @@ def _run(
 
 
 def _draw(
-    config: config_lib.Config,
-    workdir: pathlib.Path,
-    arms: list[str],
-    *,
-    progress: Progress,
-    stop: StopRequests,
+    config: config_lib.Config, workdir: pathlib.Path, arms: list[str], **watched: Any
 ) -> None:
     """Writes the learning curves and a gif of the first arm's agent playing."""
     has_pretraining = "pretrained" in arms
@@ -127,13 +117,11 @@ def _draw(
         ),
         finetune_csvs={arm: workdir / arm / metrics.FILE_NAME for arm in arms},
     )
-    if has_pretraining:
-        visited = snapshots.read_snapshots(workdir / "pretrain")
-        if visited:
-            run_pictures.save_feature_picture(workdir / "features.png", visited)
+    if visited := snapshots.read_snapshots(workdir / "pretrain"):
+        run_pictures.save_feature_picture(workdir / "features.png", visited)
     if (workdir / "game.gif").exists():
         return
-    trained = stages.load_finetuned(workdir / arms[0])
+    trained = stages.load_finetuned(workdir / arms[0], warn=common_flags.warn)
     played = evaluation.evaluate(
         config_lib.replace_options(config, eval_episodes=1),
         evaluation.make_player(config, trained.agent),
@@ -143,8 +131,7 @@ def _draw(
         constructor=reward_functions.constructor_for(
             config.finetune.task, atari.AtariPool
         ),
-        progress=progress,
-        stop=stop,
+        **watched,
     )
     run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 

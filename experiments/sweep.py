@@ -1,6 +1,6 @@
 r"""Runs games x agents x seeds: prints the commands, runs them here, or on Slurm.
 
-  python -m experiments.sweep --games=atari26 --seeds=5 --agents=aps,visr,apt \
+  python -m experiments.sweep --games=atari26 --seeds=5 --agents=aps,visr,dqn \
     --preset=gpu --workdir=runs/sweep --stage=run_aps
   python -m experiments.sweep ... --run=local
   python -m experiments.sweep ... --run=slurm --slurm=partition=gpu,timeout_min=1440
@@ -27,7 +27,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
-import rich.console
 from absl import flags
 
 from aps_jax import agents as agents_lib
@@ -120,33 +119,30 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     jobs = make_jobs(workdir)
     left = [job for job in jobs if not job.is_done]
-    console = rich.console.Console(highlight=False, soft_wrap=True)
-    console.print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished.")
+    print(f"{len(jobs)} runs, {len(jobs) - len(left)} of them finished.")
     if _RUN.value == "dry":
         for job in left:
             print(shlex.join(job.command))
-        console.print("Nothing was run: give --run=local or --run=slurm.")
+        print("Nothing was run: give --run=local or --run=slurm.")
         return
     started = time.monotonic()
+    failed: dict[Job, int] = {}
     if left:
         (workdir / "logs").mkdir(parents=True, exist_ok=True)
-        run = _run_local if _RUN.value == "local" else _run_slurm
-        failed = run(left, console)
-        for job, code in failed.items():
-            console.print(f"FAILED with exit code {code}: {job.name}, see {job.log}")
-    else:
-        failed = {}
+        failed = (_run_local if _RUN.value == "local" else _run_slurm)(left)
+    for job, code in failed.items():
+        print(f"FAILED with exit code {code}: {job.name}, see {job.log}")
     _write_summary(workdir, jobs, time.monotonic() - started)
     if _KEEP.value:
-        keep(workdir, pathlib.Path(_KEEP.value))
-        console.print(f"Kept in {_KEEP.value}.")
+        keep(workdir, folders.as_path(_KEEP.value))
+        print(f"Kept in {_KEEP.value}.")
     # Only scores are reported as scores; other tasks have a table of their own.
     task = common_flags.given_options().get("task", reward_functions.SCORE)
     is_of_score = task == reward_functions.SCORE
     has_score = is_of_score and _STAGE.value in ("run_aps", "finetune", "scratch")
     if has_score and any(job.is_done for job in jobs):
         tables.show(report.report([workdir], out=workdir / "report"))
-        console.print(f"Written to {workdir / 'report'}.")
+        print(f"Written to {workdir / 'report'}.")
     is_of_tasks = _STAGE.value == "tasks" or not is_of_score
     if is_of_tasks and (rows := by_reward.collect(workdir)):
         tables.show_tables([by_reward.table(rows)], ())
@@ -181,15 +177,9 @@ def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -
 
 def describe_machine() -> dict[str, Any]:
     """Describes this machine, without naming it."""
-    info = pathlib.Path("/proc/cpuinfo")
-    names = [
-        line.partition(":")[2].strip()
-        for line in (info.read_text().splitlines() if info.exists() else ())
-        if line.startswith("model name")
-    ]
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
-        "cpu": names[0] if names else platform.processor(),
+        "cpu": machine.cpu_fact("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
         "memory_gib": round(pages / 2**30, 1),
         "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
@@ -228,64 +218,50 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
             "--num_seeds cannot be given to a sweep, whose runs are processes of their "
             "own: give --seeds."
         )
-    base = common_flags.config_from_flags()
-    seeds = common_flags.seeds_from_flags() or [0]
-    jobs = []
-    for game in games:
-        for agent in agents:
-            for seed in seeds:
-                config = config_lib.replace_options(
-                    config_lib.preset_config(base.preset, agent),
-                    **common_flags.given_options(),
-                    game=game,
-                    seed=seed,
-                )
-                jobs.append(_job(workdir, config))
-    return jobs
+    seeds = common_flags.seeds_of_runs() or [0]
+    return [
+        _job(workdir, common_flags.config_from_flags(game=game, agent=agent, seed=seed))
+        for game in games
+        for agent in agents
+        for seed in seeds
+    ]
 
 
 def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     stage = _STAGE.value
-    arms = common_flags.arms_from_flags(
-        ["pretrained", "scratch"] if config.has_pretraining else ["scratch"]
-    )
-    own = {"game": config.game, "agent": config.agent, "seed": config.seed}
+    if stage in ("pretrain", "finetune", "tasks") and not config.has_pretraining:
+        raise ValueError(
+            f"Agent {config.agent} learns from reward alone: it has no --stage={stage}."
+        )
+    arms = common_flags.arms_from_flags(config, ["pretrained", "scratch"])
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
     # Each task that is learned has folders of its own.
     suffix = by_reward.folder_suffix(config.finetune.task)
-    script, folder, words = {
-        "run_aps": ("run_aps", root, [f"--arms={','.join(arms)}"]),
-        "pretrain": ("pretrain", root / "pretrain", []),
-        "finetune": (
-            "finetune",
-            root / (folders.STAGE_FOLDERS["finetune"] + suffix),
-            [f"--init={root / 'pretrain'}"],
-        ),
-        "scratch": ("finetune", root / f"scratch{suffix}", []),
-        "tasks": ("evaluate", root / "tasks", [f"--checkpoint={root / 'pretrain'}"]),
+    pretrained = folders.STAGE_FOLDERS["finetune"] + suffix
+    script, name, words = {
+        "run_aps": ("run_aps", "", [f"--arms={','.join(arms)}"]),
+        "pretrain": ("pretrain", "pretrain", []),
+        "finetune": ("finetune", pretrained, [f"--init={root / 'pretrain'}"]),
+        "scratch": ("finetune", f"scratch{suffix}", []),
+        "tasks": ("evaluate", "tasks", [f"--checkpoint={root / 'pretrain'}"]),
     }[stage]
-    passed = {**own, **common_flags.given_options()}
-    if stage in ("finetune", "tasks"):
-        # Game, agent, seed and preset come from the pretraining.
-        passed = common_flags.given_options()
-        if stage == "tasks":
-            passed.setdefault("task", config.finetune.task)
-    else:
+    folder = root / name
+    passed = common_flags.given_options()
+    if stage == "tasks":
+        passed.setdefault("task", config.finetune.task)
+    elif stage != "finetune":  # Which takes all this from the pretraining.
         words = [f"--preset={config.preset}", *words]
+        passed |= {"game": config.game, "agent": config.agent, "seed": config.seed}
+    file = f"{stage}_{config.game}_{config.agent}_{config.seed}.log"
     job = Job(
         name=f"{stage} {config.game} {config.agent} seed {config.seed}",
         command=(
-            sys.executable,
-            "-m",
-            f"experiments.{script}",
-            f"--workdir={folder}",
+            *(sys.executable, "-m", f"experiments.{script}", f"--workdir={folder}"),
             *words,
             *(f"--{name}={value}" for name, value in sorted(passed.items())),
         ),
         folder=folder,
-        log=workdir
-        / "logs"
-        / f"{stage}_{config.game}_{config.agent}_{config.seed}.log",
+        log=workdir / "logs" / file,
     )
     if job.is_done:
         _, found = folders.read_run(folder)
@@ -319,35 +295,30 @@ def slots(config: config_lib.Config) -> list[dict[str, Any]]:
     """
     cores = sorted(os.sched_getaffinity(0))
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
-    count = max(1, len(cores) // _CORES.value)
-    if gpus:
-        count = gpus
-    else:
-        needed = max(
-            machine.needed_bytes(
-                **stages.memory_of(config, is_pretraining=is_pretraining)
-            )
-            for is_pretraining in (True, False)
-        )
-        count = max(1, min(count, int(0.9 * machine.available_bytes()) // needed))
-    count = _PROCESSES.value or count
+    fitting = gpus
+    if not gpus:
+        memory = [stages.memory_of(config, is_pretraining=p) for p in (True, False)]
+        needed = max(machine.needed_bytes(**of_stage) for of_stage in memory)
+        in_memory = int(0.9 * machine.available_bytes()) // needed
+        fitting = max(1, min(len(cores) // _CORES.value, in_memory))
+    count = _PROCESSES.value or fitting
     found = []
-    for index in range(count):
-        share = cores[index * len(cores) // count : (index + 1) * len(cores) // count]
-        slot: dict[str, Any] = {"cores": share or [cores[index % len(cores)]]}
+    for number in range(count):
+        share = cores[number * len(cores) // count : (number + 1) * len(cores) // count]
+        slot: dict[str, Any] = {"cores": share or [cores[number % len(cores)]]}
         if gpus:
-            slot["gpu"] = index % gpus
+            slot["gpu"] = number % gpus
         found.append(slot)
     return found
 
 
-def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, int]:
+def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
     """Runs jobs side by side; returns the exit codes of those that failed."""
-    free = slots(common_flags.config_from_flags())
-    console.print(f"{len(jobs)} runs to go, {len(free)} at a time.")
+    free = slots(common_flags.config_from_flags(agent=_AGENTS.value[0]))
+    print(f"{len(jobs)} runs to go, {len(free)} at a time.", flush=True)
     waiting = collections.deque(jobs)
     requeues: collections.Counter[str] = collections.Counter()
-    running: dict[subprocess.Popen, tuple[Job, dict[str, Any]]] = {}
+    running: dict[subprocess.Popen[bytes], tuple[Job, dict[str, Any]]] = {}
     failed: dict[Job, int] = {}
 
     def stop(number: int, frame: object) -> None:
@@ -359,7 +330,7 @@ def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
             while waiting and free:
                 job, slot = waiting.popleft(), free.pop(0)
                 running[_start(job, slot)] = (job, slot)
-                console.print(f"started: {job.name}")
+                print(f"started: {job.name}", flush=True)
             time.sleep(_POLL_SECONDS)
             for process in [one for one in running if one.poll() is not None]:
                 job, slot = running.pop(process)
@@ -368,12 +339,12 @@ def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
                 if code == interrupts.EXIT_CODE and requeues[job.name] < _MAX_REQUEUES:
                     requeues[job.name] += 1
                     waiting.append(job)
-                    console.print(f"interrupted, queued again: {job.name}")
+                    print(f"interrupted, queued again: {job.name}", flush=True)
                 elif code != 0:
                     failed[job] = code
-                    console.print(f"failed: {job.name}, see {job.log}")
+                    print(f"failed: {job.name}, see {job.log}", flush=True)
                 else:
-                    console.print(f"finished: {job.name}")
+                    print(f"finished: {job.name}", flush=True)
     except KeyboardInterrupt:
         for process in running:
             process.terminate()
@@ -386,7 +357,7 @@ def _run_local(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
     return failed
 
 
-def _start(job: Job, slot: Mapping[str, Any]) -> subprocess.Popen:
+def _start(job: Job, slot: Mapping[str, Any]) -> subprocess.Popen[bytes]:
     environment = dict(os.environ)
     if "gpu" in slot:
         environment["CUDA_VISIBLE_DEVICES"] = str(slot["gpu"])
@@ -438,7 +409,7 @@ class SlurmTask:
         return submitit.helpers.DelayedSubmission(SlurmTask(self._job))
 
 
-def _run_slurm(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, int]:
+def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
     """Submits jobs and waits for them; returns the exit codes of those that failed."""
     try:
         import submitit
@@ -450,21 +421,22 @@ def _run_slurm(jobs: Sequence[Job], console: rich.console.Console) -> dict[Job, 
     executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
     executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
     submitted = [(job, executor.submit(SlurmTask(job))) for job in jobs]
-    console.print(
+    print(
         f"Submitted {len(jobs)} jobs: {submitted[0][1].job_id} to "
-        f"{submitted[-1][1].job_id}. Waiting; the same command looks again."
+        f"{submitted[-1][1].job_id}. Waiting; the same command looks again.",
+        flush=True,
     )
     failed = {}
     for job, handle in submitted:
         try:
             code = handle.result()
         except submitit.core.utils.UncompletedJobError as error:
-            console.print(f"failed: {job.name}: {str(error).splitlines()[0]}")
+            print(f"failed: {job.name}: {str(error).splitlines()[0]}")
             code = 1
         if code != 0:
             failed[job] = code
         else:
-            console.print(f"finished: {job.name}")
+            print(f"finished: {job.name}")
     return failed
 
 

@@ -31,7 +31,6 @@ def test_the_paper_preset_has_the_papers_values():
     assert config.pretrain.samples_per_step == 3.2
     assert config.finetune.finetune_agent_steps == 100_000
     assert config.finetune.infer_agent_steps == 40_000
-    assert config.finetune.infer_episodes == 10
     assert config.evaluation.eval_episodes == 100
     assert config.evaluation.eval_epsilon == 0.001
     environment = config.environment

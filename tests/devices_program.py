@@ -211,7 +211,6 @@ def stages_on_two(folder, *, is_stopped):
         "checkpoint_agent_steps": 1000,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         "evaluations": 1,
     }
     config = config_lib.replace_options(config_lib.preset_config("smoke"), **options)

@@ -31,7 +31,6 @@ OPTIONS = {
     "finetune_num_envs": 8,
     "finetune_agent_steps": 160,
     "infer_agent_steps": 80,
-    "infer_episodes": 5,
     "eval_episodes": 3,
     # Draws random numbers, from a seed for each environment.
     "sticky": 0.25,

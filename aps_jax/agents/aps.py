@@ -8,7 +8,7 @@ of a return, `P` particles, `A` actions, `D` feature dimension.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -138,8 +138,8 @@ class Config(base.Config):
         32, "TD targets in one update of fine-tuning.", low=1
     )
     ridge: float = option(
-        1e-3,
-        "Ridge penalty of task inference, relative to the features' mean square.",
+        1.0,
+        "Ridge penalty of task inference, added to the diagonal of the sum of phi phi^T.",
         low=0.0,
     )
 
@@ -189,6 +189,7 @@ class Stats(NamedTuple):
     distance_scale: rewards.DistanceScale  # running mean distance of the kNN reward
     task: jax.Array  # [D] float32, the inferred unit task vector
     reward_scale: jax.Array  # [] float32, turns psi^T task into units of the reward
+    unit: jax.Array  # [] float32, of the values that are learned from reward
 
 
 class Memory(NamedTuple):
@@ -196,6 +197,7 @@ class Memory(NamedTuple):
 
     task: jax.Array  # [E, D] float32, unit vectors
     steps_left: jax.Array  # [E] int32, agent steps until the task is redrawn
+    candidates: jax.Array  # [E, 1 + K, D] float32, tasks that GPI maximises over
 
 
 class Particles(NamedTuple):
@@ -218,14 +220,14 @@ def make(config: Config, num_actions: int) -> base.Agent:
     networks = _make_networks(config, num_actions)
     optimizer, finetune_optimizer = (
         optax.partition(
-            {
-                "features": features,
-                "successor": base.adam(config, rate, unit=config.value_unit),
-            },
+            {"features": features, "successor": base.adam(config, rate)},
             {"features": "features", "successor": "successor"},
         )
         for features, rate in (
-            (base.adam(config, config.feature_learning_rate), config.learning_rate),
+            (
+                _in_own_unit(base.adam(config, config.feature_learning_rate)),
+                config.learning_rate,
+            ),
             (optax.set_to_zero(), config.finetune_learning_rate),
         )
     )
@@ -238,6 +240,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
             distance_scale=rewards.init_distance_scale(),
             task=jnp.zeros((config.feature_dim,)),
             reward_scale=jnp.float32(1.0),
+            unit=jnp.float32(config.value_unit),
         )
         return AgentState(
             params=params,
@@ -278,10 +281,11 @@ def make(config: Config, num_actions: int) -> base.Agent:
         key: PRNGKey, state: AgentState, rollouts: base.Rollouts | None
     ) -> tuple[AgentState, dict[str, Any]]:
         """Regresses rewards on features (APS, section 4.4)."""
-        fallback = np.asarray(jax.random.normal(key, (config.feature_dim,)))
-        if rollouts is None:
-            phi, r_t, mask = np.zeros((1, config.feature_dim)), np.zeros(1), [False]
-        else:
+        fallback: Any = np.asarray(jax.random.normal(key, (config.feature_dim,)))
+        phi: Any = np.zeros((1, config.feature_dim))
+        r_t: Any = np.zeros(1)
+        mask = np.zeros(1, bool)
+        if rollouts is not None:
             phi = rollouts.encode(lambda s, w: features(s, w).phi, state)
             r_t = base.clip_rewards(rollouts.reward, config.reward_clip)
             mask = ~rollouts.is_first
@@ -289,10 +293,13 @@ def make(config: Config, num_actions: int) -> base.Agent:
             phi, r_t, mask, fallback_task=fallback, ridge=config.ridge
         )
         # An untrained psi is in no unit, so it learns in the reward's own.
-        scale = config.value_unit if rollouts is None else found.scale
+        is_scratch = rollouts is None
+        scale = config.value_unit if is_scratch else found.scale
+        unit = 1.0 if is_scratch else config.value_unit
         stats = state.stats._replace(
             task=np.asarray(found.task, np.float32),
             reward_scale=np.asarray(scale, np.float32),
+            unit=np.asarray(unit, np.float32),
         )
         facts = {
             "task": [float(value) for value in found.task],
@@ -303,11 +310,11 @@ def make(config: Config, num_actions: int) -> base.Agent:
             "num_nonzero": int(found.num_nonzero),
             "is_fallback": bool(found.is_fallback),
         }
-        facts["summary"] = _summary(facts, is_scratch=rollouts is None)
+        facts["summary"] = _summary(facts, is_scratch=is_scratch)
         return state._replace(stats=stats), facts
 
     def policy(choose: "Chooser", epsilon: float, hold: int | None) -> base.Policy:
-        return _make_policy(config, networks, choose, epsilon=epsilon, hold=hold)
+        return _make_policy(config, choose, epsilon=epsilon, hold=hold)
 
     inferred = functools.partial(policy, hold=None)
     return base.Agent(
@@ -336,11 +343,23 @@ def make(config: Config, num_actions: int) -> base.Agent:
     )
 
 
+def _in_own_unit(
+    transform: optax.GradientTransformationExtraArgs,
+) -> optax.GradientTransformationExtraArgs:
+    """Keeps from the features' optimiser in which unit values are learned."""
+
+    def update(updates, state, params=None, **others):
+        del others
+        return transform.update(updates, state, params)
+
+    return optax.GradientTransformationExtraArgs(transform.init, update)
+
+
 def _make_networks(config: Config, num_actions: int) -> Networks:
-    feature_network = modules.FeatureNetwork(
+    feature_network: Any = modules.FeatureNetwork(
         base.make_encoder(config), config.feature_dim
     )
-    successor_network = modules.SuccessorNetwork(
+    successor_network: Any = modules.SuccessorNetwork(
         base.make_encoder(config),
         num_actions,
         config.feature_dim,
@@ -383,33 +402,31 @@ def _summary(facts: dict[str, Any], *, is_scratch: bool) -> str:
 
 # ---------------------------------------------------------------------------- acting
 
-# state, observation [E, ...], task [E, D], key -> action values [E, A]
-Chooser = Callable[[AgentState, jax.Array, jax.Array, PRNGKey], jax.Array]
+# state, observation, memory, key -> memory, action values [E, A]
+Chooser = Callable[[AgentState, Observation, Memory, PRNGKey], tuple[Memory, jax.Array]]
 
 
 def _make_policy(
-    config: Config,
-    networks: Networks,
-    choose: Chooser,
-    *,
-    epsilon: float,
-    hold: int | None,
+    config: Config, choose: Chooser, *, epsilon: float, hold: int | None
 ) -> base.Policy:
     """Makes an epsilon-greedy policy for a task per environment.
 
     Args:
       config: The agent's options.
-      networks: Its networks.
       choose: Values actions.
       epsilon: Probability of a random action.
-      hold: Agent steps for which a random task is kept; None follows the inferred one.
+      hold: Agent steps for which a random task is kept, or until the episode ends; the
+        environments redraw theirs at different steps. None follows the inferred task.
     """
-    del networks
 
     def init(num_envs: int) -> Memory:
+        # Less than 0 by as many steps as an environment redraws before the others.
+        stagger = np.arange(num_envs) * (hold or 0) // num_envs
+        shape = (num_envs, 1 + config.gpi_tasks, config.feature_dim)
         return Memory(
             task=jnp.zeros((num_envs, config.feature_dim)),
-            steps_left=jnp.zeros((num_envs,), jnp.int32),
+            steps_left=-jnp.asarray(stagger, jnp.int32),
+            candidates=jnp.zeros(shape),
         )
 
     def act(
@@ -421,13 +438,14 @@ def _make_policy(
             memory = memory._replace(task=task)
         else:
             num_envs = memory.task.shape[0]
-            is_due = memory.steps_left <= 0
+            is_due = (memory.steps_left <= 0) | observation.is_first
             drawn = sphere.sample_uniform(task_key, (num_envs,), config.feature_dim)
-            memory = Memory(
+            first_hold = hold + jnp.minimum(memory.steps_left, 0)
+            memory = memory._replace(
                 task=jnp.where(is_due[:, None], drawn, memory.task),
-                steps_left=jnp.where(is_due, hold, memory.steps_left) - 1,
+                steps_left=jnp.where(is_due, first_hold, memory.steps_left) - 1,
             )
-        values = choose(state, observation.frames, memory.task, choice_key)
+        memory, values = choose(state, observation, memory, choice_key)
         action = acting.epsilon_greedy(action_key, values, epsilon)
         return memory, base.Decision(action, {"task": memory.task})
 
@@ -453,35 +471,48 @@ def _behaviour_values(
 
 
 def _make_exploring(config: Config, networks: Networks) -> Chooser:
-    def choose(state, observation, task, key):
+    value = functools.partial(_behaviour_values, config)
+
+    def choose(state, observation, memory, key):
         del key
-        output = _for_one_task(networks, state.params["successor"], observation, task)
-        return jax.vmap(functools.partial(_behaviour_values, config))(output, task)
+        output = _for_one_task(
+            networks, state.params["successor"], observation.frames, memory.task
+        )
+        return memory, jax.vmap(value)(output, memory.task)
 
     return choose
 
 
 def _make_greedy(networks: Networks) -> Chooser:
-    def choose(state, observation, task, key):
+    def choose(state, observation, memory, key):
         del key
-        output = _for_one_task(networks, state.params["successor"], observation, task)
-        return jax.vmap(losses.q_values)(output.psi, task)
+        output = _for_one_task(
+            networks, state.params["successor"], observation.frames, memory.task
+        )
+        return memory, jax.vmap(losses.q_values)(output.psi, memory.task)
 
     return choose
 
 
 def _make_gpi(config: Config, networks: Networks) -> Chooser:
-    """Makes generalised policy improvement over tasks around the environment's own."""
-    if not config.gpi_tasks:
-        return _make_greedy(networks)
+    """Makes generalised policy improvement over tasks around the environment's own.
+
+    The tasks are drawn at the start of an episode, and held for it.
+    """
     draw = functools.partial(
         tasks.candidate_tasks, num=config.gpi_tasks, kappa=config.gpi_concentration
     )
 
-    def choose(state, observation, task, key):
-        candidates = jax.vmap(draw)(jax.random.split(key, task.shape[0]), task)
-        output = networks.successor(state.params["successor"], observation, candidates)
-        return jax.vmap(tasks.gpi_action_values)(output.psi, task)
+    def choose(state, observation, memory, key):
+        keys = jax.random.split(key, memory.task.shape[0])
+        drawn = jax.vmap(draw)(keys, memory.task)
+        is_first = observation.is_first[:, None, None]
+        candidates = jnp.where(is_first, drawn, memory.candidates)
+        output = networks.successor(
+            state.params["successor"], observation.frames, candidates
+        )
+        values = jax.vmap(tasks.gpi_action_values)(output.psi, memory.task)
+        return memory._replace(candidates=candidates), values
 
     return choose
 
@@ -519,7 +550,7 @@ def _make_pretrain_learner(
     )
 
     def loss(
-        params: dict[str, Params], state: AgentState, batch: Batch, moments: Any
+        params: Mapping[str, Params], state: AgentState, batch: Batch, moments: Any
     ) -> tuple[jax.Array, tuple[rewards.DistanceScale, dict[str, jax.Array]]]:
         """Returns both losses' sum: phi learns from the first, psi from the second."""
         windows = batch.windows
@@ -647,6 +678,7 @@ def _make_pretrain_learner(
             state,
             target="successor",
             target_period=config.target_period,
+            unit=config.value_unit,
         )
         stats = state.stats._replace(whitening=moments, distance_scale=distance_scale)
         return state._replace(stats=stats), metrics
@@ -679,12 +711,12 @@ def _td_errors(
         "skill_weight": config.skill_weight,
         "entropy_weight": config.entropy_weight,
     }
-    if output_tm1.exploration is not None:
+    if output_tm1.exploration is not None and output_t.exploration is not None:
         form = {
             "off_policy": losses.off_policy_td_error,
             "split": losses.split_td_error,
         }[config.td_form]
-        error = form(
+        both = form(
             output_tm1.psi,
             output_tm1.exploration,
             a_tm1,
@@ -696,7 +728,7 @@ def _td_errors(
             w,
             **weights,
         )
-        return jnp.append(error.successor, error.exploration)
+        return jnp.append(both.successor, both.exploration)
     if config.td_form == "vector":
         cumulant_t = (
             config.skill_weight * phi_t + config.entropy_weight * r_entropy_t * w
@@ -739,7 +771,7 @@ def _make_finetune_learner(
     )
 
     def loss(
-        params: dict[str, Params], state: AgentState, windows: Window
+        params: Mapping[str, Params], state: AgentState, windows: Window
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         is_terminal = windows.terminated
         if config.cut_at_life_loss:
@@ -785,6 +817,7 @@ def _make_finetune_learner(
             state,
             target="successor",
             target_period=config.target_period,
+            unit=state.stats.unit,
         )
         return state, metrics
 

@@ -1,7 +1,7 @@
 """What an agent is: the types that every agent file fills and the loop calls.
 
-An agent sees plain, global arrays. It knows no device, file, flag or stage. Letters: `E`
-environments, `B` windows, `T` states of a window, `P` particles.
+An agent sees plain, global arrays. It knows no device, file, flag or stage. Letters:
+`E` environments, `B` windows, `T` states of a window, `P` particles.
 """
 
 import dataclasses
@@ -17,7 +17,7 @@ from aps_jax import options
 from aps_jax.networks import modules
 from aps_jax.options import option
 from aps_jax.replay.buffer import Extras, Window
-from aps_jax.types import STACK_SIZE, Metric, Params, PRNGKey
+from aps_jax.types import STACK_SIZE, Array, Metric, Params, PRNGKey
 
 ENCODERS = {
     "small": modules.SmallEncoder,
@@ -117,7 +117,7 @@ class Config:
 class AgentState(NamedTuple):
     """All that an agent has learned; the same type for every agent."""
 
-    params: dict[str, Params]  # what gradients train, by network
+    params: Mapping[str, Params]  # what gradients train, by network
     target_params: Params  # slow copies; {} where there are none
     opt_state: optax.OptState
     stats: Any  # what no gradient trains: moments, queues, the inferred task
@@ -127,8 +127,8 @@ class AgentState(NamedTuple):
 class Observation(NamedTuple):
     """What an agent sees of `E` environments."""
 
-    frames: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
-    is_first: jax.Array  # [E] bool, the first observation of an episode
+    frames: Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    is_first: Array  # [E] bool, the first observation of an episode
 
 
 class Decision(NamedTuple):
@@ -211,10 +211,10 @@ class Agent(NamedTuple):
     # The same for a random skill in each environment, told by the decision's extras;
     # None where there are no skills.
     play_skills: Callable[[float], Policy] | None
-    # Takes statistics of states [N, 1, ...] drawn from the replay of pretraining; called
-    # before the agent is saved. It must not change what is learned.
+    # Takes statistics of states [N, 1, ...] drawn from the replay of pretraining;
+    # called before the agent is saved. It must not change what is learned.
     calibrate: Callable[[AgentState, Window], AgentState]
-    # Starts learning from reward: fresh optimiser and counter, a state of the same type.
+    # Starts learning from reward: fresh optimiser and counter, state of the same type.
     start_finetune: Callable[[AgentState], AgentState]
     # On the host, after `start_finetune`: key, state, rollouts (None: from scratch) ->
     # state, facts for `result.json`; facts["summary"] is a sentence for the user.
@@ -249,35 +249,44 @@ def make_encoder(config: Config) -> Any:
     return ENCODERS[config.encoder](dtype=dtype)
 
 
-def adam(
-    config: Config, learning_rate: float, *, unit: float = 1.0
-) -> optax.GradientTransformation:
+def adam(config: Config, learning_rate: float) -> optax.GradientTransformationExtraArgs:
     """Returns Adam after clipping by the global norm.
 
-    Args:
-      config: Has the norm and Adam's epsilon.
-      learning_rate: The rate.
-      unit: Unit of the values that are learned. A TD error's gradient has it; so has
-        epsilon, else it would swallow the small gradients of small values.
+    Its `update` takes `unit`, `[]` float: the unit of the values that are learned, 1 by
+    default. A TD error's gradient has that unit; divided by it, epsilon means the same
+    for values of every size, and does not swallow the gradients of small ones.
     """
+
+    def divide(updates, state, params=None, *, unit=1.0, **others):
+        del params, others
+        return jax.tree.map(lambda g: g / unit, updates), state
+
     return optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
-        optax.adam(learning_rate, eps=config.adam_epsilon * unit),
+        optax.GradientTransformationExtraArgs(optax.init_empty_state, divide),
+        optax.adam(learning_rate, eps=config.adam_epsilon),
     )
 
 
-def clip_rewards(r_t: jax.Array, bound: float) -> jax.Array:
-    """Clips rewards of any shape to [-bound, bound]; a bound of 0 leaves them alone."""
-    return jnp.clip(r_t, -bound, bound) if bound else r_t
+def clip_rewards(r_t: Array | None, bound: float) -> jax.Array:
+    """Clips rewards of any shape to [-bound, bound]; a bound of 0 leaves them alone.
+
+    Raises:
+      TypeError: There are none, because the phase is reward-free.
+    """
+    if r_t is None:
+        raise TypeError("A batch of a reward-free phase has no reward.")
+    return jnp.clip(r_t, -bound, bound) if bound else jnp.asarray(r_t)
 
 
 def apply_gradients(
-    optimizer: optax.GradientTransformation,
-    grads: dict[str, Params],
+    optimizer: optax.GradientTransformationExtraArgs,
+    grads: Mapping[str, Params],
     state: AgentState,
     *,
     target: str,
     target_period: int,
+    unit: float | jax.Array = 1.0,
 ) -> AgentState:
     """Makes one step of the optimiser, and copies a network to its target when due.
 
@@ -287,11 +296,14 @@ def apply_gradients(
       state: The state before.
       target: The network of `params` whose slow copy `state.target_params` is.
       target_period: Updates between two copies.
+      unit: Of the values that are learned; see `adam`.
     """
     # Optax raises a Python float to the power of an integer array, which strict
     # promotion refuses.
     with jax.numpy_dtype_promotion("standard"):
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        updates, opt_state = optimizer.update(
+            grads, state.opt_state, state.params, unit=unit
+        )
     params = optax.apply_updates(state.params, updates)
     num_updates = state.num_updates + 1
     return state._replace(

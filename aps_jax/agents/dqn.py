@@ -6,6 +6,7 @@ targets of a window.
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -31,7 +32,7 @@ class Config(base.Config):
 def make(config: Config, num_actions: int) -> base.Agent:
     """Binds double DQN to a config; see `base.Agent`."""
     m = config.window_targets
-    network = modules.ValueNetwork(
+    network: Any = modules.ValueNetwork(
         base.make_encoder(config), num_actions, config.hidden_units
     )
     optimizer = base.adam(config, config.learning_rate)
@@ -61,7 +62,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
     )
 
     def loss(
-        params: dict[str, Params], target_params: Params, windows: Window
+        params: Mapping[str, Params], target_params: Params, windows: Window
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         is_terminal = windows.terminated
         if config.cut_at_life_loss:

@@ -1,6 +1,6 @@
-"""The only importer of EnvPool: its step in this project's words, and statistics.
+"""Atari games: pools of EnvPool's emulators, and statistics of their episodes.
 
-Letters: `E` environments. EnvPool is imported when a pool is made, not before.
+Letters: `E` environments. EnvPool is imported here alone, when a pool is made.
 
 How a pool behaves at the end of an episode (EnvPool's convention, kept as it is):
 
@@ -45,19 +45,19 @@ def games() -> tuple[str, ...]:
     Raises:
       ModuleNotFoundError: if EnvPool or its package of ROMs is not installed.
     """
-    # EnvPool registers one task per ROM file, from the first of these places that
+    # EnvPool registers one task per ROM file, from the first of these folders that
     # has any (envpool/registration.py, asset_base_path). Reading the folder takes a
     # millisecond; importing EnvPool takes two seconds.
-    places = [
-        pathlib.Path(place)
+    folders = [
+        pathlib.Path(folder)
         for package in ("envpool", "envpool_assets")
         if (spec := importlib.util.find_spec(package)) is not None
-        for place in spec.submodule_search_locations or ()
+        for folder in spec.submodule_search_locations or ()
     ]
     if override := os.environ.get("ENVPOOL_ASSETS_PATH"):
-        places = [pathlib.Path(override)]
-    for place in places:
-        roms = sorted(rom.stem for rom in (place / _ROMS).glob("*.bin"))
+        folders = [pathlib.Path(override)]
+    for folder in folders:
+        roms = sorted(rom.stem for rom in (folder / _ROMS).glob("*.bin"))
         if roms:
             return tuple(
                 "".join(word.capitalize() for word in rom.split("_")) for rom in roms
@@ -93,20 +93,12 @@ def environment_seeds(seed: int, num_envs: int, *, stream: int = 0) -> list[int]
 
     Args:
       seed: the run's seed, at least 0.
-      num_envs: how many seeds to draw, at least 1.
+      num_envs: how many seeds to draw.
       stream: which of the run's streams of games this is, at least 0.
 
     Returns:
       `num_envs` numbers in [0, 2^31), as EnvPool's 32-bit seeds must be.
-
-    Raises:
-      ValueError: if a number is below its least value.
     """
-    if seed < 0 or num_envs < 1 or stream < 0:
-        raise ValueError(
-            "seed and stream must be at least 0 and num_envs at least 1, got "
-            f"seed={seed}, stream={stream}, num_envs={num_envs}."
-        )
     sequence = np.random.SeedSequence(seed, spawn_key=(stream,))
     return [int(word) >> 1 for word in sequence.generate_state(num_envs, np.uint32)]
 
@@ -126,8 +118,8 @@ _REGISTRATION = "envpool.entry"
 def _import_envpool() -> python_types.ModuleType:
     """Imports EnvPool with its Atari games alone, unless it was imported before.
 
-    Of the 0.7 seconds that all families take, Atari takes a twentieth. Where a library of
-    another family is missing, EnvPool besides keeps the exception for good, and with it
+    Atari takes a twentieth of the 0.7 seconds that all families take. Where a library
+    of another family is missing, EnvPool also keeps the exception for good, and with it
     every frame that led to the import: those of a stage hold its replay.
     `import envpool.entry` registers the other families, before or after.
     """
@@ -156,7 +148,6 @@ class AtariPool:
         *,
         seeds: Sequence[int],
         num_threads: int = 0,
-        frame_skip: int = 4,
         noop_max: int = 30,
         max_frames: int = 108_000,
         sticky: float = 0.0,
@@ -172,39 +163,30 @@ class AtariPool:
           seeds: a seed per environment, from `environment_seeds`.
           num_threads: emulator threads; 0 is one per environment, up to the cores
             that this process may use.
-          frame_skip: emulator frames per agent step, at least 1.
           noop_max: an episode begins after 1 to `noop_max` emulator frames without
             action, drawn uniformly, which no counter shows.
           max_frames: emulator frames after which an episode is cut, a multiple of
-            `frame_skip`; EnvPool counts from the reset frame on, in agent steps.
-          sticky: probability of an emulator frame to repeat the action before.
+            `FRAME_SKIP`; EnvPool counts from the reset frame on, in agent steps.
+          sticky: probability that an emulator frame repeats the action before.
           fire_reset: whether the last frame before an episode presses FIRE, in games
             that have it.
-          make: stands in for `envpool.make`, which is also what `None` means; the
-            name of the game is checked in the latter case only.
+          make: stands in for `envpool.make`; the name of the game is then not checked.
+
+        `config.EnvironmentConfig` checks the other numbers.
 
         Raises:
-          ValueError: for an unknown game, or a number out of its range.
+          ValueError: for an unknown game, a wrong number of seeds or of frames.
         """
         if num_envs < 1 or len(seeds) != num_envs:
             raise ValueError(
                 "num_envs must be at least 1 and have a seed each, got "
                 f"num_envs={num_envs} and {len(seeds)} seeds."
             )
-        if num_threads < 0:
-            raise ValueError(f"num_threads must be at least 0, got {num_threads}.")
-        if frame_skip < 1:
-            raise ValueError(f"frame_skip must be at least 1, got {frame_skip}.")
-        # EnvPool draws from [0, noop_max - 1]: undefined behaviour for 0.
-        if noop_max < 1:
-            raise ValueError(f"noop_max must be at least 1, got {noop_max}.")
-        if max_frames < frame_skip or max_frames % frame_skip != 0:
+        if max_frames % types.FRAME_SKIP:
             raise ValueError(
-                "max_frames must be a positive multiple of frame_skip, got "
-                f"max_frames={max_frames} and frame_skip={frame_skip}."
+                f"max_frames must be a multiple of {types.FRAME_SKIP}, the frames of "
+                f"an agent step, got {max_frames}."
             )
-        if not 0.0 <= sticky <= 1.0:
-            raise ValueError(f"sticky must be in [0, 1], got {sticky}.")
         if make is None:
             check_game(game)
             make = _import_envpool().make
@@ -220,9 +202,9 @@ class AtariPool:
             num_threads=num_threads or min(num_envs, _num_usable_cores()),
             thread_affinity_offset=-1,  # Threads are not pinned to cores.
             seed=[int(seed) for seed in seeds],
-            max_episode_steps=max_frames // frame_skip,  # In agent steps.
+            max_episode_steps=max_frames // types.FRAME_SKIP,  # In agent steps.
             stack_num=1,  # Single frames; `frames.push_frame` makes the stacks.
-            frame_skip=frame_skip,
+            frame_skip=types.FRAME_SKIP,
             noop_max=noop_max,
             # True would play up to 30 uncounted no-ops after every life.
             episodic_life=False,
@@ -254,7 +236,7 @@ class AtariPool:
         return self._to_time_step(observation, never, never, info)
 
     def send(self, actions: types.Array) -> None:
-        """Hands over the next actions; the emulators start, and the call returns.
+        """Starts the emulators on the next actions, and returns at once.
 
         Args:
           actions: `[E]` int32, each in [0, num_actions). The action of a row that
@@ -278,7 +260,7 @@ class AtariPool:
         self._is_in_flight = True
 
     def recv(self) -> types.TimeStep:
-        """Waits for what the actions sent have led to.
+        """Waits for the time step that the actions sent led to.
 
         Returns:
           A `TimeStep` whose row `i` is environment `i`. Its arrays belong to the
@@ -303,7 +285,7 @@ class AtariPool:
         return self._pool.render(env_ids=index)[0]
 
     def close(self) -> None:
-        """Ends the emulators and their threads; the pool is of no use afterwards."""
+        """Ends the emulators and their threads; the pool cannot be used afterwards."""
         if self._pool is not None:
             self._pool.close()
         # EnvPool's own close() leaves the threads alone; losing the last reference
@@ -325,7 +307,7 @@ class AtariPool:
         truncated: np.ndarray,
         info: dict[str, Any],
     ) -> types.TimeStep:
-        """Says one of EnvPool's answers in this project's words."""
+        """Converts one of EnvPool's answers to a `TimeStep`."""
         is_done = terminated | truncated
         # The time limit hides a game over in the same step from `terminated`, never
         # from `info`. `info["reward"]` is the one that no option clips.

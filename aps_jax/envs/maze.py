@@ -21,79 +21,22 @@ _MOVES = ((-1, 0), (0, 1), (1, 0), (0, -1))  # up, right, down, left: (row, colu
 _WALL, _FREE, _START = "#", ".", "S"
 
 # Each 10x10, connected, with every free cell within 35 steps of the start.
+_PICTURE = """
+open       four_rooms serpentine spiral     comb       rings
+S......... S....#.... ....S..... .......... .#.#.#.#.# S.........
+.......... .....#.... .......... .######### .#.#.#.#.# .########.
+.......... .......... ########.. .#........ .#.#.#.#.# .#......#.
+.......... .....#.... .......... .#.######. .#.#.#.#.# .#.####.#.
+.......... .....#.... .......... .#.#....#. S......... ...#..#.#.
+.......... ##.####.## ..######## .#.#..#.#. .........# .#.#.##.#.
+.......... .....#.... .......... .#.####.#. #.#.#.#.#. .#.#....#.
+.......... .....#.... .......... .#......#S ..#.#.#.#. .#.######.
+.......... .......... ########.. .########. .##.#.#.#. .#........
+.......... .....#.... .......... .......... ....#.#... ...#######
+"""
 MAPS = {
-    "open": (
-        "S.........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-        "..........",
-    ),
-    "four_rooms": (
-        "S....#....",
-        ".....#....",
-        "..........",
-        ".....#....",
-        ".....#....",
-        "##.####.##",
-        ".....#....",
-        ".....#....",
-        "..........",
-        ".....#....",
-    ),
-    "serpentine": (
-        "....S.....",
-        "..........",
-        "########..",
-        "..........",
-        "..........",
-        "..########",
-        "..........",
-        "..........",
-        "########..",
-        "..........",
-    ),
-    "spiral": (
-        "..........",
-        ".#########",
-        ".#........",
-        ".#.######.",
-        ".#.#....#.",
-        ".#.#..#.#.",
-        ".#.####.#.",
-        ".#......#S",
-        ".########.",
-        "..........",
-    ),
-    "comb": (
-        ".#.#.#.#.#",
-        ".#.#.#.#.#",
-        ".#.#.#.#.#",
-        ".#.#.#.#.#",
-        "S.........",
-        ".........#",
-        "#.#.#.#.#.",
-        "..#.#.#.#.",
-        ".##.#.#.#.",
-        "....#.#...",
-    ),
-    "rings": (
-        "S.........",
-        ".########.",
-        ".#......#.",
-        ".#.####.#.",
-        "...#..#.#.",
-        ".#.#.##.#.",
-        ".#.#....#.",
-        ".#.######.",
-        ".#........",
-        "...#######",
-    ),
+    name: tuple(rows)
+    for name, *rows in zip(*(line.split() for line in _PICTURE.split("\n")[1:-1]))
 }
 
 
@@ -131,15 +74,15 @@ def parse_maze(rows: Sequence[str]) -> Maze:
         raise ValueError(f"a map needs exactly one start 'S', got {len(starts)}.")
 
     is_free = cells != _WALL
-    next_cell = np.empty((height, width, NUM_ACTIONS), np.int32)
-    for row, column, action in np.ndindex(next_cell.shape):
+    table = np.empty((height, width, NUM_ACTIONS), np.int32)
+    for row, column, action in np.ndindex(table.shape):
         to_row = row + _MOVES[action][0]
         to_column = column + _MOVES[action][1]
         inside = 0 <= to_row < height and 0 <= to_column < width
         if not inside or not is_free[to_row, to_column]:
             to_row, to_column = row, column
-        next_cell[row, column, action] = to_row * width + to_column
-    next_cell = next_cell.reshape(-1, NUM_ACTIONS)
+        table[row, column, action] = to_row * width + to_column
+    next_cell = table.reshape(-1, NUM_ACTIONS)
 
     reached = {int(starts[0])}
     frontier = set(reached)

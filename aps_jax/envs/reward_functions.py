@@ -1,10 +1,10 @@
 """Reward functions of a game besides its score: survival, and the user's own.
 
-A pretrained agent has never seen a score, so any function of what the console shows may
-be its task. `score` is the game's own reward. `survival` pays, in each agent step, the
-share of the first lives that are left. `module:function` names the user's own Python
-function of two time steps, called on the host once per step for all environments.
-Letters: `E` environments.
+A pretrained agent has never seen a score, so it may be asked for any function of what
+the console shows. `score` is the game's own reward. `survival` pays, in each agent
+step, the share of the first lives that are left. `module:function` names the user's own
+Python function of two time steps, called on the host once per step for all
+environments. Letters: `E` environments.
 """
 
 import functools
@@ -20,38 +20,37 @@ SCORE = "score"
 SURVIVAL = "survival"
 
 # (the time step before, the time step reached) -> [E] rewards of reaching it.
-TaskFunction = Callable[[types.TimeStep, types.TimeStep], Any]
+RewardFunction = Callable[[types.TimeStep, types.TimeStep], Any]
 
 
-def score(before: types.TimeStep, after: types.TimeStep) -> np.ndarray:
+def score(before: types.TimeStep, after: types.TimeStep) -> types.Array:
     """Returns the game's own reward."""
     del before
     return after.reward
 
 
-def make_survival() -> TaskFunction:
+def make_survival() -> RewardFunction:
     """Makes the reward for staying alive: `lives_t / lives_0`, in every agent step.
 
     `lives_0` are those on the first frame of the game, so that an extra life pays more
     than 1. Where a game shows no lives it has one: 1 in each step, 0 for game over.
     The return of a game is the number of agent steps survived, each weighted by the
-    lives kept. (The plain number of lives lost would be the same for all whole games.)
+    lives kept. (Counting lost lives would not help: a finished game has lost all.)
     """
-    first: np.ndarray | None = None
+    first: types.Array | None = None
 
     def survival(before: types.TimeStep, after: types.TimeStep) -> np.ndarray:
         nonlocal first
-        if first is None:
-            first = before.lives
-        first = np.where(before.is_first, before.lives, first)
+        is_new = True if first is None else before.is_first
+        first = np.where(is_new, before.lives, 0 if first is None else first)
         shares = np.where(first > 0, after.lives / np.maximum(first, 1), 1.0)
         return np.where(after.terminated, 0.0, shares)
 
     return survival
 
 
-def load(name: str) -> Callable[[], TaskFunction]:
-    """Finds a task by its name, and tries a function of the user's on two blank rows.
+def load(name: str) -> Callable[[], RewardFunction]:
+    """Finds a reward function, and tries a user's own on two blank environments.
 
     Args:
       name: `score`, `survival` or `module:function`. The function takes two
@@ -62,7 +61,7 @@ def load(name: str) -> Callable[[], TaskFunction]:
       A factory: the function that it returns follows one pool of environments.
 
     Raises:
-      ValueError: There is no such task, or the function does not do what it must.
+      ValueError: There is no such function, or it does not do what it must.
     """
     if name == SCORE:
         return lambda: score
@@ -71,35 +70,45 @@ def load(name: str) -> Callable[[], TaskFunction]:
     module_name, colon, function_name = name.partition(":")
     if not (colon and module_name and function_name):
         raise ValueError(
-            f"A task is {SCORE}, {SURVIVAL} or module:function, got {name!r}."
+            f"A reward is {SCORE}, {SURVIVAL} or module:function, got {name!r}."
         )
     try:
         module = importlib.import_module(module_name)
     except Exception as error:
         raise ValueError(
-            f"The module of the task {name!r} cannot be imported: {_words(error)}."
+            f"The module of the reward {name!r} cannot be imported: {_format(error)}."
         ) from error
     function = getattr(module, function_name, None)
     if not callable(function):
-        raise ValueError(f"The module {module_name} has no function {function_name}.")  # noqa: TRY004
-    blank = _blank_time_step(2)
+        wrong = f"The module {module_name} has no function {function_name}."
+        raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
+    never = np.zeros(2, np.bool_)
+    blank = types.TimeStep(
+        frame=np.zeros((2, *types.FRAME_SHAPE), np.uint8),
+        reward=np.zeros(2, np.float32),
+        terminated=never,
+        truncated=never,
+        is_first=never,
+        lives=np.zeros(2, np.int32),
+        ram=np.zeros((2, 128), np.uint8),
+    )
     _call(name, function, blank, blank)
     return lambda: function
 
 
-class TaskPool:
-    """Environments whose reward is that of a task, in place of the game's.
+class RewardPool:
+    """Environments with another reward function than the game's; else the pool's own.
 
-    Everything else is the pool's own. The game's reward stays visible as
-    `game_reward`, `[E]` float32 of the newest time step.
+    The game's reward stays visible as `game_reward`, `[E]` float32 of the newest time
+    step.
     """
 
-    def __init__(self, pool: Any, name: str, function: TaskFunction):
-        """Wraps a pool.
+    def __init__(self, pool: Any, name: str, function: RewardFunction):
+        """Wraps a pool, as `atari.AtariPool`.
 
         Args:
-          pool: Environments, as `envs.AtariPool`.
-          name: The task's name, for error messages.
+          pool: The environments.
+          name: The function's name, for error messages.
           function: From a factory that `load` returned, for this pool alone.
         """
         self._pool = pool
@@ -108,21 +117,21 @@ class TaskPool:
         self._before: types.TimeStep | None = None
         self.num_actions = pool.num_actions
         self.num_envs = pool.num_envs
-        self.game_reward = np.zeros(pool.num_envs, np.float32)
+        self.game_reward: types.Array = np.zeros(pool.num_envs, np.float32)
 
     def reset(self) -> types.TimeStep:
         """Begins a new episode in every environment."""
         return self._rewarded(self._pool.reset())
 
     def send(self, actions: types.Array) -> None:
-        """Hands over the next actions."""
+        """Starts the emulators on the next actions."""
         self._pool.send(actions)
 
     def recv(self) -> types.TimeStep:
-        """Waits for what the actions have led to, with the task's reward.
+        """Waits for the next time step, with its reward.
 
         Raises:
-          ValueError: The task's function fails or does not return `[E]` finite numbers.
+          ValueError: The function fails or does not return `[E]` finite numbers.
         """
         return self._rewarded(self._pool.recv())
 
@@ -137,16 +146,14 @@ class TaskPool:
     def _rewarded(self, after: types.TimeStep) -> types.TimeStep:
         before, self._before = self._before, after
         self.game_reward = after.reward
-        reward = task_reward(
-            self._name, self._function, after if before is None else before, after
-        )
+        reward = reward_of(self._name, self._function, before or after, after)
         return after._replace(reward=reward)
 
 
-def task_reward(
-    name: str, function: TaskFunction, before: types.TimeStep, after: types.TimeStep
+def reward_of(
+    name: str, function: RewardFunction, before: types.TimeStep, after: types.TimeStep
 ) -> np.ndarray:
-    """Returns a task's rewards `[E]` float32 of the step; 0 where a game begins.
+    """Returns a function's rewards `[E]` float32 of the step; 0 where a game begins.
 
     Raises:
       ValueError: The function fails or does not return `[E]` finite numbers.
@@ -155,68 +162,51 @@ def task_reward(
     reward = np.where(after.is_first, 0.0, reward).astype(np.float32)
     if not np.isfinite(reward).all():
         raise ValueError(
-            f"The task {name!r} returned a reward that is not finite: {reward}."
+            f"The reward {name!r} returned a number that is not finite: {reward}."
         )
     return reward
 
 
 def constructor_for(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
-    """Returns a constructor of pools whose reward is the task's.
+    """Returns a constructor of pools with a reward function.
 
     Args:
-      name: The task, as for `load`.
-      constructor: Makes the pools to wrap, as `envs.AtariPool`.
-
-    Raises:
-      ValueError: As `load`.
+      name: The function, as for `load`, which may raise.
+      constructor: Makes the pools to wrap, as `atari.AtariPool`.
     """
     if name == SCORE:
         return constructor
     make_function = load(name)
 
     @functools.wraps(constructor, updated=())
-    def construct(*args: Any, **options: Any) -> TaskPool:
-        return TaskPool(constructor(*args, **options), name, make_function())
+    def construct(*args: Any, **options: Any) -> RewardPool:
+        return RewardPool(constructor(*args, **options), name, make_function())
 
     return construct
 
 
-def game_reward(pool: Any, timestep: types.TimeStep) -> np.ndarray:
-    """Returns the game's own reward of a time step, whatever the task of its pool."""
+def game_reward(pool: Any, timestep: types.TimeStep) -> types.Array:
+    """Returns the game's own reward of a time step, whatever its pool pays."""
     return getattr(pool, "game_reward", timestep.reward)
 
 
 def _call(
-    name: str, function: TaskFunction, before: types.TimeStep, after: types.TimeStep
+    name: str, function: RewardFunction, before: types.TimeStep, after: types.TimeStep
 ) -> np.ndarray:
-    """Calls a task's function and checks what it returns."""
+    """Calls a function and checks what it returns."""
     try:
         reward = np.asarray(function(before, after))
     except Exception as error:
-        raise ValueError(f"The task {name!r} failed: {_words(error)}.") from error
+        raise ValueError(f"The reward {name!r} failed: {_format(error)}.") from error
     expected = after.reward.shape
     is_number = np.issubdtype(reward.dtype, np.number) or reward.dtype == bool
     if reward.shape != expected or not is_number:
         raise ValueError(
-            f"The task {name!r} must return {expected[0]} numbers, one for each "
+            f"The reward {name!r} must return {expected[0]} numbers, one for each "
             f"environment, got {reward.dtype} of shape {reward.shape}."
         )
     return reward.astype(np.float64)
 
 
-def _words(error: Exception) -> str:
+def _format(error: Exception) -> str:
     return f"{type(error).__name__}: {error}".splitlines()[0].rstrip(".")
-
-
-def _blank_time_step(num_envs: int) -> types.TimeStep:
-    """Returns a time step in which the console shows nothing."""
-    never = np.zeros(num_envs, np.bool_)
-    return types.TimeStep(
-        frame=np.zeros((num_envs, 84, 84), np.uint8),
-        reward=np.zeros(num_envs, np.float32),
-        terminated=never,
-        truncated=never,
-        is_first=never,
-        lives=np.zeros(num_envs, np.int32),
-        ram=np.zeros((num_envs, 128), np.uint8),
-    )

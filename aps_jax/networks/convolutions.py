@@ -20,9 +20,9 @@ from typing import NamedTuple, TypeAlias
 import chex
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-Array: TypeAlias = jax.Array | np.ndarray
+from aps_jax.types import Array
+
 Convolution: TypeAlias = Callable[..., jax.Array]
 Activation: TypeAlias = Callable[[jax.Array], jax.Array]
 
@@ -89,34 +89,22 @@ def _xla_forward(images, kernel, strides, padding=((0, 0), (0, 0))) -> jax.Array
     )
 
 
-def _gather_windows(images: Array, rows: int, columns: int, stride: int) -> jax.Array:
+def _gather_windows(
+    images: jax.Array, rows: int, columns: int, stride: int
+) -> jax.Array:
     """Gathers the window of every output: `[B, H, W, C] -> [B, h, w, P * Q * C]`."""
     batch, height, width, channels = images.shape
-    out_height = (height - rows) // stride + 1
-    out_width = (width - columns) // stride + 1
+    span = stride * ((height - rows) // stride) + 1
     # Pixels that always move together are seen as one, so that long runs are copied:
     # whole strides where they fill the kernel, 2 x 16 numbers a row for 8x8/4.
-    if columns % stride == 0:
-        run = stride
-        whole_width = width // stride * stride
-        images = images[:, :, :whole_width].reshape(
-            batch, height, whole_width // stride, stride * channels
-        )
-    else:
-        run = 1
+    run = stride if columns % stride == 0 else 1
+    images = images[:, :, : width // run * run].reshape(
+        batch, height, width // run, run * channels
+    )
     step = stride // run
+    width_span = step * ((width - columns) // stride) + 1
     windows = [
-        jax.lax.slice(
-            images,
-            (0, u, v, 0),
-            (
-                batch,
-                u + stride * (out_height - 1) + 1,
-                v + step * (out_width - 1) + 1,
-                images.shape[3],
-            ),
-            (1, stride, step, 1),
-        )
+        images[:, u : u + span : stride, v : v + width_span : step]
         for u in range(rows)
         for v in range(columns // run)
     ]
@@ -375,10 +363,7 @@ def apply_layers(
             chunk = chunk.astype(dtype)
         for layer, layer_weights, form in zip(layers, weights, plan.forms):
             if layer.is_padded:
-                rows, columns = (
-                    -chunk.shape[1] % layer.stride,
-                    -chunk.shape[2] % layer.stride,
-                )
+                rows, columns = (-side % layer.stride for side in chunk.shape[1:3])
                 chunk = jnp.pad(chunk, ((0, 0), (0, rows), (0, columns), (0, 0)))
             # Cast here: in a loop over chunks the gradient is summed before the cast.
             kernel = layer_weights.kernel.astype(dtype)

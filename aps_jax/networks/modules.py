@@ -1,4 +1,4 @@
-"""Encoders, the feature network and the successor-feature network, as Flax modules.
+"""Encoders of observations, and the networks on top of them, as Flax modules.
 
 An encoder is any module from an observation `[..., *observation_shape]` to a vector
 `[..., H]`; the networks know nothing else of it, so images and one-hot states are
@@ -9,6 +9,7 @@ Letters: `...` any number of leading dimensions (batch `B`, time `T`, environmen
 `E`), `H` width of the encoder's output, `K` tasks, `A` actions, `D` feature dimension.
 """
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
@@ -30,6 +31,11 @@ _kernel_init = nn.initializers.he_normal()
 _head_init = nn.initializers.variance_scaling(
     _HEAD_SCALE**2, "fan_in", "truncated_normal"
 )
+
+
+def _head(name: str, width: int) -> nn.Dense:
+    """Makes the last layer of a network."""
+    return nn.Dense(width, kernel_init=_head_init, name=name)
 
 
 class Features(NamedTuple):
@@ -62,63 +68,72 @@ class ConvParameters(nn.Module):
         )
 
 
-def _convolve_and_flatten(
-    observation: jax.Array,
-    layers: Sequence[convolutions.LayerShape],
-    *,
-    activation: convolutions.Activation,
-    dtype: jnp.dtype,
-    plan: convolutions.Plan | None,
-) -> jax.Array:
-    """Passes images through layers `conv_0`, `conv_1`, ... of the calling module.
+class _ConvEncoder(nn.Module):
+    """Encodes images by convolutional layers and, if it has units, a hidden layer."""
 
-    Args:
-      observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255.
-      layers: from the image on.
-      activation: follows every layer.
-      dtype: of the computation.
-      plan: None leaves the choice to `convolutions.choose_plan`.
+    hidden: int | None = None
+    dtype: jnp.dtype = jnp.float32  # Of the computation.
+    plan: convolutions.Plan | None = None  # None: `convolutions.choose_plan` decides.
+    activation: convolutions.Activation = convolutions.relu
 
-    Returns:
-      `[..., h * w * O]` of `dtype`.
+    layers: ClassVar[tuple[convolutions.LayerShape, ...]] = ()
 
-    Raises:
-      ValueError: if the observation is no image, or one too small for the layers.
-    """
-    if observation.ndim < 3:
-        raise ValueError(f"images must be [..., H, W, C], got {observation.shape}.")
-    if not jnp.issubdtype(observation.dtype, jnp.floating):
-        chex.assert_type(observation, jnp.uint8)
-    leading, image_shape = observation.shape[:-3], observation.shape[-3:]
-    if plan is None:
-        backend = jax.default_backend()
-        plan = convolutions.choose_plan(backend, image_shape, layers)
+    @nn.compact
+    def __call__(self, observation: jax.Array) -> jax.Array:
+        """Encodes images.
 
-    weights = []
-    channels = image_shape[-1]
-    for index, layer in enumerate(layers):
-        weights.append(ConvParameters(layer, channels, name=f"conv_{index}")())
-        channels = layer.features
-    # Scaling the few weights of the first layer scales its many pixels.
-    first = weights[0]
-    weights[0] = first._replace(kernel=first.kernel * (1.0 / _PIXEL_RANGE))
+        Args:
+          observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255;
+            84x84x4 in Atari.
 
-    images = observation.reshape(math.prod(leading), *image_shape)
-    images = convolutions.apply_layers(
-        images, weights, layers=layers, activation=activation, dtype=dtype, plan=plan
-    )
-    return images.reshape(*leading, math.prod(images.shape[1:]))
+        Returns:
+          `[..., hidden]` float32, or `[..., h * w * O]` without a hidden layer.
+
+        Raises:
+          ValueError: if the observation is no image, or one too small for the layers.
+        """
+        if observation.ndim < 3:
+            raise ValueError(f"images must be [..., H, W, C], got {observation.shape}.")
+        if not jnp.issubdtype(observation.dtype, jnp.floating):
+            chex.assert_type(observation, jnp.uint8)
+        *leading, height, width, channels = observation.shape
+        shape, layers = (height, width, channels), self.layers
+        plan = self.plan
+        if plan is None:
+            plan = convolutions.choose_plan(jax.default_backend(), shape, layers)
+
+        weights = []
+        for index, layer in enumerate(layers):
+            weights.append(ConvParameters(layer, channels, name=f"conv_{index}")())
+            channels = layer.features
+        # Scaling the few weights of the first layer scales its many pixels.
+        first = weights[0]
+        weights[0] = first._replace(kernel=first.kernel * (1.0 / _PIXEL_RANGE))
+
+        encoded = convolutions.apply_layers(
+            observation.reshape(math.prod(leading), *shape),
+            weights,
+            layers=layers,
+            activation=self.activation,
+            dtype=self.dtype,
+            plan=plan,
+        )
+        encoded = encoded.reshape(*leading, math.prod(encoded.shape[1:]))
+        if self.hidden is not None:
+            dense = nn.Dense(
+                self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
+            )
+            encoded = nn.relu(dense(encoded))
+        return encoded.astype(jnp.float32)
 
 
-class NatureEncoder(nn.Module):
+class NatureEncoder(_ConvEncoder):
     """Encodes images as DQN does: 32 8x8/4, 64 4x4/2, 64 3x3/1, then 512, all ReLU.
 
     Mnih et al. 2015, https://doi.org/10.1038/nature14236.
     """
 
-    hidden: int = 512
-    dtype: jnp.dtype = jnp.float32
-    plan: convolutions.Plan | None = None
+    hidden: int | None = 512
 
     layers: ClassVar = (
         convolutions.LayerShape(32, 8, 4),
@@ -126,53 +141,23 @@ class NatureEncoder(nn.Module):
         convolutions.LayerShape(64, 3, 1),
     )
 
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
-        flat = _convolve_and_flatten(
-            observation,
-            self.layers,
-            activation=convolutions.relu,
-            dtype=self.dtype,
-            plan=self.plan,
-        )
-        dense = nn.Dense(
-            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
-        )
-        return nn.relu(dense(flat)).astype(jnp.float32)
 
-
-class PaperEncoder(nn.Module):
+class PaperEncoder(_ConvEncoder):
     """Encodes images as APS does: four 3x3 layers of 32 ELUs, strides 2-1-1-1, flat.
 
     The linear layer after it is the network's own (APS, appendix, after DrQ's
     continuous-control encoder), https://arxiv.org/abs/2108.13956.
     """
 
-    dtype: jnp.dtype = jnp.float32
-    plan: convolutions.Plan | None = None
+    activation: convolutions.Activation = convolutions.elu
 
     layers: ClassVar = (
         convolutions.LayerShape(32, 3, 2),
-        convolutions.LayerShape(32, 3, 1),
-        convolutions.LayerShape(32, 3, 1),
-        convolutions.LayerShape(32, 3, 1),
+        *[convolutions.LayerShape(32, 3, 1)] * 3,
     )
 
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., 39200]`."""
-        flat = _convolve_and_flatten(
-            observation,
-            self.layers,
-            activation=convolutions.elu,
-            dtype=self.dtype,
-            plan=self.plan,
-        )
-        return flat.astype(jnp.float32)
 
-
-class SmallEncoder(nn.Module):
+class SmallEncoder(_ConvEncoder):
     """Encodes images cheaply: 32 and 64 ReLUs of 5x5/5, then a hidden layer.
 
     The encoder of data-efficient Rainbow (van Hasselt et al. 2019,
@@ -181,29 +166,12 @@ class SmallEncoder(nn.Module):
     Breakout's paddle is at row 76.
     """
 
-    hidden: int = 256
-    dtype: jnp.dtype = jnp.float32
-    plan: convolutions.Plan | None = None
+    hidden: int | None = 256
 
     layers: ClassVar = (
         convolutions.LayerShape(32, 5, 5, is_padded=True),
         convolutions.LayerShape(64, 5, 5, is_padded=True),
     )
-
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        """Maps `[..., 84, 84, 4]` uint8 (or float from 0 to 255) to `[..., hidden]`."""
-        flat = _convolve_and_flatten(
-            observation,
-            self.layers,
-            activation=convolutions.relu,
-            dtype=self.dtype,
-            plan=self.plan,
-        )
-        dense = nn.Dense(
-            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
-        )
-        return nn.relu(dense(flat)).astype(jnp.float32)
 
 
 class MlpEncoder(nn.Module):
@@ -231,7 +199,7 @@ class FeatureNetwork(nn.Module):
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> Features:
-        """Returns `Features` of an observation `[..., *observation_shape]`."""
+        """Returns the features of an observation `[..., *observation_shape]`."""
         encoded = self.encoder(observation)
         h = nn.Dense(self.feature_dim, name="h")(encoded)
         return Features(h=h, phi=sphere.normalize(h))
@@ -269,22 +237,15 @@ class SuccessorNetwork(nn.Module):
         chex.assert_type(tasks, float)
         chex.assert_shape(tasks, (*encoded.shape[:-1], None, self.feature_dim))
 
-        from_state = nn.Dense(self.hidden, kernel_init=_kernel_init, name="from_state")(
-            encoded
-        )
-        from_task = nn.Dense(
-            self.hidden, use_bias=False, kernel_init=_kernel_init, name="from_task"
-        )(tasks)
+        dense = functools.partial(nn.Dense, self.hidden, kernel_init=_kernel_init)
+        from_state = dense(name="from_state")(encoded)
+        from_task = dense(use_bias=False, name="from_task")(tasks)
         hidden = nn.relu(from_state[..., None, :] + from_task)  # [..., K, hidden]
-        psi = nn.Dense(
-            self.num_actions * self.feature_dim, kernel_init=_head_init, name="psi"
-        )(hidden)
+        psi = _head("psi", self.num_actions * self.feature_dim)(hidden)
         psi = psi.reshape(*psi.shape[:-1], self.num_actions, self.feature_dim)
         if not self.exploration_head:
             return Successor(psi=psi, exploration=None)
-        exploration = nn.Dense(
-            self.num_actions, kernel_init=_head_init, name="exploration"
-        )(hidden)
+        exploration = _head("exploration", self.num_actions)(hidden)
         return Successor(psi=psi, exploration=exploration)
 
 
@@ -298,9 +259,6 @@ class ValueNetwork(nn.Module):
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
         """Returns `[..., A]` values of an observation `[..., *observation_shape]`."""
-        hidden = nn.Dense(self.hidden, kernel_init=_kernel_init, name="from_state")(
-            self.encoder(observation)
-        )
-        return nn.Dense(self.num_actions, kernel_init=_head_init, name="values")(
-            nn.relu(hidden)
-        )
+        dense = nn.Dense(self.hidden, kernel_init=_kernel_init, name="from_state")
+        hidden = nn.relu(dense(self.encoder(observation)))
+        return _head("values", self.num_actions)(hidden)

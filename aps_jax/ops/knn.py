@@ -103,12 +103,18 @@ def knn_distances(
 
     queries, particles = precision.widen(queries, particles)
     # Not NumPy arrays, which traced indices cannot index.
-    query_ids, particle_ids = jax.tree.map(jnp.asarray, (query_ids, particle_ids))
+    ids = jax.tree.map(jnp.asarray, (query_ids, particle_ids))
     if queries.shape[0] == 0:
         return jnp.zeros((0, k), queries.dtype)
-    ids = None if query_ids is None else (query_ids, particle_ids)
     distances, _ = _nearest(k, tile_size, queries, particles, ids)
     return distances.T
+
+
+class _Points(NamedTuple):
+    """Queries or particles."""
+
+    vectors: jax.Array  # [N or M, D] float.
+    ids: jax.Array | None  # [N or M] int.
 
 
 class _Neighbors(NamedTuple):
@@ -118,13 +124,15 @@ class _Neighbors(NamedTuple):
     indices: jax.Array  # [k, N] int32, of particles.
 
 
+# Finds the k smallest values of each column of [M, N], and their rows.
+_FindSmallest = Callable[[jax.Array, int], _Neighbors]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _nearest(k, tile_size, queries, particles, ids):
     """Finds distances and indices `[k, N]`; the derivative leaves out the search."""
     nearest = jax.lax.platform_dependent(
-        queries,
-        particles,
-        ids,
+        *map(_Points, (queries, particles), ids),
         cpu=functools.partial(_search, _CPU, k, tile_size),
         default=functools.partial(_search, _ACCELERATOR, k, tile_size),
     )
@@ -160,44 +168,46 @@ def _search(
     tuning: _Tuning,
     k: int,
     tile_size: int | None,
-    queries: jax.Array,
-    particles: jax.Array,
-    ids: tuple[jax.Array, jax.Array] | None,
+    queries: _Points,
+    particles: _Points,
 ) -> _Neighbors:
     """Finds the k nearest particles, for a tile of the queries at a time."""
-    num_queries, dim = queries.shape
-    num_particles = particles.shape[0]
+    num_queries, dim = queries.vectors.shape
+    num_particles = particles.vectors.shape[0]
     # The running best of a tile must fit into it.
     tile_size = max(tile_size or tuning.tile_size, k + _NUM_SPARE_CANDIDATES)
     tile_size = min(tile_size, num_particles)
     num_tiles = math.ceil(num_queries / max(tuning.workspace // tile_size, 1))
     query_tile_size = math.ceil(num_queries / num_tiles)
 
-    query_ids, particle_ids = (None, None) if ids is None else ids
-    search = _search_by_subtraction
-    if dim > _MAX_UNROLLED_FEATURES:
-        search = _search_by_product
-    smallest = functools.partial(_smallest, tuning)
-
-    def search_tile(queries_and_ids):
-        tile, tile_ids = queries_and_ids
-        return search(smallest, tile, particles, tile_ids, particle_ids, k, tile_size)
-
+    is_unrolled = dim <= _MAX_UNROLLED_FEATURES
+    search = functools.partial(
+        _search_by_subtraction if is_unrolled else _search_by_product,
+        functools.partial(_smallest, tuning),
+        particles,
+        k=k,
+        tile_size=tile_size,
+    )
     if num_tiles == 1:
-        return search_tile((queries, query_ids))
+        return search(queries)
     tiles = jax.tree.map(
         # What is found for the rows that fill up the last tile is thrown away.
         lambda x: jnp.resize(x, (num_tiles, query_tile_size, *x.shape[1:])),
-        (queries, query_ids),
+        queries,
     )
     return jax.tree.map(
         lambda x: jnp.moveaxis(x, 0, 1).reshape(k, -1)[:, :num_queries],
-        jax.lax.map(search_tile, tiles),
+        jax.lax.map(search, tiles),
     )
 
 
 def _search_by_subtraction(
-    smallest, queries, particles, query_ids, particle_ids, k, tile_size
+    smallest: _FindSmallest,
+    particles: _Points,
+    queries: _Points,
+    *,
+    k: int,
+    tile_size: int,
 ) -> _Neighbors:
     """Finds the k nearest particles by their distances, unrolled over the features."""
 
@@ -207,20 +217,16 @@ def _search_by_subtraction(
             for d in range(queries.shape[1])
         )
 
-    return _smallest_over_tiles(
-        smallest,
-        squares_to,
-        queries,
-        particles,
-        query_ids,
-        particle_ids,
-        k=k,
-        tile_size=tile_size,
-    )
+    return _smallest_over_tiles(smallest, squares_to, particles, queries, k, tile_size)
 
 
 def _search_by_product(
-    smallest, queries, particles, query_ids, particle_ids, k, tile_size
+    smallest: _FindSmallest,
+    particles: _Points,
+    queries: _Points,
+    *,
+    k: int,
+    tile_size: int,
 ) -> _Neighbors:
     """Finds the k nearest particles by a matrix product, and checks that they are.
 
@@ -232,29 +238,23 @@ def _search_by_product(
     its distance from the centre: it becomes the centre of a new comparison, for itself
     and for the queries near it, which settles it and nearly always them.
     """
-    num_queries, num_particles = queries.shape[0], particles.shape[0]
+    vectors, num_particles = particles.vectors, particles.vectors.shape[0]
     num_candidates = min(k + _NUM_SPARE_CANDIDATES, num_particles)
-    num_retried = min(_NUM_RETRIED_QUERIES, num_queries)
+    num_retried = min(_NUM_RETRIED_QUERIES, queries.vectors.shape[0])
 
-    def search_from(centre, queries, query_ids):
+    def search_from(centre, queries):
+        bounds_to = functools.partial(_product_bounds, centre)
         bounds, candidates = _smallest_over_tiles(
-            smallest,
-            functools.partial(_product_bounds, centre),
-            queries,
-            particles,
-            query_ids,
-            particle_ids,
-            k=num_candidates,
-            tile_size=tile_size,
+            smallest, bounds_to, particles, queries, num_candidates, tile_size
         )
-        differences = queries[None, :, :] - particles[candidates]
+        differences = queries.vectors[None, :, :] - vectors[candidates]
         squares = jnp.sum(jnp.square(differences), axis=-1)
         squares = jnp.where(bounds == jnp.inf, jnp.inf, squares)
         squares, order = smallest(squares, k)
         nearest = _Neighbors(squares, jnp.take_along_axis(candidates, order, axis=0))
         if num_candidates == num_particles:
-            return nearest, jnp.ones(queries.shape[0], bool)
-        tolerance = _TOLERANCE * jnp.finfo(queries.dtype).eps
+            return nearest, jnp.ones(squares.shape[1], bool)
+        tolerance = _TOLERANCE * jnp.finfo(squares.dtype).eps
         # Not `<=`: what is not a number must not be retried.
         return nearest, ~(squares[-1] * (1 - tolerance) > bounds[-1])
 
@@ -264,13 +264,13 @@ def _search_by_product(
 
     def retry(state):
         nearest, is_settled = state
-        centre = queries[jnp.argmin(is_settled)]
-        squares = jnp.sum(jnp.square(queries - centre[None, :]), axis=-1)
+        centre = queries.vectors[jnp.argmin(is_settled)]
+        squares = jnp.sum(jnp.square(queries.vectors - centre[None, :]), axis=-1)
         # The centre comes first, at distance 0, whose bounds are exact: it is settled.
         unsettled_squares = jnp.where(is_settled, jnp.inf, squares)
         rows = smallest(unsettled_squares[:, None], num_retried).indices[:, 0]
-        row_ids = None if query_ids is None else query_ids[rows]
-        again, is_settled_again = search_from(centre, queries[rows], row_ids)
+        retried = jax.tree.map(lambda x: x[rows], queries)
+        again, is_settled_again = search_from(centre, retried)
         # Rows settled before only fill up the number, and may lie far from this centre.
         is_kept = is_settled[rows]
         nearest = jax.tree.map(
@@ -282,13 +282,12 @@ def _search_by_product(
         return nearest, is_settled.at[rows].set(is_kept | is_settled_again)
 
     # A mean of differences: a plain sum of many equal offsets would lose their digits.
-    reference = particles[0]
-    centre = reference + jnp.mean(particles - reference[None, :], axis=0)
+    reference = vectors[0]
+    centre = reference + jnp.mean(vectors - reference[None, :], axis=0)
     # One particle that is not a number must show, and not spoil the choice of others.
     centre = jnp.where(jnp.isfinite(centre), centre, 0.0)
-    state = search_from(centre, queries, query_ids)
-    nearest, _ = jax.lax.while_loop(has_unsettled, retry, state)
-    return nearest
+    state = search_from(centre, queries)
+    return jax.lax.while_loop(has_unsettled, retry, state)[0]
 
 
 def _product_bounds(centre, queries, particles) -> jax.Array:
@@ -314,32 +313,30 @@ def _product_bounds(centre, queries, particles) -> jax.Array:
 
 
 def _smallest_over_tiles(
-    smallest: Callable[[jax.Array, int], _Neighbors],
+    smallest: _FindSmallest,
     squares_to: Callable[[jax.Array, jax.Array], jax.Array],
-    queries: jax.Array,
-    particles: jax.Array,
-    query_ids: jax.Array | None,
-    particle_ids: jax.Array | None,
-    *,
+    particles: _Points,
+    queries: _Points,
     k: int,
     tile_size: int,
 ) -> _Neighbors:
     """Finds the k particles of the smallest squares, one tile after the other."""
-    num_queries, num_particles = queries.shape[0], particles.shape[0]
+    num_queries, num_particles = queries.vectors.shape[0], particles.vectors.shape[0]
     offsets = np.arange(0, num_particles, tile_size)
     # The last tile starts earlier if it would not be full, and leaves out what the
     # one before it had: padding the particles would copy them.
     starts = np.minimum(offsets, num_particles - tile_size)
 
     def search_tile(start, offset):
-        tile = jax.lax.dynamic_slice_in_dim(particles, start, tile_size)
-        squares = squares_to(queries, tile)
+        tile = jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, start, tile_size), particles
+        )
+        squares = squares_to(queries.vectors, tile.vectors)
         if num_particles % tile_size:
             is_repeated = start + jnp.arange(tile_size, dtype=jnp.int32) < offset
             squares = jnp.where(is_repeated[:, None], jnp.inf, squares)
-        if particle_ids is not None:
-            tile_ids = jax.lax.dynamic_slice_in_dim(particle_ids, start, tile_size)
-            is_self = tile_ids[:, None] == query_ids[None, :]
+        if queries.ids is not None:
+            is_self = tile.ids[:, None] == queries.ids[None, :]
             squares = jnp.where(is_self, jnp.inf, squares)
         nearest = smallest(squares, k)
         return nearest._replace(indices=start + nearest.indices)
@@ -349,15 +346,14 @@ def _smallest_over_tiles(
             lambda x, y: jnp.concatenate([x, y]), best, search_tile(*start_and_offset)
         )
         squares, rows = smallest(both.squares, k)
-        return _Neighbors(
-            squares, jnp.take_along_axis(both.indices, rows, axis=0)
-        ), None
+        indices = jnp.take_along_axis(both.indices, rows, axis=0)
+        return _Neighbors(squares, indices), None
 
     if len(offsets) == 1:
         return search_tile(jnp.int32(0), jnp.int32(0))
     shape = (k, num_queries)
     nothing = _Neighbors(
-        jnp.full(shape, jnp.inf, queries.dtype), jnp.zeros(shape, jnp.int32)
+        jnp.full(shape, jnp.inf, queries.vectors.dtype), jnp.zeros(shape, jnp.int32)
     )
     tiles = (jnp.asarray(starts, jnp.int32), jnp.asarray(offsets, jnp.int32))
     best, _ = jax.lax.scan(merge_tile, nothing, tiles)
@@ -394,27 +390,20 @@ def _repeated_minima(values: jax.Array, k: int) -> tuple[jax.Array, jax.Array]:
     values = jnp.pad(values, ((0, padding), (0, 0)), constant_values=jnp.inf)
     blocks = jnp.arange(num_blocks, dtype=jnp.int32)[:, None]
     members = jnp.arange(_BLOCK_SIZE, dtype=jnp.int32)[:, None]
+    least = functools.partial(jnp.min, axis=0, keepdims=True)
 
     def take_minimum(state, _):
         minima, last_value, last_row = state
-        value = jnp.min(minima, axis=0, keepdims=True)
+        value = least(minima)
         # Minima, because XLA does not vectorise `argmin` on a CPU.
-        block = jnp.min(
-            jnp.where(minima == value, blocks, num_blocks - 1), axis=0, keepdims=True
-        )
+        block = least(jnp.where(minima == value, blocks, num_blocks - 1))
         rows = _BLOCK_SIZE * block + members
         block_values = jnp.take_along_axis(values, rows, axis=0, mode="clip")
         is_left = (block_values > last_value) | (rows > last_row)
         # If nothing is left but +inf, any row will do.
-        row = jnp.min(
-            jnp.where((block_values == value) & is_left, rows, num_rows - 1),
-            axis=0,
-            keepdims=True,
-        )
+        row = least(jnp.where((block_values == value) & is_left, rows, num_rows - 1))
         is_next = (block_values > value) | ((block_values == value) & (rows > row))
-        minimum = jnp.min(
-            jnp.where(is_next, block_values, jnp.inf), axis=0, keepdims=True
-        )
+        minimum = least(jnp.where(is_next, block_values, jnp.inf))
         minima = jnp.where(blocks == block, minimum, minima)
         return (minima, value, row), (value[0], row[0])
 

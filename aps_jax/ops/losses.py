@@ -11,11 +11,19 @@ temporal-difference error:
 - off-policy: as split, but psi learns the features under the policy that only obeys.
 
 Everything is written for one transition: `jax.vmap` it over a batch, and average there.
-The cumulants given are already n-step sums, and `discount_t` is then the product of the
-n discounts: `gamma^n`, or 0 where the game was over. Errors are target minus
-prediction; gradient reaches the prediction (`psi_tm1`, `exploration_tm1`) and nothing
-else. What is not a number shows in the error. Results are float32 or wider
-(`precision.widen`).
+Errors are target minus prediction; gradient reaches the prediction (`psi_tm1`,
+`exploration_tm1`) and nothing else. What is not a number shows in the error. Results
+are float32 or wider (`precision.widen`). The errors' arguments are
+
+- `psi_tm1`, `psi_t`: `[A, D]` float, successor features at time t-1, and those of the
+  target network at time t;
+- `exploration_tm1`, `exploration_t`: `[A]` float, likewise exploration values;
+- `a_tm1`: `[]` int, action taken at time t-1;
+- `discount_t`: `[]` float, product of the n discounts of a window: `gamma^n`, or 0
+  where the game was over;
+- `w`: `[D]` float, task vector;
+
+and the n-step sum of a cumulant.
 
 Letters: `A` actions, `D` feature dimension, `n` steps of a window.
 """
@@ -37,11 +45,11 @@ class SplitTDError(NamedTuple):
     exploration: Array  # [] float, of the exploration value of the action taken.
 
 
-class Window(NamedTuple):
-    """The part of an n-step window that may be used."""
+class UsedSteps(NamedTuple):
+    """The steps of an n-step window that may be used."""
 
-    horizon: Array  # [] int32 in [1, n], steps up to and including the first cut.
-    weights: Array  # [n] float, 1 for these steps and 0 after them.
+    horizon: jax.Array  # [] int32 in [1, n], steps up to and including the first cut.
+    weights: jax.Array  # [n] float, 1 for these steps and 0 after them.
 
 
 def q_values(psi: Array, w: Array) -> jax.Array:
@@ -135,15 +143,15 @@ def n_step_cumulant(
     return jnp.sum(weights * cumulant_t, axis=0), products[-1]
 
 
-def mask_after_cut(cut_t: Array) -> Window:
+def mask_after_cut(cut_t: Array) -> UsedSteps:
     """Finds the steps of a window that belong to one episode and task.
 
     Steps after the first cut must not be learnt from. Give them cumulant 0 and discount
     1: then `n_step_cumulant` of the whole window is that of its used part,
 
-        window = mask_after_cut(cut_t)
-        reward_t = window.weights * r_t
-        discount_t = jnp.where(window.weights > 0, discount_t, 1.0)
+        used = mask_after_cut(cut_t)
+        reward_t = used.weights * r_t
+        discount_t = jnp.where(used.weights > 0, discount_t, 1.0)
 
     and the state to bootstrap from is the one reached by step `horizon`, at index
     `horizon - 1`. The step of the cut itself is used; its discount is 0 if the game was
@@ -160,18 +168,13 @@ def mask_after_cut(cut_t: Array) -> Window:
 
     num_cuts = jnp.cumsum(cut_t, dtype=jnp.int32)
     is_used = num_cuts - cut_t.astype(jnp.int32) == 0
-    return Window(
+    return UsedSteps(
         horizon=jnp.sum(is_used, dtype=jnp.int32), weights=is_used.astype(float)
     )
 
 
 def scalar_td_error(
-    psi_tm1: Array,
-    a_tm1: Array,
-    r_t: Array,
-    discount_t: Array,
-    psi_t: Array,
-    w: Array,
+    psi_tm1: Array, a_tm1: Array, r_t: Array, discount_t: Array, psi_t: Array, w: Array
 ) -> jax.Array:
     """Computes the TD error of `psi^T w`, Q-learning on the reward.
 
@@ -179,15 +182,11 @@ def scalar_td_error(
     https://arxiv.org/abs/2108.13956, the loss L_APS).
 
     Args:
-      psi_tm1: `[A, D]` float, successor features at time t-1.
-      a_tm1: `[]` int, action taken at time t-1.
+      psi_tm1, a_tm1, discount_t, psi_t, w: as in the module's list.
       r_t: `[]` float, n-step reward.
-      discount_t: `[]` float, product of the n discounts.
-      psi_t: `[A, D]` float, target-network successor features at time t.
-      w: `[D]` float, task vector.
 
     Returns:
-      `[]` float, target minus prediction.
+      `[]` float.
     """
     chex.assert_rank([psi_tm1, a_tm1, r_t, discount_t, psi_t, w], [2, 0, 0, 0, 2, 1])
     chex.assert_type([psi_tm1, r_t, discount_t, psi_t, w], float)
@@ -216,15 +215,11 @@ def vector_td_error(
     product with a unit `w` is the scalar form.
 
     Args:
-      psi_tm1: `[A, D]` float, successor features at time t-1.
-      a_tm1: `[]` int, action taken at time t-1.
+      psi_tm1, a_tm1, discount_t, psi_t, w: as in the module's list.
       cumulant_t: `[D]` float, n-step cumulant, in place of a reward.
-      discount_t: `[]` float, product of the n discounts.
-      psi_t: `[A, D]` float, target-network successor features at time t.
-      w: `[D]` float, task vector.
 
     Returns:
-      `[D]` float, target minus prediction.
+      `[D]` float.
     """
     chex.assert_rank(
         [psi_tm1, a_tm1, cumulant_t, discount_t, psi_t, w], [2, 0, 1, 0, 2, 1]
@@ -264,20 +259,14 @@ def split_td_error(
     the task alone.
 
     Args:
-      psi_tm1: `[A, D]` float, successor features at time t-1.
-      exploration_tm1: `[A]` float, exploration values at time t-1.
-      a_tm1: `[]` int, action taken at time t-1.
+      psi_tm1, exploration_tm1, a_tm1, discount_t, psi_t, exploration_t, w: as in the
+        module's list.
       phi_t: `[D]` float, n-step sum of the features.
       r_entropy_t: `[]` float, n-step sum of the entropy rewards.
-      discount_t: `[]` float, product of the n discounts.
-      psi_t: `[A, D]` float, target-network successor features at time t.
-      exploration_t: `[A]` float, target-network exploration values at time t.
-      w: `[D]` float, task vector.
-      skill_weight: weight of the skill reward in behaviour.
-      entropy_weight: weight of the entropy reward in behaviour.
+      skill_weight, entropy_weight: weights of the two rewards in behaviour.
 
     Returns:
-      Target minus prediction of both.
+      The errors of both outputs.
     """
     chex.assert_rank(
         [psi_tm1, exploration_tm1, a_tm1, phi_t, r_entropy_t], [2, 1, 0, 1, 0]
@@ -326,15 +315,8 @@ def off_policy_td_error(
     Arguments and result are those of `split_td_error`.
     """
     split = split_td_error(
-        psi_tm1,
-        exploration_tm1,
-        a_tm1,
-        phi_t,
-        r_entropy_t,
-        discount_t,
-        psi_t,
-        exploration_t,
-        w,
+        *(psi_tm1, exploration_tm1, a_tm1, phi_t, r_entropy_t),
+        *(discount_t, psi_t, exploration_t, w),
         skill_weight=skill_weight,
         entropy_weight=entropy_weight,
     )

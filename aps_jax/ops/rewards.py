@@ -25,13 +25,6 @@ class DistanceScale(NamedTuple):
     mean: Array  # [] float, in units of the features; 0 before any distance.
 
 
-class DistanceSums(NamedTuple):
-    """Sums over a batch of distances."""
-
-    num_neighbors: Array  # [] float, neighbours that exist.
-    deviation: Array  # [] float, of their distances from the running mean.
-
-
 def init_distance_scale() -> DistanceScale:
     """Returns the scale before any distance was seen: weight 0, mean 0."""
     return DistanceScale(weight=jnp.zeros(()), mean=jnp.zeros(()))
@@ -60,53 +53,16 @@ def update_distance_scale(
       The mean with the batch included; unchanged but for its decayed weight if the
       batch has no neighbour.
     """
-    return move_distance_scale(scale, sum_distances(scale, distances), decay=decay)
+    chex.assert_rank([*scale], 0)
+    chex.assert_type([*scale, distances], float)
 
-
-def sum_distances(scale: DistanceScale, distances: Array) -> DistanceSums:
-    """Sums a batch of distances, as a part of what `move_distance_scale` takes.
-
-    Sums of parts of a batch, each on a device of its own, add up to those of the batch.
-
-    Args:
-      scale: the mean before the batch.
-      distances: `[..., k]` float, as those of `update_distance_scale`.
-
-    Returns:
-      The sums.
-    """
-    chex.assert_rank([scale.weight, scale.mean], 0)
-    chex.assert_type([scale.weight, scale.mean, distances], float)
-
-    distances, mean = precision.widen(distances, scale.mean)
+    weight, mean, distances, kept = precision.widen(*scale, distances, decay)
     exists = distances != jnp.inf
     # Deviations from the mean are small once it is known, and summed row by row: so
     # float32 keeps their sum exact to a few units in the last place.
     deviations = jnp.where(exists, distances - mean, 0.0)
-    return DistanceSums(
-        num_neighbors=jnp.sum(exists, dtype=distances.dtype),
-        deviation=jnp.sum(jnp.sum(deviations, axis=-1)),
-    )
-
-
-def move_distance_scale(
-    scale: DistanceScale, sums: DistanceSums, *, decay: float = 0.99
-) -> DistanceScale:
-    """Adds the sums of a whole batch; the equation is that of `update_distance_scale`.
-
-    Args:
-      scale: the mean of which `sums` holds the deviations.
-      sums: of all distances of the batch.
-      decay: in [0, 1], per update.
-
-    Returns:
-      The mean with the batch included.
-    """
-    chex.assert_rank([*scale, *sums], 0)
-    chex.assert_type([*scale, *sums], float)
-
-    weight, mean, num_neighbors, deviation, kept = precision.widen(*scale, *sums, decay)
-    weight = kept * weight + num_neighbors
+    deviation = jnp.sum(jnp.sum(deviations, axis=-1))
+    weight = kept * weight + jnp.sum(exists, dtype=mean.dtype)
     mean = mean + deviation / jnp.where(weight == 0, 1.0, weight)
     return DistanceScale(weight=weight, mean=mean)
 

@@ -51,12 +51,8 @@ def init_regression_moments(dim: int) -> RegressionMoments:
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}.")
 
-    return RegressionMoments(
-        mean=jnp.zeros((dim + 1,)),
-        comoment=jnp.zeros((dim + 1, dim + 1)),
-        num_samples=jnp.int32(0),
-        num_nonzero=jnp.int32(0),
-    )
+    mean, comoment = jnp.zeros((dim + 1,)), jnp.zeros((dim + 1, dim + 1))
+    return RegressionMoments(mean, comoment, jnp.int32(0), jnp.int32(0))
 
 
 def update_regression_moments(
@@ -71,11 +67,7 @@ def update_regression_moments(
       moments: of the samples so far.
       phi_t: `[N, D]` float, features of the states reached.
       r_t: `[N]` float, one-step rewards of the same transitions.
-      mask: `[N]` bool, whether to use the sample. What stands in the others does not
-        matter, not even if it is not a number.
-
-    Returns:
-      Moments with the samples included.
+      mask: `[N]` bool, whether to use the sample; the others may be NaN.
     """
     chex.assert_rank([phi_t, r_t, mask], [2, 1, 1])
     chex.assert_type([phi_t, r_t], float)

@@ -1,17 +1,17 @@
 """The devices of a run, and how its arrays lie on them.
 
-There is one mesh axis. What belongs to an environment (its rollout state, its part of the
-replay) or to a window of a batch is sharded over it; everything else is replicated. A run
-on one device has no mesh. Each of several processes (`processes`) has as many devices of
-the mesh, in the order of the processes, and plays the environments on its own devices.
+There is one mesh axis. What belongs to an environment (its rollout state, its part of
+the replay) or to a window of a batch is sharded over it; everything else is replicated.
+A run on one device has no mesh. Several processes (`processes`) have as many devices
+of the mesh each, in their order, and play the environments on their own devices.
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import NamedSharding, PartitionSpec, Sharding, SingleDeviceSharding
 
 from aps_jax.parallel import processes
@@ -54,9 +54,8 @@ def make_mesh(num_devices: int) -> Mesh:
     taken = [device for own in there for device in own[: num_devices // count]]
     axis_types = (jax.sharding.AxisType.Auto,)
     if count == 1:
-        return jax.make_mesh(
-            (num_devices,), (AXIS,), axis_types=axis_types, devices=taken
-        )
+        shape = (num_devices,)
+        return jax.make_mesh(shape, (AXIS,), axis_types=axis_types, devices=taken)
     # In the order of the processes, whatever a topology would prefer: the shards of a
     # process are its own environments.
     mesh = jax.sharding.Mesh(np.array(taken), (AXIS,), axis_types=axis_types)
@@ -108,20 +107,13 @@ def device_put(tree: Any, mesh: Mesh = None, specs: Any = REPLICATED) -> Any:
     wanted = shardings(mesh, specs)
     if num_processes(mesh) == 1:
         return jax.device_put(tree, wanted)
-    return jax.tree.map(
-        lambda where, part: jax.tree.map(lambda x: make_global(x, where), part),
-        wanted,
-        tree,
-    )
 
+    def put(where: Sharding, part: Any) -> Any:
+        return jax.tree.map(
+            lambda x: jax.make_array_from_process_local_data(where, np.asarray(x)), part
+        )
 
-def make_global(value: Any, where: Sharding) -> jax.Array:
-    """Makes an array of all processes from the rows of this one, or a replicated one."""
-    rows = np.asarray(value)
-    if where.is_fully_replicated or not isinstance(where, NamedSharding):
-        return jax.make_array_from_callback(rows.shape, where, lambda i: rows[i])
-    shape = (rows.shape[0] * num_processes(where.mesh), *rows.shape[1:])
-    return jax.make_array_from_process_local_data(where, rows, shape)
+    return jax.tree.map(put, wanted, tree)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
@@ -137,13 +129,8 @@ def local_rows(array: jax.Array) -> np.ndarray:
 def fetch(tree: Any, mesh: Mesh = None) -> Any:
     """Copies a whole pytree to the host of every process. Collective."""
     if num_processes(mesh) > 1:
-        tree = _gather(sharding(mesh))(tree)
+        return multihost_utils.process_allgather(tree, tiled=True)
     return jax.device_get(tree)
-
-
-@functools.cache
-def _gather(everywhere: Sharding) -> Callable[[Any], Any]:
-    return jax.jit(lambda tree: tree, out_shardings=everywhere)
 
 
 def local(tree: Any) -> Any:

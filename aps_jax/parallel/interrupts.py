@@ -2,13 +2,10 @@
 
 import contextlib
 import os
-import selectors
 import signal
 import sys
 import threading
-import time
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any, NoReturn, Self
 
 # What a scheduler reads as "try again": EX_TEMPFAIL of sysexits.h.
@@ -27,8 +24,8 @@ SIGNALS = (
 )
 
 # XLA compiles for many seconds in one call, in which Python runs nothing. How long to
-# wait for such a call, so that a checkpoint can be saved after it, before the process is
-# ended: less than the 30 seconds that Slurm and spot machines leave.
+# wait for such a call, so that a checkpoint can be saved after it, before the process
+# is ended: less than the 30 seconds that Slurm and spot machines leave.
 _PATIENCE_SECONDS = 20.0
 
 
@@ -47,9 +44,9 @@ def is_requested() -> bool:
 class StopRequests:
     """Listens for `SIGNALS` while it is entered, in the main thread.
 
-    A thread says at once that a request was noticed; `check`, which stages call in every
-    step, raises. A second Ctrl-C ends the process at once. `SIGHUP` stays ignored where
-    it is, as under nohup.
+    A thread says at once that a request was noticed; `check`, which stages call in
+    every step, raises. A second Ctrl-C ends the process at once. `SIGHUP` stays ignored
+    where it is, as under nohup.
     """
 
     def __init__(
@@ -87,12 +84,7 @@ class StopRequests:
         threading.Thread(target=self._watch, daemon=True).start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         global _active
         _active = self._outer
         self._noticed.set()
@@ -102,11 +94,7 @@ class StopRequests:
         os.close(self._writer)  # Ends the thread.
 
     def check(self) -> None:
-        """Raises if a stop was requested.
-
-        Raises:
-          Interrupted: The stage should save and end.
-        """
+        """Raises `Interrupted` if a stop was requested: the stage saves and ends."""
         if self.is_requested() or self._is_other_stopped():
             self.obey()
 
@@ -115,11 +103,7 @@ class StopRequests:
         return self._requested.is_set()
 
     def obey(self) -> NoReturn:
-        """Stops.
-
-        Raises:
-          Interrupted: Always.
-        """
+        """Stops: raises `Interrupted`."""
         self._noticed.set()
         raise Interrupted("stopped as asked; the same command continues")
 
@@ -129,36 +113,32 @@ class StopRequests:
 
     def _watch(self) -> None:
         """Waits for a signal's byte, which arrives even while Python runs nothing."""
-        deadline: float | None = None
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._reader, selectors.EVENT_READ)
-            while True:
-                if self._noticed.is_set():
-                    left = None
-                else:
-                    left = deadline and max(deadline - time.monotonic(), 0.0)
-                if selector.select(left):
-                    received = os.read(self._reader, 1)
-                    if not received:
-                        break
-                    number = received[0]
-                    if number not in self._previous:
-                        continue
-                    if deadline is None:
-                        deadline = time.monotonic() + self._patience
-                        say(
-                            f"{signal.Signals(number).name} noticed: stopping at the "
-                            "next step; a second Ctrl-C stops at once"
-                        )
-                    elif number == signal.SIGINT:
-                        os._exit(EXIT_CODE)
-                elif not self._noticed.is_set():
-                    say(
-                        "stopped within a long computation; the same command continues "
-                        "from the last checkpoint"
-                    )
-                    os._exit(EXIT_CODE)
+        is_first = True
+        while received := os.read(self._reader, 1):
+            number = received[0]
+            if number not in self._previous:
+                continue
+            if is_first:
+                is_first = False
+                timer = threading.Timer(self._patience, self._end_if_unnoticed)
+                timer.daemon = True
+                timer.start()
+                name = signal.Signals(number).name
+                say(
+                    f"{name} noticed: stopping at the next step; a second Ctrl-C stops "
+                    "at once"
+                )
+            elif number == signal.SIGINT:
+                os._exit(EXIT_CODE)
         os.close(self._reader)
+
+    def _end_if_unnoticed(self) -> None:
+        if not self._noticed.is_set():
+            say(
+                "stopped within a long computation; the same command continues from "
+                "the last checkpoint"
+            )
+            os._exit(EXIT_CODE)
 
 
 def say(text: str) -> None:

@@ -53,16 +53,20 @@ def distributed_arguments(
 
     Without any value, the tasks of a Slurm step are the processes of one run. JAX would
     then show each task one GPU, also the only task of a node; here the tasks share what
-    `CUDA_VISIBLE_DEVICES` of `environment` names, unless Slurm has shared it out already.
+    `CUDA_VISIBLE_DEVICES` of `environment` names, unless Slurm has done so.
 
     Raises:
       ValueError: One of the three is missing, or the address is not `HOST:PORT`.
     """
     if num_processes == 1 and process_id in (None, 0):
         return None
-    flags = (coordinator_address, num_processes, process_id)
-    if flags != (None, None, None):
-        if None in flags:
+    given = {
+        "coordinator_address": coordinator_address,
+        "num_processes": num_processes,
+        "process_id": process_id,
+    }
+    if any(value is not None for value in given.values()):
+        if None in given.values():
             raise ValueError(
                 "A run over several hosts needs all of --coordinator_address, "
                 "--num_processes and --process_id, on Slurm none of them."
@@ -73,12 +77,7 @@ def distributed_arguments(
                 "--coordinator_address must be HOST:PORT of process 0, got "
                 f"{coordinator_address!r}."
             )
-        return {
-            "coordinator_address": coordinator_address,
-            "num_processes": num_processes,
-            "process_id": process_id,
-            "cluster_detection_method": "deactivate",
-        }
+        return {**given, "cluster_detection_method": "deactivate"}
     num_tasks = int(environment.get("SLURM_STEP_NUM_TASKS", "1"))
     if num_tasks == 1:
         return None
@@ -114,8 +113,8 @@ def connect(
     place = arguments.get("coordinator_address", "the address that Slurm gives")
     _print_if_killed(
         f"error: not all processes of this run came to {place} within "
-        f"{timeout_seconds} s. Was each of them started, is that port of process 0 free, "
-        "and does the network let it through?"
+        f"{timeout_seconds} s. Was each of them started, is that port of process 0 "
+        "free, and does the network let it through?"
     )
     # It would take SIGTERM, for which `interrupts` listens.
     jax.config.update("jax_enable_preemption_service", False)
@@ -140,15 +139,13 @@ def connect(
     # The first collective: to later ones a process may come as late as it likes.
     _host_names[:] = all_gather(platform.node())
     wanted, *others = all_gather(dict(same))
-    differences = []
-    for index, other in enumerate(others, start=1):
-        for name in sorted(set(wanted) | set(other)):
-            here, there = other.get(name), wanted.get(name)
-            if here != there:
-                differences.append(
-                    f"{name} is {here!r} in {process_name(index)} and {there!r} in "
-                    f"{process_name(0)}"
-                )
+    differences = [
+        f"{name} is {other.get(name)!r} in {process_name(index)} and "
+        f"{wanted.get(name)!r} in {process_name(0)}"
+        for index, other in enumerate(others, start=1)
+        for name in sorted(set(wanted) | set(other))
+        if other.get(name) != wanted.get(name)
+    ]
     if differences:
         raise _agreed(ValueError(f"Not the same everywhere: {'; '.join(differences)}."))
 
@@ -201,25 +198,25 @@ def broadcast_from_primary(function: Callable[[], _T]) -> _T:
     global _is_alone
     if num_processes() == 1 or _is_alone:
         return function()
-    if not is_primary():
+    answer: dict[str, Any] = {}
+    failure: Exception | None = None
+    if is_primary():
+        _is_alone = True
+        try:
+            answer["result"] = function()
+        except Exception as error:
+            failure = _agreed(error)
+            answer["text"] = str(error)
+            answer["kind"] = [isinstance(error, kind) for kind in _KINDS].index(True)
+        finally:
+            _is_alone = False
+        _any(True, False)
+    else:
         while not _any(False, interrupts.is_requested())[0]:
             pass
-        answer: Any = all_gather(None)[0]
-        if "result" not in answer:
-            raise _agreed(_KINDS[answer["kind"]](answer["text"]))
-        return answer["result"]
-    _is_alone, failure = True, None
-    try:
-        answer = {"result": function()}
-    except Exception as error:  # noqa: BLE001
-        kind = next(i for i, kind in enumerate(_KINDS) if isinstance(error, kind))
-        answer, failure = {"kind": kind, "text": str(error)}, _agreed(error)
-    finally:
-        _is_alone = False
-    _any(True, False)
-    all_gather(answer)
-    if failure is not None:
-        raise failure
+    answer = all_gather(answer)[0]
+    if "result" not in answer:
+        raise failure or _agreed(_KINDS[answer["kind"]](answer["text"]))
     return answer["result"]
 
 
@@ -240,9 +237,9 @@ def any_process(flag: bool) -> bool:
 
 
 def is_other_stopped() -> bool:
-    """Returns whether another process was asked to stop, for `StopRequests`.
+    """Returns whether another is known to be asked to stop, for `StopRequests`.
 
-    Only known while the others wait in `broadcast_from_primary`; else False.
+    It is known while the others wait in `broadcast_from_primary`.
     """
     global _next_poll
     if not _is_alone or time.monotonic() < _next_poll:
@@ -252,6 +249,7 @@ def is_other_stopped() -> bool:
 
 
 def _any(*flags: bool) -> np.ndarray:
+    """Returns of each flag whether any process has set it."""
     where, largest = _make_any()
     own = np.array([flags], np.int32)
     return jax.device_get(largest(jax.make_array_from_process_local_data(where, own)))
@@ -268,11 +266,7 @@ def _make_any() -> tuple[NamedSharding, Callable[[jax.Array], jax.Array]]:
 
 
 def check_shared(folder: pathlib.Path) -> None:
-    """Checks that all processes see the same folder. Collective.
-
-    Raises:
-      ValueError: One of them does not see a file that the primary process writes.
-    """
+    """Raises a `ValueError` unless all processes see the same folder. Collective."""
     global _folder
     if num_processes() == 1:
         return
@@ -285,22 +279,19 @@ def check_shared(folder: pathlib.Path) -> None:
         path.write_text(json.dumps({"start": start, "hosts": _host_names}, indent=2))
         return start
 
-    def is_seen() -> bool:
-        with contextlib.suppress(OSError, ValueError):
-            return json.loads(path.read_text())["start"] == start
-        return False
-
     start = broadcast_from_primary(write)
-    ends = time.monotonic() + _SHARED_SECONDS
-    while not is_seen() and time.monotonic() < ends:
-        time.sleep(0.1)
-    seen = all_gather(is_seen())
+    ends, is_seen = time.monotonic() + _SHARED_SECONDS, False
+    while not is_seen and time.monotonic() < ends:
+        with contextlib.suppress(OSError):
+            is_seen = start in path.read_text()
+        time.sleep(0.0 if is_seen else 0.1)
+    seen = all_gather(is_seen)
     if not all(seen):
-        blind = process_name(seen.index(False))
         raise _agreed(
             ValueError(
-                f"{blind} does not see the folder {folder} of {process_name(0)}: a run "
-                "over several hosts needs a --workdir that all of them share."
+                f"{process_name(seen.index(False))} does not see the folder {folder} "
+                f"of {process_name(0)}: a run over several hosts needs a --workdir "
+                "that all of them share."
             )
         )
     _folder = folder
@@ -334,17 +325,13 @@ def disconnect() -> None:
 
 
 def fail(code: int, text: str) -> NoReturn:
-    """Ends this process at once for an error of its own, and with it the others.
-
-    Args:
-      code: Exit code.
-      text: What has happened, which the others repeat.
-    """
+    """Ends this process, and the others, who repeat what has happened."""
     index = jax.process_index()
-    with contextlib.suppress(OSError):
-        if _folder is not None:
-            path = _folder / f"failed_{index}.txt"
-            path.write_text(f"{process_name(index)} has failed: {text}")
+    if _folder is not None:
+        with contextlib.suppress(OSError):
+            (_folder / f"failed_{index}.txt").write_text(
+                f"{process_name(index)} has failed: {text}"
+            )
     if index == 0:
         time.sleep(_LINGER_SECONDS)
     _print_if_killed(None)
@@ -369,16 +356,11 @@ def _print_if_killed(text: str | None) -> None:
     shell waits for the end of this process, and prints the last line that it was given.
     """
     global _watcher
-    if _watcher is None:
-        _watcher = subprocess.Popen(
-            ["sh", "-c", _WATCHER],
-            stdin=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+    watcher = _watcher or subprocess.Popen(
+        ["sh", "-c", _WATCHER], stdin=subprocess.PIPE, text=True, start_new_session=True
+    )
+    _watcher = None if text is None else watcher
     with contextlib.suppress(OSError):
-        print(text or "", file=_watcher.stdin, flush=True)
+        print(text or "", file=watcher.stdin, flush=True)
         if text is None:
-            _watcher.communicate()
-    if text is None:
-        _watcher = None
+            watcher.communicate()

@@ -1,7 +1,7 @@
 """Replay of single frames on the device: added in place, sampled as stacked windows.
 
-The buffer is Flashbax's trajectory buffer; what is drawn from it is ours, so that it does
-not depend on how many devices hold a part. Letters: `E` environments, `B` windows,
+The buffer is Flashbax's trajectory buffer; sampling is our own, so that it does not
+depend on how many devices hold a part. Letters: `E` environments, `B` windows,
 `T` states of a window, `L = T + STACK_SIZE - 1` its frames.
 """
 
@@ -17,7 +17,7 @@ from flashbax.buffers import trajectory_buffer
 from jax.sharding import PartitionSpec
 
 from aps_jax.replay import frames
-from aps_jax.types import FRAME_SHAPE, STACK_SIZE, PRNGKey
+from aps_jax.types import FRAME_SHAPE, STACK_SIZE, Array, PRNGKey
 
 # Windows that `map_sample` and `map_all` hold at a time.
 CHUNK_SIZE = 1024
@@ -32,13 +32,13 @@ class Step(NamedTuple):
     `frame` was reached.
     """
 
-    frame: jax.Array  # [84, 84] uint8
-    action: jax.Array  # [] int32
-    reward: jax.Array  # [] float32, unclipped reward.
-    terminated: jax.Array  # [] bool, game over.
-    is_first: jax.Array  # [] bool, a reset frame: the step before it ended a game.
-    life_lost: jax.Array  # [] bool, fewer lives than one step before.
-    id: jax.Array  # [] int32, differs between steps of a run.
+    frame: Array  # [84, 84] uint8
+    action: Array  # [] int32
+    reward: Array  # [] float32, unclipped reward.
+    terminated: Array  # [] bool, game over.
+    is_first: Array  # [] bool, a reset frame: the step before it ended a game.
+    life_lost: Array  # [] bool, fewer lives than one step before.
+    id: Array  # [] int32, differs between steps of a run.
     extras: Extras  # each [...], what the agent wants replayed with the step
 
 
@@ -263,10 +263,10 @@ def sample_indices(
 ) -> tuple[jax.Array, jax.Array]:
     """Draws where windows lie: environments in strata, starts uniformly.
 
-    Window `b` lies in environment `floor((b E + r) / B)`, `r` uniform in `[0, E)`, from a
-    key of its own. Over all `b` that is uniform over the environments, with less variance
-    than independent draws; and the windows `[k B / N, (k + 1) B / N)` lie in the
-    environments `[k E / N, (k + 1) E / N)`, those of device `k` of `N`.
+    Window `b` lies in environment `floor((b E + r) / B)`, `r` uniform in `[0, E)`, from
+    a key of its own. Over all `b` that is uniform over the environments, with less
+    variance than independent draws; and the windows `[k B / N, (k + 1) B / N)` lie in
+    the environments `[k E / N, (k + 1) E / N)`, those of device `k` of `N`.
 
     Args:
       key: Is consumed.
@@ -295,14 +295,14 @@ def sample_indices(
     offset, start = jax.vmap(draw)(
         device * num_own + jnp.arange(num_own, dtype=jnp.int32)
     )
-    env = whole.astype(np.int32) + (rest.astype(np.int32) + offset) // num_windows
+    env = (offset + rest.astype(np.int32)) // num_windows + whole.astype(np.int32)
     return env, start
 
 
 def stack_window(steps: Step) -> Window:
     """Rebuilds the stacked observations of a window of single frames.
 
-    As EnvPool's own `stack_num=4`: no stack reaches over a reset, at and after which the
+    As EnvPool's own `stack_num=4`: no stack reaches over a reset. At and after it, the
     reset frame fills the places of the frames that do not exist.
 
     Args:
@@ -312,7 +312,7 @@ def stack_window(steps: Step) -> Window:
       The `Window` of the last `T` steps.
     """
     stacks = steps.frame[frames.stack_places(steps.is_first)]  # [T, STACK_SIZE, 84, 84]
-    rest = jax.tree.map(lambda x: x[STACK_SIZE - 1 :], steps._replace(frame=None))
-    fields = rest._asdict()
+    fields = steps._asdict()
     del fields["frame"]
+    fields = jax.tree.map(lambda x: x[STACK_SIZE - 1 :], fields)
     return Window(observation=jnp.moveaxis(stacks, 1, -1), **fields)

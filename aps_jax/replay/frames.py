@@ -9,7 +9,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
-from aps_jax.types import FRAME_SHAPE, STACK_SIZE
+from aps_jax.types import FRAME_SHAPE, STACK_SIZE, Array
 
 
 def init_stack(num_envs: int) -> jax.Array:
@@ -17,7 +17,7 @@ def init_stack(num_envs: int) -> jax.Array:
     return jnp.zeros((num_envs, *FRAME_SHAPE, STACK_SIZE), jnp.uint8)
 
 
-def push_frame(stack: jax.Array, frame: jax.Array, is_first: jax.Array) -> jax.Array:
+def push_frame(stack: Array, frame: Array, is_first: Array) -> jax.Array:
     """Appends the newest frame of each environment to its stack.
 
     Args:
@@ -34,10 +34,10 @@ def push_frame(stack: jax.Array, frame: jax.Array, is_first: jax.Array) -> jax.A
     newest = frame[..., None]
     pushed = jnp.concatenate([stack[..., 1:], newest], axis=-1)
     filled = jnp.broadcast_to(newest, stack.shape)
-    return jnp.where(is_first[:, None, None, None], filled, pushed)
+    return jnp.where(jnp.expand_dims(is_first, (1, 2, 3)), filled, pushed)
 
 
-def stack_places(is_first: jax.Array) -> jax.Array:
+def stack_places(is_first: Array) -> jax.Array:
     """Returns where in a window the frames of each state's stack lie.
 
     Args:

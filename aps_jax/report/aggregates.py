@@ -130,11 +130,8 @@ def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
     known = scores.published_scores()
     if list(systems) == ["all"]:
         return tuple(known)
-    for one in systems:
-        if one not in known:
-            raise ValueError(
-                f"No published system {one!r}; there are {', '.join(known)}."
-            )
+    for one in (system for system in systems if system not in known):
+        raise ValueError(f"No published system {one!r}; there are {', '.join(known)}.")
     return tuple(dict.fromkeys(systems))
 
 
@@ -311,11 +308,11 @@ def _method_notices(methods: Sequence[Method]) -> list[str]:
             )
     if own:
         notices.append(f"Agents differ in these options too: {', '.join(sorted(own))}.")
-    told: dict[str, list[str]] = collections.defaultdict(list)
+    labels_of: dict[str, list[str]] = collections.defaultdict(list)
     for method in methods:
-        for complaint in _method_complaints(method):
-            told[complaint].append(method.label)
-    notices += [f"{', '.join(labels)}: {text}" for text, labels in told.items()]
+        for remark in _method_remarks(method):
+            labels_of[remark].append(method.label)
+    notices += [f"{', '.join(labels)}: {text}" for text, labels in labels_of.items()]
     if len({frozenset(method.runs) for method in methods}) > 1:
         counts = ", ".join(f"{len(method.runs)} ({method.label})" for method in methods)
         notices.append(
@@ -325,13 +322,13 @@ def _method_notices(methods: Sequence[Method]) -> list[str]:
     return notices
 
 
-def _method_complaints(method: Method) -> list[str]:
+def _method_remarks(method: Method) -> list[str]:
     """Says what a reader of one method's numbers must know."""
     odd = ", ".join(protocol.differences(method.protocol))
     missing = [g for g in method.runs if scores.find_reference_scores(g) is None]
     counts = [len(runs) for runs in method.runs.values()]
     fewest, most = min(counts), max(counts)
-    complaints = {
+    remarks = {
         f"not the standard protocol: {odd}.": odd,
         "under this protocol the game is another one than that of the random, human "
         "and published scores: no human-normalised score.": not method.is_comparable,
@@ -344,7 +341,7 @@ def _method_complaints(method: Method) -> list[str]:
         f"no random and human scores for {', '.join(missing)}; not in the "
         "aggregates.": missing,
     }
-    return [complaint for complaint, is_true in complaints.items() if is_true]
+    return [remark for remark, is_true in remarks.items() if is_true]
 
 
 def _seed_means(runs: Sequence[FinishedRun]) -> np.ndarray:

@@ -83,22 +83,20 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
                 if result.get("stage") == "pretrain":
                     pretraining.append(folder)
                     continue
-                run, complaints = _parse(folder, result)
+                run, remarks = _parse(folder, result)
                 runs.append(run)
                 options.append(_read_options(path.parent, run.arm))
-                notices += [f"{path}: {complaint}." for complaint in complaints]
+                notices += [f"{path}: {remark}." for remark in remarks]
         except _OtherRewardError:
             other_rewards.append(path)
         except _UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
     tuned = {parent for run in runs for parent in run.path.parents}
-    for reason, paths in (
-        (
-            "pretraining folders hold no score",
-            [path for path in pretraining if path.parent not in tuned],
-        ),
-        ("results are of other reward functions than the game's score", other_rewards),
-    ):
+    pretraining = [path for path in pretraining if path.parent not in tuned]
+    for reason, paths in {
+        "pretraining folders hold no score": pretraining,
+        "results are of other reward functions than the game's score": other_rewards,
+    }.items():
         if paths:
             notices.append(f"{len(paths)} {reason} (first: {paths[0]}); left out.")
     notices += [
@@ -125,11 +123,8 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
 
 def protocol_of(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Returns the part of a run's settings that says how it was evaluated."""
-    return {
-        name.removeprefix(_PROTOCOL): value
-        for name, value in settings.items()
-        if name.startswith(_PROTOCOL)
-    }
+    names = (name for name in settings if name.startswith(_PROTOCOL))
+    return {name.removeprefix(_PROTOCOL): settings[name] for name in names}
 
 
 def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
@@ -138,12 +133,12 @@ def compared_options(options: Mapping[str, Any]) -> dict[str, Any]:
     Args:
       options: Values by option name; those that `config` does not declare are compared.
     """
-    not_compared = {
-        name
-        for name, field in config.all_option_fields().items()
-        if not field.metadata["compared"]
+    fields = config.all_option_fields()
+    return {
+        name: value
+        for name, value in options.items()
+        if name not in fields or fields[name].metadata["compared"]
     }
-    return {name: value for name, value in options.items() if name not in not_compared}
 
 
 def read_curves(run: FinishedRun) -> tuple[Curve | None, Curve | None]:
@@ -186,11 +181,8 @@ def _find(
                 results.setdefault(path.resolve(), path)
             elif "config.json" in names:
                 started.setdefault(path.resolve(), path)
-    unfinished = [
-        path
-        for resolved, path in started.items()
-        if not any(resolved in result.parents for result in results)
-    ]
+    finished = {parent for result in results for parent in result.parents}
+    unfinished = [path for where, path in started.items() if where not in finished]
     return [path / "result.json" for path in results.values()], unfinished
 
 
@@ -240,10 +232,7 @@ def _parse(
         reward = reward.get("name", reward_functions.SCORE)
     if reward != reward_functions.SCORE:
         raise _OtherRewardError(f"returns of {reward!r} are not the game's score")
-    if not result["returns"] or not all(
-        type(value) in (int, float) and math.isfinite(value)
-        for value in result["returns"]
-    ):
+    if not result["returns"] or not all(map(_is_finite, result["returns"])):
         raise _UnusableResultError(
             f"returns must be finite numbers, at least one, got {result['returns'][:3]}"
         )
@@ -262,10 +251,10 @@ def _parse(
     }
     settings |= {_PROTOCOL + name: value for name, value in result["protocol"].items()}
 
-    complaints = []
+    remarks = []
     episodes = result["protocol"].get("episodes")
     if episodes != returns.size:
-        complaints.append(
+        remarks.append(
             f"{returns.size} games were evaluated, its protocol says {episodes}"
         )
     computed = {"return_mean": float(returns.mean())}
@@ -277,16 +266,18 @@ def _parse(
         written = result.get(name)
         # Results may be rounded to three decimals.
         if written is not None and not (
-            type(written) in (int, float)
+            _is_finite(written)
             and math.isclose(written, value, rel_tol=1e-3, abs_tol=1e-3)
         ):
-            complaints.append(
+            remarks.append(
                 f"{name} is {written}, its returns give {value:.6g}, which is used"
             )
-    run = FinishedRun(
-        folder, game, result["agent"], arm, result["seed"], returns, settings
-    )
-    return run, complaints
+    who = (result["agent"], arm, result["seed"])
+    return FinishedRun(folder, game, *who, returns, settings), remarks
+
+
+def _is_finite(value: Any) -> bool:
+    return type(value) in (int, float) and math.isfinite(value)
 
 
 def _read_options(folder: pathlib.Path, arm: str) -> dict[str, Any] | None:
@@ -296,9 +287,7 @@ def _read_options(folder: pathlib.Path, arm: str) -> dict[str, Any] | None:
         options = dict(_leaves(content["config"]))
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    fields = config.option_fields(
-        config.DEFAULT_AGENT
-    )  # All agents' stages have these.
+    fields = config.option_fields(config.DEFAULT_AGENT)  # All agents have these stages.
     return {
         name: value
         for name, value in compared_options(options).items()

@@ -1,5 +1,6 @@
 """Reads finished runs and writes what they show: `experiments.report` as a function."""
 
+import contextlib
 import json
 import os
 import pathlib
@@ -70,11 +71,9 @@ def _check_out(out: pathlib.Path) -> None:
         raise ValueError(f"{out} is not a folder.")
     if not any((out / name).exists() for name in _FILES):
         return
-    try:
+    with contextlib.suppress(OSError, ValueError, AttributeError):
         content = json.loads((out / _FILES[0]).read_text(encoding="utf-8"))
-        is_report = content.get("kind") == tables.KIND
-    except (OSError, ValueError, AttributeError):
-        is_report = False
-    if not is_report:
-        what = "report files that are not from this program"
-        raise ValueError(f"{out} holds {what}; choose another folder.")
+        if content.get("kind") == tables.KIND:
+            return
+    what = "report files that are not from this program"
+    raise ValueError(f"{out} holds {what}; choose another folder.")

@@ -68,16 +68,16 @@ def tile(
     cell = height + _LABEL_HEIGHT
     blank = Image.new("RGB", (num_columns * width, num_rows * cell), "black")
     numbered = [divmod(index, num_columns) for index in range(len(videos))]
-    places = [(column * width, row * cell) for row, column in numbered]
+    corners = [(column * width, row * cell) for row, column in numbered]
     draw = ImageDraw.Draw(blank)
-    for (x, y), label in zip(places, labels, strict=True):
+    for (x, y), label in zip(corners, labels, strict=True):
         while draw.textlength(label) > width:
             label = label[:-1]
         draw.text((x + 1, y + 1), label, fill="white")
     made = []
     for step in range(max(map(len, videos))):
         sheet = np.array(blank)
-        for (x, y), video in zip(places, videos, strict=True):
+        for (x, y), video in zip(corners, videos, strict=True):
             picture = video[step] if step < len(video) else video[-1] // 2
             y += _LABEL_HEIGHT
             sheet[y : y + height, x : x + width] = picture
@@ -161,10 +161,8 @@ def save_learning_curves(
     for axes in figure.axes:
         if axes.lines:
             axes.legend(fontsize="small")
-        else:
-            axes.set_visible(
-                False
-            )  # An agent may measure no distance, or have no reward.
+        else:  # An agent may measure no distance, or have no reward.
+            axes.set_visible(False)
     figure.savefig(path, dpi=110)
 
 
@@ -174,7 +172,7 @@ def save_feature_picture(
     """Draws the visited part of the feature sphere at up to six moments of pretraining.
 
     The sphere is seen from outside: points are projected onto the plane in which the
-    last snapshot's features vary most (`snapshots.plane_of`), the circle is the
+    last snapshot's features vary most (`plane_of`), the circle is the
     sphere's outline. The colour is the direction, in that plane, of the task under
     which a state was reached: where features tell the tasks apart, each colour gathers
     on its own side, as in the small wheel.
@@ -192,7 +190,7 @@ def save_feature_picture(
     if not visited:
         raise ValueError("There are no feature snapshots to draw.")
     moments = {round(i * (len(visited) - 1) / 5) for i in range(6)}
-    plane = snapshots.plane_of(visited[-1].arrays["phi"])
+    plane = plane_of(visited[-1].arrays["phi"])
     size = (2.3 * len(moments) + 1.2, 3.0)
     figure = mpl_figure.Figure(figsize=size, layout="constrained")
     *spheres, wheel = figure.subplots(
@@ -229,3 +227,25 @@ def _line(axes: Any, columns: dict[str, list[float]], name: str, **style: Any) -
     frames, values = np.array([columns["frames"], columns[name]])
     known = np.isfinite(values)
     axes.plot(frames[known], values[known], **style)
+
+
+def plane_of(phi: np.ndarray) -> np.ndarray:
+    """Finds the plane in which features vary most: their first principal directions.
+
+    Points of the unit sphere, projected onto it at right angles, lie in the unit disc;
+    its edge is the sphere's outline. With 2 dimensions nothing is lost.
+
+    Args:
+      phi: `[N, D]` float, `D` at least 1.
+
+    Returns:
+      `[D, 2]` float64, orthonormal columns (the second is 0 where `D` is 1), with their
+      largest component positive, so that the same data give the same picture.
+    """
+    centred = np.float64(phi) - np.mean(phi, axis=0, dtype=np.float64)
+    _, _, directions = np.linalg.svd(centred, full_matrices=False)
+    plane = np.zeros((phi.shape[1], 2))
+    for index, direction in enumerate(directions[:2]):
+        largest = direction[np.argmax(np.abs(direction))]
+        plane[:, index] = direction * np.sign(largest)
+    return plane

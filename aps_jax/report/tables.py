@@ -10,11 +10,11 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import rich.box
-import rich.console
 import rich.table
 import rich.text
 
 from aps_jax.report import aggregates, finished_runs
+from aps_jax.runs.console import make_console
 from aps_jax.scores import estimates, protocol, scores
 
 KIND = "aps_jax report"
@@ -90,7 +90,7 @@ def show_tables(
       width: Columns of text; None takes the terminal's, or as many as the widest table
         needs where the output is no terminal, so that nothing is cut in a file.
     """
-    console = rich.console.Console(width=width, highlight=False)
+    console = make_console(width=width, highlight=False)
     if width is None and not console.is_terminal:
         console.width = _FILE_WIDTH
     columns = console.width

@@ -1,17 +1,16 @@
-"""Checkpoints: Orbax writes them in the background; checksums verify what is restored."""
+"""Checkpoints: Orbax writes them in the background, checksums verify what is read."""
 
 import concurrent.futures
 import contextlib
 import errno
 import functools
 import hashlib
-import itertools
 import json
 import os
 import pathlib
 import re
 import shutil
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ import tensorstore as ts
 from absl import logging
 
 from aps_jax.parallel import processes
+from aps_jax.runs import folders
 
 FORMAT = 3
 METADATA_NAME = "metadata.json"
@@ -31,8 +31,9 @@ _TEMPORARY = ".orbax-checkpoint-tmp"  # Orbax's suffix while it writes a checkpo
 _DELETING = "deleting"  # a checkpoint is moved here whole, then deleted
 _REPLACED = "replaced_"  # prefix of a checkpoint until a new one of its step is whole
 # Bytes of a chunk before compression: what one thread compresses and reads at once.
-_CHUNK_BYTES = 2**24
+_CHUNKS = ocp.SaveArgs(chunk_byte_size=2**24)
 _PLAIN_PATH = re.compile(r"[\w./ +=,@%:-]*", re.ASCII)
+_MOST_DIFFERENCES = 6  # that are told one by one
 
 
 class _MisfitError(ValueError):
@@ -54,12 +55,13 @@ class Policy(NamedTuple):
             # The first of each interval, so that the choice never changes later.
             first = {step // self.keep_every: step for step in reversed(steps)}
             kept |= {step for interval, step in first.items() if interval > 0}
-        if self.keep_best:
-            known = [
-                (score, step) for step, score in scores.items() if score is not None
-            ]
-            kept |= {step for _, step in sorted(known)[-1:]}
+        known = [(score, step) for step, score in scores.items() if score is not None]
+        if self.keep_best and known:
+            kept.add(max(known)[1])
         return kept
+
+
+_TWO_NEWEST = Policy()
 
 
 class Restored(NamedTuple):
@@ -68,24 +70,23 @@ class Restored(NamedTuple):
     metadata: dict[str, Any]
     items: dict[str, Any]
     step: int
-    damaged_steps: list[int]  # newer checkpoints that cannot be read, newest first
 
 
 class Checkpointer:
     """Saves and restores the state of one stage in one folder.
 
-    A checkpoint is a folder named by its step. It holds a folder of arrays for each item
-    (a pytree, such as `agent`); `metadata.json`; and `manifest.sha256`, which
-    `sha256sum --check` reads. Orbax writes it under another name and renames it last, so
-    a step always names a whole checkpoint. Of several processes each writes its own
-    shards, on a file system that all of them share.
+    A checkpoint is a folder named by its step. It holds a folder of arrays for each
+    item (a pytree, such as `agent`); `metadata.json`; and `manifest.sha256`, which
+    `sha256sum --check` reads. Orbax writes it under another name and renames it last,
+    so a step always names a whole checkpoint. Several processes write their own shards,
+    on a file system that all of them share.
     """
 
     def __init__(
         self,
         folder: str | os.PathLike[str],
         *,
-        policy: Policy = Policy(),  # noqa: B008  Immutable.
+        policy: Policy = _TWO_NEWEST,
         warn: Callable[[str], None] = logging.warning,
     ):
         """Opens a folder, which the first save creates.
@@ -105,8 +106,8 @@ class Checkpointer:
         is_plain = _PLAIN_PATH.fullmatch(str(self._folder))
         if not (is_plain or pathlib.Path("/proc/self/fd").is_dir()):
             raise ValueError(
-                f"Checkpoints cannot be saved under {str(folder)!r} on this system: use "
-                "a path of letters and digits."
+                f"Checkpoints cannot be saved under {str(folder)!r} on this system: "
+                "use a path of letters and digits."
             )
         self._policy = policy
         self._warn = warn
@@ -124,17 +125,17 @@ class Checkpointer:
     ) -> None:
         """Starts to save; the arrays may be donated as soon as this returns.
 
-        Waits for the previous save first. All processes of a run must call it.
+        Waits for the previous save first. Collective: all processes must call it.
 
         Args:
           step: Name of the checkpoint. A larger step is newer.
-          items: Pytrees of arrays by name; those of several processes are global arrays.
+          items: Pytrees of arrays by name, of several processes global arrays.
           metadata: JSON values. `keep_best` ranks its `score`, if there is one. Each
             process restores its own `environment`; all else is that of the primary.
 
         Raises:
-          OSError: This save cannot begin, or the previous one failed. In the latter case
-            this one is on its way.
+          OSError: This save cannot begin, or the previous one failed. In the latter
+            case this one is on its way.
           ValueError: `metadata` is not JSON.
         """
         values = {"format": FORMAT, **metadata}
@@ -142,12 +143,10 @@ class Checkpointer:
             values["environment"] = processes.all_gather(metadata["environment"])
         text = json.dumps(values, indent=1, allow_nan=False)
         previous = self._join()
-        failures = processes.all_gather(None if previous is None else str(previous))
-        failure = processes.broadcast_from_primary(lambda: self._prepare(step))
-        if failure is not None:
-            raise OSError(failure)
+        failures = processes.all_gather(previous and str(previous))
+        processes.broadcast_from_primary(lambda: self._prepare(step))
         scores = {old: self._score(old) for old in self.steps()}
-        scores[step] = metadata.get("score")
+        kept = self._policy.kept({**scores, step: metadata.get("score")})
         with contextlib.ExitStack() as held:
             root = held.enter_context(_orbax_path(self._folder))
             num_arrays = {name: len(jax.tree.leaves(x)) for name, x in items.items()}
@@ -160,7 +159,7 @@ class Checkpointer:
                     lightweight_initialize=True,
                     save_root_metadata=False,
                     todelete_subdir=_DELETING,
-                    preservation_policy=_Preservation(self._policy.kept(scores)),
+                    preservation_policy=ocp.checkpoint_managers.CustomSteps(list(kept)),
                     async_options=ocp.options.AsyncOptions(
                         post_finalization_callback=lambda: _complete(
                             root, step, text, num_arrays
@@ -169,7 +168,10 @@ class Checkpointer:
                 ),
             )
             held.callback(manager.close)
-            args = {name: _save_args(item) for name, item in items.items()}
+            args = {
+                name: ocp.args.StandardSave(item, jax.tree.map(lambda _: _CHUNKS, item))
+                for name, item in items.items()
+            }
             try:
                 manager.save(step, args=ocp.args.Composite(**args), force=True)
             # Orbax and TensorStore raise errors of many types, also for a full disk.
@@ -183,29 +185,22 @@ class Checkpointer:
         """Deletes checkpoints; no save may be under way."""
         (self._folder / _DELETING).mkdir(exist_ok=True)
         for step in sorted(steps, reverse=True):
-            (self._folder / str(step)).rename(self._folder / _DELETING / str(step))
+            self._path(step).rename(self._folder / _DELETING / str(step))
         self.clean()
 
     def failure(self) -> OSError | None:
-        """Returns why the last save failed, once; None if it did not, or is under way."""
-        if self._saving is None or not self._saving.done():
-            return None
-        return self._join()
+        """Returns why the last save failed, once; None if it did not, or goes on."""
+        is_done = self._saving is not None and self._saving.done()
+        return self._join() if is_done else None
 
     def wait_until_finished(self) -> None:
-        """Waits until the save under way is on disk.
-
-        Raises:
-          OSError: It failed; older checkpoints are as they were.
-        """
-        failure = self._join()
-        if failure is not None:
+        """Waits until the save under way is on disk; an `OSError` if it failed."""
+        if (failure := self._join()) is not None:
             raise failure
 
     def close(self) -> None:
         """Waits for the save under way and ends the thread; a failure is a warning."""
-        failure = self._join()
-        if failure is not None:
+        if (failure := self._join()) is not None:
             self._warn(str(failure))
         self._thread.shutdown()
 
@@ -230,7 +225,7 @@ class Checkpointer:
     ) -> Restored | None:
         """Restores the newest checkpoint whose every file is as it was written.
 
-        Warns of each damaged one, with its file, its step and the step that is restored.
+        Warns of each damaged one: its file, its step, and the step that is restored.
 
         Args:
           templates: Item name to a pytree of arrays or of `jax.ShapeDtypeStruct`; or
@@ -249,7 +244,7 @@ class Checkpointer:
         """
         damaged: dict[int, str] = {}
         for step in reversed(processes.broadcast_from_primary(self.steps)):
-            path = self._folder / str(step)
+            path = self._path(step)
             reason = processes.broadcast_from_primary(functools.partial(_damage, path))
             try:
                 if reason is None:
@@ -261,7 +256,7 @@ class Checkpointer:
                 if processes.num_processes() > 1:
                     raise  # Others may have read it: they must not go apart.
                 reason = _line(error)
-            damaged[step] = str(reason)
+            damaged[step] = reason
         else:
             if not damaged:
                 return None
@@ -269,33 +264,38 @@ class Checkpointer:
             raise ValueError(
                 f"None of the checkpoints in {self._folder} can be read ({reasons})."
             )
-        if processes.is_primary():
-            for bad, reason in damaged.items():
-                path = self._folder / str(bad)
-                self._warn(
-                    f"checkpoint {path} cannot be read ({reason}): step {step:,} is used "
-                    f"in place of step {bad:,}."
-                )
-                if set_damaged_aside:
-                    path.rename(_free_name(self._folder.parent, path.name))
-        return Restored(*found, step, list(damaged))
+        for bad, reason in damaged.items() if processes.is_primary() else ():
+            self._warn(
+                f"checkpoint {self._path(bad)} cannot be read ({reason}): step "
+                f"{step:,} is used in place of step {bad:,}."
+            )
+            if set_damaged_aside:
+                aside = self._folder.with_name(f"damaged_checkpoint_{bad}")
+                while aside.exists():
+                    aside = aside.with_name(f"{aside.name}_again")
+                self._path(bad).rename(aside)
+        return Restored(*found, step)
 
-    def _prepare(self, step: int) -> str | None:
-        """Makes room for a checkpoint in the folder; returns why it could not."""
+    def _path(self, step: int) -> pathlib.Path:
+        return self._folder / str(step)
+
+    def _score(self, step: int) -> float | None:
         try:
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self.clean()
-            newest = [self._folder / str(old) for old in self.steps()[-1:]]
-            needed = sum(p.stat().st_size for path in newest for p in path.rglob("*"))
-            if shutil.disk_usage(self._folder).free < needed:
-                # Early, since Orbax would say so late and with pages of tracebacks.
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            current = self._folder / str(step)
-            if current.exists():
-                current.rename(self._folder / f"{_REPLACED}{step}")
-        except OSError as error:
-            return str(error)
-        return None
+            return read_metadata(self._path(step)).get("score")
+        except ValueError:
+            return None
+
+    def _prepare(self, step: int) -> None:
+        """Makes room for a checkpoint in the folder, or raises an `OSError`."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        self.clean()
+        newest = [p for old in self.steps()[-1:] for p in self._path(old).rglob("*")]
+        needed = sum(path.stat().st_size for path in newest if path.is_file())
+        if shutil.disk_usage(self._folder).free < needed:
+            # Early, since Orbax would say so late and with pages of tracebacks.
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        if self._path(step).exists():
+            self._path(step).rename(self._folder / f"{_REPLACED}{step}")
 
     def _finish(
         self, manager: ocp.CheckpointManager, held: contextlib.ExitStack
@@ -312,40 +312,14 @@ class Checkpointer:
 
     def _join(self) -> OSError | None:
         """Waits for the save under way; returns why it failed."""
-        if self._saving is None:
-            return None
         saving, self._saving = self._saving, None
-        error = saving.exception()
+        error = None if saving is None else saving.exception()
         return None if error is None else OSError(_line(error))
-
-    def _score(self, step: int) -> float | None:
-        try:
-            return read_metadata(self._folder / str(step)).get("score")
-        except (OSError, ValueError):
-            return None
-
-
-class _Preservation(ocp.checkpoint_managers.PreservationPolicy):
-    """Tells Orbax which steps to keep."""
-
-    def __init__(self, kept: set[int]):
-        self._kept = kept
-
-    def should_preserve(
-        self, checkpoints: Sequence[Any], *, context: Any
-    ) -> list[bool]:
-        del context
-        return [checkpoint.step in self._kept for checkpoint in checkpoints]
 
 
 def read_metadata(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """Returns the metadata of one checkpoint, unverified.
-
-    Raises:
-      OSError: It cannot be read.
-      ValueError: It is not JSON.
-    """
-    return json.loads(pathlib.Path(path, METADATA_NAME).read_text())
+    """Returns the metadata of a checkpoint, unverified, or raises a `ValueError`."""
+    return folders.read_json(pathlib.Path(path, METADATA_NAME))
 
 
 @contextlib.contextmanager
@@ -365,41 +339,28 @@ def _orbax_path(folder: pathlib.Path) -> Iterator[pathlib.Path]:
         os.close(descriptor)
 
 
-def _save_args(item: Any) -> ocp.args.StandardSave:
-    chunked = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=_CHUNK_BYTES), item)
-    return ocp.args.StandardSave(item, save_args=chunked)
-
-
 def _complete(
     root: pathlib.Path, step: int, metadata: str, num_arrays: Mapping[str, int]
 ) -> None:
     """Adds metadata and manifest to a checkpoint that Orbax is about to rename.
 
-    Runs in the primary process, once the arrays of all processes are written.
-
-    Raises:
-      OSError: Something cannot be written, or read back.
+    Runs in the primary process, once the arrays of all processes are written. Raises an
+    error if something cannot be written, or read back.
     """
     (folder,) = (p for p in root.iterdir() if p.name.startswith(f"{step}{_TEMPORARY}"))
     (folder / METADATA_NAME).write_text(metadata)
-    for name, count in num_arrays.items():
-        _read_back(folder / name, count)
+    for name, expected in num_arrays.items():
+        _read_back(folder / name, expected)
     (folder / MANIFEST_NAME).write_text(_manifest(folder))
     for path in [*folder.rglob("*"), folder]:
         _to_disk(path)
 
 
 def _read_back(item: pathlib.Path, num_arrays: int) -> None:
-    """Reads a chunk of every array of an item.
-
-    Raises:
-      OSError: Arrays are missing. (TensorStore raises others for what it cannot read.)
-    """
+    """Reads a chunk of every array of an item, or raises an error of any type."""
     store = {"driver": "ocdbt", "base": {"driver": "file", "path": f"{item}/"}}
-    keys = ts.KvStore.open(store).result().list().result()
-    paths = [
-        key.decode()[: -len(".zarray")] for key in keys if key.endswith(b".zarray")
-    ]
+    keys = [key.decode() for key in ts.KvStore.open(store).result().list().result()]
+    paths = [key.removesuffix(".zarray") for key in keys if key.endswith(".zarray")]
     if len(paths) != num_arrays:
         raise OSError(f"{len(paths)} of {num_arrays} arrays can be read in {item}")
     for path in paths:
@@ -420,7 +381,7 @@ def _manifest(folder: pathlib.Path) -> str:
 
 
 def _damage(folder: pathlib.Path) -> str | None:
-    """Returns which files of a checkpoint are not as they were written, None if all are."""
+    """Returns which files of a checkpoint are not as they were written, or None."""
     try:
         written = (folder / MANIFEST_NAME).read_bytes().decode()
     except (OSError, UnicodeDecodeError):
@@ -428,9 +389,9 @@ def _damage(folder: pathlib.Path) -> str | None:
     differing = set(written.split("\n")) ^ set(_manifest(folder).split("\n"))
     if not differing:
         return None
-    names = {line[66:] for line in differing}
-    real = sorted(name for name in names if (folder / name).is_file())
-    return f"{', '.join(real or sorted(names))} and {MANIFEST_NAME} do not fit together"
+    names = sorted({line[66:] for line in differing})  # after a digest and two spaces
+    names = [name for name in names if (folder / name).is_file()] or names
+    return f"{', '.join(names)} and {MANIFEST_NAME} do not fit together"
 
 
 def _to_disk(path: pathlib.Path) -> None:
@@ -448,35 +409,22 @@ def _line(error: BaseException) -> str:
     return first if isinstance(error, OSError) else f"{type(error).__name__}: {first}"
 
 
-def _free_name(folder: pathlib.Path, step: str) -> pathlib.Path:
-    name = f"damaged_checkpoint_{step}"
-    names = itertools.chain([name], (f"{name}_{i}" for i in itertools.count(2)))
-    return next(folder / name for name in names if not (folder / name).exists())
-
-
 def _restore(
     path: pathlib.Path,
     templates: Mapping[str, Any] | Callable[[dict[str, Any]], Mapping[str, Any]],
     optional: Collection[str],
 ) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Returns the metadata and items of a checkpoint.
-
-    Raises:
-      _MisfitError: It is of another format, or items or arrays differ.
-    """
-    is_known = (path / METADATA_NAME).exists()
-    metadata = read_metadata(path) if is_known else {}
+    """Returns the metadata and items of a checkpoint; raises `_MisfitError`."""
+    metadata = read_metadata(path) if (path / METADATA_NAME).exists() else {}
     if metadata.get("format") != FORMAT:
+        there = metadata.get("format", "2 or older")
         raise _MisfitError(
-            f"Checkpoint {path} has format {metadata.get('format', '2 or older')}, this "
-            f"version reads {FORMAT}."
+            f"Checkpoint {path} has format {there}, this version reads {FORMAT}."
         )
     if "environment" in metadata:
-        environments = metadata["environment"]
-        is_same_count = len(environments) == processes.num_processes()
-        metadata["environment"] = (
-            environments[jax.process_index()] if is_same_count else None
-        )
+        of_all = metadata["environment"]
+        is_same_count = len(of_all) == processes.num_processes()
+        metadata["environment"] = of_all[jax.process_index()] if is_same_count else None
     if callable(templates):
         templates = templates(metadata)
     items = {}
@@ -490,15 +438,12 @@ def _restore(
                     continue
                 raise _MisfitError(f"Checkpoint {path} has no item {name!r}.")
             saved = reader.metadata(root / name).item_metadata.tree
-            differences = tree_differences(saved, template)
-            if differences:
+            if differences := tree_differences(saved, template):
                 raise _MisfitError(
                     f"Checkpoint {path} does not fit: {'; '.join(differences)}"
                 )
-            wanted = jax.tree.map(_placed, template)
-            items[name] = reader.restore(
-                root / name, args=ocp.args.StandardRestore(wanted)
-            )
+            wanted = ocp.args.StandardRestore(jax.tree.map(_placed, template))
+            items[name] = reader.restore(root / name, args=wanted)
     return metadata, items
 
 
@@ -509,16 +454,12 @@ def _placed(template: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(template.shape, template.dtype, sharding=sharding)
 
 
-def tree_differences(saved: Any, wanted: Any, *, most: int = 6) -> list[str]:
-    """Describes where the arrays of two pytrees differ.
+def tree_differences(saved: Any, wanted: Any) -> list[str]:
+    """Describes where the arrays of two pytrees differ, none if they do not.
 
     Args:
       saved: Pytree of leaves with `shape` and `dtype`, as found on disk.
       wanted: The same for what the program expects.
-      most: How many differences are described; the rest are counted.
-
-    Returns:
-      A sentence per difference, none if structure, shapes and dtypes are the same.
     """
     left, right = _leaves_by_path(saved), _leaves_by_path(wanted)
     found = [
@@ -527,9 +468,8 @@ def tree_differences(saved: Any, wanted: Any, *, most: int = 6) -> list[str]:
         for path in sorted(set(left) | set(right))
         if left.get(path) != right.get(path)
     ]
-    if len(found) > most:
-        found = [*found[:most], f"and {len(found) - most} more differences"]
-    return found
+    told, more = found[:_MOST_DIFFERENCES], found[_MOST_DIFFERENCES:]
+    return [*told, f"and {len(more)} more differences"] if more else told
 
 
 def _leaves_by_path(tree: Any) -> dict[str, str]:

@@ -69,7 +69,8 @@ def make_console(
 ) -> rich.console.Console:
     """Makes a console of rich; whether `stream` is a terminal decides on colours.
 
-    Rich alone would follow FORCE_COLOR into files, and end the process on a closed pipe.
+    Rich alone would follow FORCE_COLOR into files, and end the process where a pipe is
+    closed.
 
     Args:
       stream: Standard output by default.

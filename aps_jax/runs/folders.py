@@ -27,20 +27,23 @@ LOCK_NAME = "lock"
 CHECKPOINTS_NAME = "checkpoints"
 SCHEMA = 1
 
-_UNFINISHED = ".tmp"  # appended to the name of a file while it is written
-
 # Where a run of several stages keeps each.
 STAGE_FOLDERS = {"pretrain": "pretrain", "finetune": "pretrained"}
 
-# What two starts of the same run may differ in: where and when it was started. And the
-# options that are declared resumable.
-_NO_VALUES = ("schema", "run_id", "versions", "git_commit", "command")
+_UNFINISHED = ".tmp"  # appended to the name of a file while it is written
+
+# What two starts of the same run may differ in, besides the options that are declared
+# resumable: where and when it was started.
+_NO_VALUES = {"schema", "run_id", "versions", "git_commit", "command"}
 
 # Values that name another run by its path. That run's id is stored beside them.
 _RUNS = ("init", "checkpoint")
 
 # What `flock` raises on file systems without locks.
 _NO_LOCKS = (errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP)
+
+# What `config.from_dict` raises for what is no config.
+_NO_CONFIG = (KeyError, TypeError, AttributeError, ValueError)
 
 PathLike = str | os.PathLike[str]
 
@@ -53,11 +56,10 @@ def as_path(text: PathLike) -> pathlib.Path:
     Raises:
       ValueError: It is a URL, or there is no home folder to expand.
     """
-    found = re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(text))
-    if found:
+    if found := re.match(r"([a-z][a-z0-9+.-]+):/", os.fspath(text)):
         raise ValueError(
-            f"{os.fspath(text)} is a URL: a run needs a folder of a mounted file system, "
-            f"and {found[1]}: is not supported."
+            f"{os.fspath(text)} is a URL: a run needs a folder of a mounted file "
+            f"system, and {found[1]}: is not supported."
         )
     try:
         return pathlib.Path(text).expanduser()
@@ -93,20 +95,17 @@ def read_json(path: PathLike) -> dict[str, Any]:
         raise ValueError(f"Cannot read {path}: {error.strerror}.") from error
     except ValueError as error:
         raise ValueError(f"{path} is not valid JSON: {error}.") from error
-    if not isinstance(values, dict):
-        # A wrong file is a wrong value of the caller's, not a wrong type.
-        raise ValueError(f"{path} does not hold a JSON object.")  # noqa: TRY004
-    return values
+    if isinstance(values, dict):
+        return values
+    raise ValueError(f"{path} does not hold a JSON object.")
 
 
 def versions() -> dict[str, str]:
     """Returns the versions of Python and of the packages that shape a result."""
     found = {"python": platform.python_version()}
     for package in _PACKAGES:
-        try:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[package] = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            continue
     return found
 
 
@@ -152,9 +151,7 @@ def open_run(
         raise ValueError(f"{workdir} is a file; a run needs a folder of its own.")
     path = workdir / CONFIG_NAME
     if path.exists():
-        found = read_json(path)
-        differences = _differences(found, metadata)
-        if differences:
+        if differences := _differences(read_json(path), metadata):
             raise ValueError(
                 f"{workdir} holds another run ({'; '.join(differences)}). Give another "
                 "--workdir, or the same flags to continue that run."
@@ -167,30 +164,54 @@ def open_run(
             f"{workdir} is not empty and holds no {CONFIG_NAME}: not a run's folder. "
             "Give another --workdir."
         )
+    identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, **metadata}
+    origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(
-            path,
-            {
-                "schema": SCHEMA,
-                "run_id": uuid.uuid4().hex,
-                **metadata,
-                "versions": versions(),
-                "git_commit": git_commit(),
-                "command": sys.argv,
-            },
-        )
+        write_json(path, identity | origin)
     except OSError as error:
         raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
     return False
 
 
 def _run_id(workdir: pathlib.Path) -> str | None:
-    """Returns the id of the run in a folder; None for runs of older versions."""
-    try:
+    with contextlib.suppress(ValueError):
         return read_json(workdir / CONFIG_NAME).get("run_id")
-    except ValueError:
-        return None
+    return None
+
+
+def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """Returns a sentence for each value in which two descriptions of a run differ."""
+    # Options that an older version did not have take their defaults.
+    with contextlib.suppress(*_NO_CONFIG):
+        config = config_lib.to_dict(config_lib.from_dict(found["config"]))
+        found = {**found, "config": config}
+    left, right = _flatten(found), _flatten(wanted)
+    for name in _RUNS:
+        there, here = left.pop(f"{name}_id", None), right.pop(f"{name}_id", None)
+        if there is not None and there == here:
+            left[name] = right[name]  # Wherever that run lies now.
+        elif left.get(name) is not None and left[name] == right.get(name):
+            left[name] = f"an earlier run in {left[name]}"
+    fields = config_lib.all_option_fields().items()
+    resumable = {name for name, field in fields if field.metadata["resumable"]}
+    return [
+        f"{words[-1]} is {left.get(name)!r} there and {right.get(name)!r} here"
+        for name in sorted(set(left) | set(right))
+        if (words := name.split("."))[0] not in _NO_VALUES
+        and words[-1] not in resumable
+        and left.get(name) != right.get(name)
+    ]
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in values.items():
+        if isinstance(value, dict):
+            flat.update(_flatten(value, f"{prefix}{name}."))
+        else:
+            flat[prefix + name] = value
+    return flat
 
 
 def lock_warning(folder: PathLike) -> str | None:
@@ -200,11 +221,11 @@ def lock_warning(folder: PathLike) -> str | None:
       OSError: Nothing can be written to the folder.
     """
     with tempfile.TemporaryFile(dir=folder) as file:
-        return None if _try_lock(file) else _no_locks(folder)
+        return _try_lock(file, folder)
 
 
-def _try_lock(file: IO[Any]) -> bool:
-    """Locks a file; returns False if its file system has no locks.
+def _try_lock(file: IO[Any], folder: PathLike) -> str | None:
+    """Locks a file; returns a warning if its file system has no locks.
 
     Raises:
       BlockingIOError: Another process holds the lock.
@@ -214,15 +235,11 @@ def _try_lock(file: IO[Any]) -> bool:
     except OSError as error:
         if error.errno not in _NO_LOCKS:
             raise
-        return False
-    return True
-
-
-def _no_locks(folder: PathLike) -> str:
-    return (
-        f"the file system of {folder} has no locks: nothing keeps a second process out "
-        "of a run's folder."
-    )
+        return (
+            f"the file system of {folder} has no locks: nothing keeps a second process "
+            "out of a run's folder."
+        )
+    return None
 
 
 class RunLock:
@@ -237,15 +254,14 @@ class RunLock:
           ValueError: Another process holds it, with its number.
         """
         self._workdir = pathlib.Path(workdir)
-        self._path = self._workdir / LOCK_NAME
-        self._file = _lock(self._workdir, warn)
         self._warn = warn
+        self._file = self._lock()
         self._identity = (self._workdir / CONFIG_NAME).read_bytes()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *exc_info) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         self._file.close()
 
     def ensure(self) -> bool:
@@ -263,7 +279,7 @@ class RunLock:
             return False
         self._workdir.mkdir(parents=True, exist_ok=True)
         if not self._is_held():
-            taken = _lock(self._workdir, self._warn)
+            taken = self._lock()
             self._file.close()
             self._file = taken
         if not path.exists():
@@ -274,31 +290,30 @@ class RunLock:
 
     def _is_held(self) -> bool:
         """Returns whether the lock file in the folder is the one that is held."""
+        with contextlib.suppress(OSError):
+            there = (self._workdir / LOCK_NAME).stat()
+            return os.path.samestat(os.fstat(self._file.fileno()), there)
+        return False
+
+    def _lock(self) -> IO[str]:
+        file = (self._workdir / LOCK_NAME).open("a+")
         try:
-            return os.path.samestat(os.fstat(self._file.fileno()), self._path.stat())
-        except OSError:
-            return False
-
-
-def _lock(workdir: pathlib.Path, warn: Callable[[str], None]) -> IO[str]:
-    file = (workdir / LOCK_NAME).open("a+")
-    try:
-        if not _try_lock(file):
-            warn(_no_locks(workdir))
-    except BlockingIOError as error:
-        file.seek(0)
-        holder = file.read().strip()
-        file.close()
-        raise ValueError(
-            f"{workdir} is in use by another process ({holder}). Wait for it, or give "
-            "another --workdir."
-        ) from error
-    with contextlib.suppress(OSError):  # A full disk locks as well without a name.
-        file.seek(0)
-        file.truncate()
-        file.write(f"process {os.getpid()} on {platform.node()}\n")
-        file.flush()
-    return file
+            if warning := _try_lock(file, self._workdir):
+                self._warn(warning)
+        except BlockingIOError as error:
+            file.seek(0)
+            holder = file.read().strip()
+            file.close()
+            raise ValueError(
+                f"{self._workdir} is in use by another process ({holder}). Wait for "
+                "it, or give another --workdir."
+            ) from error
+        with contextlib.suppress(OSError):  # A full disk locks as well without a name.
+            file.seek(0)
+            file.truncate()
+            file.write(f"process {os.getpid()} on {platform.node()}\n")
+            file.flush()
+        return file
 
 
 def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
@@ -313,13 +328,10 @@ def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
     workdir = pathlib.Path(workdir)
     path = workdir / CONFIG_NAME
     if not path.exists():
-        if not workdir.exists():
-            there = "does not exist"
-        elif not workdir.is_dir():
-            there = "is a file"
-        else:
+        there = "is a file" if workdir.exists() else "does not exist"
+        if workdir.is_dir():
             names = sorted(entry.name for entry in workdir.iterdir())
-            there = "holds " + (", ".join(names[:8]) if names else "nothing")
+            there = f"holds {', '.join(names[:8]) or 'nothing'}"
         raise ValueError(
             f"{workdir} is not a run's folder: it has no {CONFIG_NAME}; it {there}."
         )
@@ -330,7 +342,7 @@ def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
         )
     try:
         return metadata, config_lib.from_dict(metadata["config"])
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except _NO_CONFIG as error:
         raise ValueError(f"{path} does not hold a valid config: {error}") from error
 
 
@@ -347,57 +359,12 @@ def find_stage(workdir: PathLike, stage: str) -> pathlib.Path:
       ValueError: There is none, with what is there instead.
     """
     workdir = pathlib.Path(workdir)
-    metadata, _ = read_run(workdir)
-    if metadata.get("stage") == stage:
+    there = read_run(workdir)[0].get("stage")
+    if there == stage:
         return workdir
     inner = workdir / STAGE_FOLDERS[stage]
     if (inner / CONFIG_NAME).exists():
         return inner
     raise ValueError(
-        f"{workdir} holds a run of stage {metadata.get('stage')!r}, and none of stage "
-        f"{stage!r}."
+        f"{workdir} holds a run of stage {there!r}, and none of stage {stage!r}."
     )
-
-
-def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """Returns a sentence for each value in which two descriptions of a run differ."""
-    # Options that an older version did not have take their defaults.
-    with contextlib.suppress(KeyError, TypeError, AttributeError, ValueError):
-        config = config_lib.to_dict(config_lib.from_dict(found["config"]))
-        found = {**found, "config": config}
-    left, right = _flatten(found), _flatten(wanted)
-    fields = config_lib.all_option_fields().items()
-    resumable = {name for name, field in fields if field.metadata["resumable"]}
-    for name in _RUNS:
-        ids = left.pop(f"{name}_id", None), right.pop(f"{name}_id", None)
-        if None in (left.get(name), right.get(name)):
-            continue
-        # Runs of older versions have no id.
-        is_same = (
-            ids[0] == ids[1] if None not in ids else _is_same_path(left, right, name)
-        )
-        if is_same:
-            del left[name], right[name]
-        elif left[name] == right[name]:
-            left[name] = f"an earlier run in {left[name]}"
-    return [
-        f"{name.split('.')[-1]} is {left.get(name)!r} there and {right.get(name)!r} here"
-        for name in sorted(set(left) | set(right))
-        if name.split(".")[0] not in _NO_VALUES
-        and name.split(".")[-1] not in resumable
-        and left.get(name) != right.get(name)
-    ]
-
-
-def _is_same_path(left: dict[str, Any], right: dict[str, Any], name: str) -> bool:
-    return pathlib.Path(left[name]).resolve() == pathlib.Path(right[name]).resolve()
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat

@@ -1,6 +1,5 @@
 """Estimates the memory and disk that a run needs, and reads what the machine offers."""
 
-import contextlib
 import ctypes
 import hashlib
 import math
@@ -9,92 +8,86 @@ import os
 import pathlib
 import platform
 import shutil
+import tempfile
 from collections.abc import Callable
 
 import jax
 from absl import logging
 
+Warn = Callable[[str], None]
+
 # Networks, optimiser, activations and libraries: no run needs less. Measured with the
 # smallest encoder.
 _BASE_BYTES = 700 * 2**20
-# The share of free memory that a run may take.
-_USABLE = 0.9
-# Compression of the replay on disk, at most. (Random play of Pong reaches 180.)
-_MOST_COMPRESSED = 1000
+_USABLE = 0.9  # share of the free memory that a run may take
+_MOST_COMPRESSED = 1000  # of the replay on disk; random play of Pong reaches 180
 _ROOT = pathlib.Path("/")
 # Parameters of mallopt, from malloc.h.
 _M_TRIM_THRESHOLD, _M_MMAP_MAX, _M_ARENA_MAX = -1, -4, -8
-# What the heap is grown to: temporaries of the largest update, and no replay. (APS's own
-# encoder with 512 particles takes 0.6 GB.)
+# What the heap is grown to: temporaries of the largest update, and no replay. (APS's
+# own encoder with 512 particles takes 0.6 GB.)
 _GROWN_BYTES = 2**30
-# Free memory that stays with the process: the heap's end must not be given back at once.
-# The largest that mallopt takes.
+# Free memory that stays with the process: the heap's end must not be given back at
+# once. The largest that mallopt takes.
 _KEPT_BYTES = 2**31 - 1
 
 
 def available_bytes() -> int:
     """Returns the free memory of the first device, of the host if that is a CPU."""
     device = jax.local_devices()[0]
-    if device.platform != "cpu":
-        stats = device.memory_stats() or {}
-        if "bytes_limit" in stats:
-            return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
+    stats = (device.platform != "cpu" and device.memory_stats()) or {}
+    if "bytes_limit" in stats:
+        return int(stats["bytes_limit"]) - int(stats.get("bytes_in_use", 0))
     return host_bytes()
 
 
 def host_bytes(root: pathlib.Path = _ROOT) -> int:
     """Returns the free memory: the host's, or less if a control group limits it.
 
-    Args:
-      root: Where `proc` and `sys` are.
+    Below `root` are `proc` and `sys`; so it is for the functions that follow.
     """
-    free = []
-    meminfo = root / "proc/meminfo"
-    if meminfo.exists():  # Counts the page cache, which the kernel gives back.
-        for line in meminfo.read_text().splitlines():
-            if line.startswith("MemAvailable:"):
-                free.append(int(line.split()[1]) * 1024)
+    # Counts the page cache, which the kernel gives back.
+    found = _field(root / "proc/meminfo", "MemAvailable")
+    if found:
+        free = [int(found.split()[0]) * 1024]
     else:
-        free.append(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES"))
+        free = [os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_AVPHYS_PAGES")]
     for controller, limit_name, usage_name in (
         ("", "memory.max", "memory.current"),
         ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes"),
     ):
         for group in _control_groups(controller, root):
-            limit, usage = _number(group / limit_name), _number(group / usage_name)
-            if limit is not None and usage is not None:
-                free.append(max(int(limit - usage), 0))
+            limit, usage = _numbers(group / limit_name), _numbers(group / usage_name)
+            if limit and usage:
+                free.append(max(limit[0] - usage[0], 0))
     return min(free)
 
 
 def usable_cores(root: pathlib.Path = _ROOT) -> float:
-    """Returns how many cores this process may use, by its affinity and its quota.
-
-    Args:
-      root: Where `proc` and `sys` are.
-    """
-    if hasattr(os, "sched_getaffinity"):
-        cores = [float(len(os.sched_getaffinity(0)))]
-    else:
-        cores = [float(os.cpu_count() or 1)]
+    """Returns how many cores this process may use, by its affinity and its quota."""
+    cores = [float(_affinity())]
     for group in _control_groups("", root):
-        words = _read(group / "cpu.max").split()
-        if len(words) == 2 and words[0] != "max":
-            cores.append(int(words[0]) / int(words[1]))
+        if len(numbers := _numbers(group / "cpu.max")) == 2:
+            cores.append(numbers[0] / numbers[1])
     for group in _control_groups("cpu", root):
-        quota = _number(group / "cpu.cfs_quota_us")
-        period = _number(group / "cpu.cfs_period_us")
-        if quota is not None and period and quota > 0:
-            cores.append(quota / period)
+        quota = _numbers(group / "cpu.cfs_quota_us")
+        period = _numbers(group / "cpu.cfs_period_us")
+        if quota and period and quota[0] > 0:
+            cores.append(quota[0] / period[0])
     return min(cores)
+
+
+def _affinity() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _control_groups(controller: str, root: pathlib.Path) -> list[pathlib.Path]:
     """Returns the folders of this process's group and of those around it.
 
-    Args:
-      controller: Of version 1 of control groups; empty for version 2.
-      root: Where `proc` and `sys` are.
+    Version 1 of control groups has a tree per controller; version 2 has one, and the
+    name of its controller is empty.
     """
     mount = root / "sys/fs/cgroup" / controller
     own = "/"
@@ -103,13 +96,9 @@ def _control_groups(controller: str, root: pathlib.Path) -> list[pathlib.Path]:
         if controller in names.split(","):
             own = path
     # Within a container the path may be the host's, and the mount its own group.
-    places = [mount, *(mount / part for part in _prefixes(own))]
+    inner = pathlib.PurePosixPath(own.lstrip("/"))
+    places = [mount / part for part in (inner, *inner.parents)]
     return [place for place in places if place.is_dir()]
-
-
-def _prefixes(path: str) -> list[str]:
-    parts = [part for part in path.split("/") if part]
-    return ["/".join(parts[: end + 1]) for end in range(len(parts))]
 
 
 def _read(path: pathlib.Path) -> str:
@@ -119,20 +108,24 @@ def _read(path: pathlib.Path) -> str:
         return ""
 
 
-def _number(path: pathlib.Path) -> float | None:
-    text = _read(path).strip()
-    return float(text) if text.lstrip("-").isdigit() else None
+def _numbers(path: pathlib.Path) -> list[int]:
+    """Returns the whole numbers in a file; none where it says `max` or is missing."""
+    words = _read(path).split()
+    return [int(word) for word in words] if "max" not in words else []
 
 
-def replay_bytes(*, num_envs: int, size: int, bytes_per_step: int) -> int:
-    """Returns the bytes of a replay.
+def _field(path: pathlib.Path, *names: str) -> str:
+    """Returns the first value of a name in a file of `name: value`, or nothing."""
+    for line in _read(path).splitlines():
+        name, _, value = line.partition(":")
+        if name.strip() in names:
+            return value.strip()
+    return ""
 
-    Args:
-      num_envs: Environments that add a step together.
-      size: Agent steps held; rounded down to a multiple of `num_envs`.
-      bytes_per_step: Bytes of one step of one environment.
-    """
-    return size // num_envs * num_envs * bytes_per_step
+
+def cpu_fact(*names: str) -> str:
+    """Returns what the kernel says of the CPU under one of some names, or nothing."""
+    return _field(_ROOT / "proc/cpuinfo", *names)
 
 
 def needed_bytes(
@@ -141,8 +134,8 @@ def needed_bytes(
     """Estimates the memory that a stage needs: of each device, or of the host.
 
     All devices of a CPU share the host's memory, and each of several processes has its
-    part. With several seeds at once, one replay is there twice while it is taken out for
-    a checkpoint.
+    part. With several seeds at once, one replay is there twice while it is taken out
+    for a checkpoint.
 
     Args:
       replay_bytes: Of one seed, over all devices.
@@ -157,32 +150,21 @@ def needed_bytes(
     return (there + copied) // jax.process_count() + _BASE_BYTES
 
 
-def cache_folder(
-    warn: Callable[[str], None] = logging.warning,
-) -> pathlib.Path | None:
+def cache_folder(warn: Warn = logging.warning) -> pathlib.Path | None:
     """Returns the user's cache folder for this version of JAX and this kind of CPU.
 
-    It lies in `$XDG_CACHE_HOME/aps_jax` (by default `~/.cache/aps_jax`). Where there is no
-    home folder, as in some containers, it warns and returns None.
+    It lies in `$XDG_CACHE_HOME/aps_jax`, by default `~/.cache/aps_jax`. Where there is
+    no home folder, as in some containers, it warns and returns None.
     """
     try:
         root = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
     except RuntimeError:
         warn("this user has no home folder: compiled programs are not cached.")
         return None
-    kind = f"{platform.machine()} {jax.__version__} {_cpu_flags()}"
+    features = cpu_fact("flags", "Features")  # The latter on ARM.
+    kind = f"{platform.machine()} {jax.__version__} {features}"
     digest = hashlib.sha256(kind.encode()).hexdigest()[:12]
     return pathlib.Path(root, "aps_jax", digest)
-
-
-def _cpu_flags() -> str:
-    """Returns what the CPU can do, in the kernel's words; empty where it does not say."""
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        for line in cpuinfo.read_text().splitlines():
-            if line.startswith(("flags", "Features")):
-                return line.split(":", 1)[1].strip()
-    return ""
 
 
 def check_memory(
@@ -193,26 +175,22 @@ def check_memory(
     option: str,
     num_seeds: int = 1,
 ) -> None:
-    """Checks that the replay fits into memory, or those of several seeds at once.
+    """Checks that what a stage needs, as `needed_bytes` estimates it, fits into memory.
 
     Args:
-      replay_bytes: As in `needed_bytes`.
-      num_devices: As there.
-      is_copied: As there.
+      replay_bytes: As for `needed_bytes`; so are all others but one.
+      num_devices: Devices.
+      is_copied: Whether checkpoints hold the replay.
       option: The flag that sets the size of the replay, for the message.
-      num_seeds: As there.
+      num_seeds: Seeds.
 
     Raises:
       ValueError: It does not fit, with the estimate and what is free.
     """
     needed = needed_bytes(
-        replay_bytes,
-        num_devices=num_devices,
-        is_copied=is_copied,
-        num_seeds=num_seeds,
+        replay_bytes, num_devices=num_devices, is_copied=is_copied, num_seeds=num_seeds
     )
-    free = available_bytes()
-    whose = "The replay needs"
+    free, whose = available_bytes(), "The replay needs"
     if num_seeds > 1:
         whose = f"The replays of {num_seeds} seeds need"
         option = f"num_seeds or --{option}"
@@ -234,16 +212,14 @@ def check_memory(
         )
 
 
-def check_cores(env_threads: int, warn: Callable[[str], None]) -> None:
+def check_cores(env_threads: int, warn: Warn) -> None:
     """Warns if there are more emulator threads than cores in the control group.
 
     Args:
       env_threads: Threads that step the emulators; 0 for one per core of the affinity.
       warn: Called with the sentence.
     """
-    cores, threads = usable_cores(), env_threads
-    if hasattr(os, "sched_getaffinity"):
-        threads = threads or len(os.sched_getaffinity(0))
+    cores, threads = usable_cores(), env_threads or _affinity()
     if threads > math.ceil(cores):
         warn(
             f"{threads} emulator threads share {cores:g} cores, the quota of this "
@@ -257,17 +233,13 @@ def check_writable(workdir: str | os.PathLike[str]) -> None:
     Raises:
       ValueError: It cannot, with the reason.
     """
-    path = pathlib.Path(workdir, f"probe_{os.getpid()}")
     try:
-        with path.open("wb") as file:
+        with tempfile.NamedTemporaryFile(dir=workdir, prefix="probe_") as file:
             file.write(bytes(2**20))
             file.flush()
             os.fsync(file.fileno())
     except OSError as error:
         raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
 
 
 def check_disk(
@@ -276,7 +248,7 @@ def check_disk(
     fixed_bytes: int,
     replay_bytes: int,
     kept: int,
-    warn: Callable[[str], None],
+    warn: Warn,
 ) -> None:
     """Checks that a folder can be written and has room for the checkpoints.
 
@@ -292,25 +264,24 @@ def check_disk(
     """
     check_writable(workdir)
     free = shutil.disk_usage(workdir).free
+    least = fixed_bytes + replay_bytes // _MOST_COMPRESSED
+    most = (kept + 1) * (fixed_bytes + replay_bytes)
+    there = f"{size_text(free)} are free at {workdir}"
     advice = (
         "free some, or give another --workdir, fewer --keep_checkpoints or "
         "--nocheckpoint_replay."
     )
-    least = fixed_bytes + replay_bytes // _MOST_COMPRESSED
-    most = (kept + 1) * (fixed_bytes + replay_bytes)
     if free < least:
-        raise ValueError(
-            f"A checkpoint takes at least {size_text(least)}, and {size_text(free)} are free "
-            f"at {workdir}: {advice}"
-        )
+        needed = f"A checkpoint takes at least {size_text(least)}"
+        raise ValueError(f"{needed}, and {there}: {advice}")
     if free < most:
         warn(
-            f"{size_text(free)} are free at {workdir}, and {kept + 1} checkpoints take up "
-            f"to {size_text(most)} (frames compress, most games several times): {advice}"
+            f"{there}, and {kept + 1} checkpoints take up to {size_text(most)} "
+            f"(frames compress, most games several times): {advice}"
         )
 
 
-def size_text(num_bytes: int) -> str:
+def size_text(num_bytes: float) -> str:
     """Writes a number of bytes for people."""
     if num_bytes < 2**30:
         return f"{num_bytes / 2**20:.1f} MiB"
@@ -320,19 +291,19 @@ def size_text(num_bytes: int) -> str:
 def tune_allocator() -> None:
     """Makes glibc's allocator keep what an update frees, on huge pages, in one arena.
 
-    XLA's CPU client allocates an update's temporaries anew each time. Blocks that large
-    glibc asks of the kernel and gives back, and each of their pages is zeroed when it is
-    first touched: a quarter of an update's processor time (docs/performance.md). Blocks
-    of the heap stay there, but only the first arena has a heap that holds more than
-    64 MiB; which arena a thread gets is chance. It grows by a GiB here, which takes no
-    memory before it is touched, and then huge pages where the kernel has any.
+    XLA's CPU client allocates an update's temporaries anew each time. Glibc asks the
+    kernel for blocks that large and gives them back, and each of their pages is zeroed
+    when it is first touched: a quarter of an update's processor time
+    (docs/performance.md). Blocks of the heap stay, but only the first arena has a heap
+    that holds more than 64 MiB, and which arena a thread gets is chance. The heap grows
+    by a GiB here, on huge pages where there are any; that takes no memory before it is
+    touched.
 
-    Checkpoints are written by threads that come and go. Each keeps free pieces in the
-    arena it happened to get: with many arenas memory grew by 1 MB per checkpoint
-    (docs/reliability.md).
+    Threads that come and go write checkpoints, and each keeps free pieces in its arena:
+    with many arenas memory grew by 1 MB per checkpoint (docs/reliability.md).
 
-    To be called before there are threads; other allocators have no such settings, nor
-    need them. The library leaves the choice to its user, the scripts all call it.
+    To be called before there are threads. Other allocators have no such settings, nor
+    need them. The library leaves the choice to its user; all scripts call it.
     """
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "mallopt"):

@@ -45,8 +45,8 @@ EVALUATION = (
     Metric(
         "eval_return_mean",
         "points",
-        "Mean over full games of the sum of the unclipped reward of the task: the score, "
-        "unless `--task` says otherwise.",
+        "Mean over full games of the sum of the unclipped reward of the task: the "
+        "score, unless `--task` says otherwise.",
     ),
     Metric("eval_return_std", "points", "Standard deviation over those games."),
     Metric(
@@ -72,22 +72,12 @@ def finetune_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
     return tuple(m.name for m in (*COUNTERS, *learned, *EVALUATION))
 
 
-def to_markdown(groups: Mapping[str, Sequence[Metric]]) -> str:
-    """Returns a table for each group of metrics, as docs/metrics.md shows them."""
-    lines = []
-    for heading, group in groups.items():
-        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
-        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
-        lines.append("")
-    return "\n".join(lines)
-
-
 class MetricsWriter:
-    """Writes rows to `metrics.csv` and, where wanted, to TensorBoard events.
+    """Writes rows to `metrics.csv` and to TensorBoard events.
 
-    A resumed stage keeps the rows that were there when its checkpoint was written and
-    drops later ones, so the file is the same as that of a run that was never
-    interrupted. Rows that could not be written are kept, and written with the next.
+    A resumed stage keeps the rows that its checkpoint knows of and drops later ones, so
+    the file is that of a run that was never interrupted. Rows that could not be written
+    are kept, and written with the next.
     """
 
     def __init__(
@@ -96,7 +86,6 @@ class MetricsWriter:
         columns: Sequence[str],
         *,
         kept_rows: int = 0,
-        tensorboard: bool = True,
         wandb_run: Any = None,
     ):
         """Opens the files.
@@ -105,7 +94,6 @@ class MetricsWriter:
           folder: The stage's folder, which exists.
           columns: Names of the columns; the first is `agent_steps`.
           kept_rows: Rows of the file on disk to keep: those a checkpoint knows of.
-          tensorboard: Whether event files are written as well.
           wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
 
         Raises:
@@ -115,7 +103,6 @@ class MetricsWriter:
         self._columns = list(columns)
         self._folder = folder
         self._path = folder / FILE_NAME
-        self._has_events = tensorboard
         self._wandb_run = wandb_run
         self._rows = self._read(kept_rows)  # lines, as they stand in the file
         self._size: int | None = None  # of the file, in bytes; None: to be written anew
@@ -123,6 +110,7 @@ class MetricsWriter:
         self._events: _EventFile | None = None
         # Rows that were dropped came after the last that is kept, or stand at its step.
         self._purge_step = _step_of(self._rows[-1]) if self._rows else 0
+        # Rows that are no events yet.
         self._pending = [r for r in self._rows if _step_of(r) == self._purge_step]
         self.sync()
 
@@ -158,12 +146,7 @@ class MetricsWriter:
         self._pending.append(line)
         self.sync()
         if self._wandb_run is not None:
-            known = {
-                name: value
-                for name, value in row.items()
-                if value is not None and not math.isnan(value)
-            }
-            self._wandb_run.log(known)  # Of W&B's own steps none can come twice.
+            self._wandb_run.log(_known(row))  # W&B's own step never goes back.
 
     def sync(self) -> None:
         """Brings to disk what is not there yet.
@@ -172,21 +155,18 @@ class MetricsWriter:
           OSError: It could not; what is missing is kept for the next call.
         """
         is_whole = self._path.exists() and self._path.stat().st_size == self._size
-        # After a failure, and where somebody changed or deleted it, the file is written
-        # anew.
-        if not is_whole:
+        if not is_whole:  # After a failure, or where somebody changed or deleted it.
             folders.write_text(
-                self._path, _to_text([",".join(self._columns), *self._rows])
+                self._path, _text([",".join(self._columns), *self._rows])
             )
         elif self._num_written < len(self._rows):
             self._size = None
             with self._path.open("a", newline="") as file:
-                file.write(_to_text(self._rows[self._num_written :]))
+                file.write(_text(self._rows[self._num_written :]))
                 file.flush()
                 os.fsync(file.fileno())
         self._size, self._num_written = self._path.stat().st_size, len(self._rows)
-        if self._has_events:
-            self._write_events()
+        self._write_events()
 
     def _write_events(self) -> None:
         """Writes the rows that are pending as events, all rows if the file is gone."""
@@ -233,14 +213,10 @@ class _EventFile:
 
         self._event, self._summary = event_pb2.Event, summary_pb2.Summary
         # Files of one second, host and process would have one name without the last.
-        names = (
-            int(time.time()),
-            socket.gethostname(),
-            os.getpid(),
-            next(_FILE_NUMBERS),
-        )
+        place = f"{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
+        name = f"events.out.tfevents.{place}.{next(_FILE_NUMBERS)}"
         # Absolute, since tensorboardX takes gs: and s3: before a path for a protocol.
-        self.path = folder.absolute() / "events.out.tfevents.{}.{}.{}.{}".format(*names)
+        self.path = folder.absolute() / name
         self._writer = tensorboardX.RecordWriter(str(self.path))
         self._write(file_version="brain.Event:2")
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
@@ -250,13 +226,12 @@ class _EventFile:
         event = self._event(wall_time=time.time(), **fields)
         self._writer.write(event.SerializeToString())
 
-    def write(self, step: int, values: Mapping[str, float]) -> None:
-        known = [
+    def write(self, step: int, row: Mapping[str, float]) -> None:
+        values = [
             self._summary.Value(tag=name, simple_value=value)
-            for name, value in values.items()
-            if not math.isnan(value)
+            for name, value in _known(row).items()
         ]
-        self._write(step=step, summary=self._summary(value=known))
+        self._write(step=step, summary=self._summary(value=values))
 
     def flush(self) -> None:
         self._writer.flush()
@@ -266,19 +241,20 @@ class _EventFile:
             self._writer.close()
 
 
+def _known(row: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: x for k, x in row.items() if x is not None and not math.isnan(x)}
+
+
 def _step_of(line: str) -> int:
     return int(line.partition(",")[0])
 
 
-def _to_text(lines: Sequence[str]) -> str:
+def _text(lines: Sequence[str]) -> str:
     return "".join(f"{line}\n" for line in lines)
 
 
 def read_metrics(path: pathlib.Path) -> dict[str, list[float]]:
     """Reads a `metrics.csv` into columns of floats."""
     with path.open(newline="") as file:
-        rows = list(csv.reader(file))
-    return {
-        name: [float(row[index]) for row in rows[1:]]
-        for index, name in enumerate(rows[0])
-    }
+        names, *rows = csv.reader(file)
+    return {name: [float(row[i]) for row in rows] for i, name in enumerate(names)}

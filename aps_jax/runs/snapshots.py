@@ -6,7 +6,7 @@ states, `D` dimensions.
 
 import pathlib
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -37,7 +37,8 @@ def write_snapshot(
         return
     folder = workdir / FOLDER_NAME
     folder.mkdir(exist_ok=True)
-    np.savez(folder / f"{agent_steps:012d}.npz", **visited)
+    arrays: dict[str, Any] = dict(visited)
+    np.savez(folder / f"{agent_steps:012d}.npz", **arrays)
 
 
 def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:
@@ -48,25 +49,3 @@ def read_snapshots(workdir: pathlib.Path) -> list[Snapshot]:
             found = {name: arrays[name].astype(np.float32) for name in arrays}
         snapshots.append(Snapshot(int(path.stem), found))
     return snapshots
-
-
-def plane_of(phi: np.ndarray) -> np.ndarray:
-    """Finds the plane in which features vary most: their first principal directions.
-
-    Points of the unit sphere, projected onto it at right angles, lie in the unit disc;
-    its edge is the sphere's outline. With 2 dimensions nothing is lost.
-
-    Args:
-      phi: `[N, D]` float, `D` at least 1.
-
-    Returns:
-      `[D, 2]` float64, orthonormal columns (the second is 0 where `D` is 1), with their
-      largest component positive, so that the same data give the same picture.
-    """
-    centred = np.float64(phi) - np.mean(phi, axis=0, dtype=np.float64)
-    _, _, directions = np.linalg.svd(centred, full_matrices=False)
-    plane = np.zeros((phi.shape[1], 2))
-    for index, direction in enumerate(directions[:2]):
-        largest = direction[np.argmax(np.abs(direction))]
-        plane[:, index] = direction * np.sign(largest)
-    return plane

@@ -22,8 +22,8 @@ def check_wandb() -> None:
     """
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
-            "--wandb needs the package wandb: pip install 'aps_jax[wandb]'. TensorBoard "
-            "events are written without it."
+            "--wandb needs the package wandb: pip install 'aps_jax[wandb]'. "
+            "TensorBoard events are written without it."
         )
     import wandb
 
@@ -39,13 +39,13 @@ def check_wandb() -> None:
 def start_wandb(config: config_lib.Config, workdir: pathlib.Path) -> Any:
     """Starts or goes on with the W&B run of a stage's folder.
 
-    Its curves are over agent steps. W&B's own step never goes back, so that it would drop
-    the rows that a resumed stage writes again.
+    Its curves are over agent steps. W&B's own step never goes back, so that it would
+    drop the rows that a resumed stage writes again.
 
     Args:
       config: The run's values, which W&B shows beside its curves.
-      workdir: Folder of the stage; the run's id is made of its full path, so that a
-        resumed stage continues its curves.
+      workdir: Folder of the stage; its full path makes the run's id, so that a resumed
+        stage continues its curves.
 
     Returns:
       W&B's run, with `log` and `finish`.

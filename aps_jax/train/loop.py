@@ -1,7 +1,7 @@
 """The host loop of every stage, and the jitted steps that it calls.
 
-One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates and
-returns, so the device learns while the CPU cores emulate. Where the cores are the
+One iteration is `act -> send -> enqueue updates -> recv`: JAX dispatches the updates
+and returns, so the device learns while the CPU cores emulate. Where the cores are the
 device, `recv` comes before the updates: both at once would only take turns. Keys are
 derived from the seed by `fold_in` with a stream and a step, so a resumed run continues
 the same streams. The loop knows no agent: see `agents.base`. Letters: `E` environments.
@@ -152,7 +152,6 @@ def make_pool(
         len(seeds),
         seeds=seeds,
         num_threads=environment.env_threads,
-        frame_skip=types.FRAME_SKIP,
         noop_max=environment.noop_max,
         max_frames=environment.max_frames,
         sticky=environment.sticky,
@@ -167,9 +166,9 @@ class ActorState(NamedTuple):
     """What acting remembers from step to step."""
 
     memory: Any  # the policy's, leading axis [E]
-    stack: jax.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
-    lives: jax.Array  # [E] int32, lives at the step before
-    num_steps: jax.Array  # [] int32, time steps acted; numbers the random stream
+    stack: types.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    lives: types.Array  # [E] int32, lives at the step before
+    num_steps: types.Array  # [] int32, time steps acted; numbers the random stream
 
 
 def init_actor(policy: base.Policy, num_envs: int) -> ActorState:
@@ -225,16 +224,17 @@ Learn = Callable[
 ]
 
 # What of a rollout is sharded with the environments.
-REPLAY_SPECS = buffer_lib.specs(devices.SHARDED)
+_SHARDED: Any = devices.SHARDED
+REPLAY_SPECS = buffer_lib.specs(_SHARDED)
 ROLLOUT_SPECS = RolloutState(
-    actor=ActorState(  # type: ignore[arg-type]
-        memory=devices.SHARDED,
-        stack=devices.SHARDED,
-        lives=devices.SHARDED,
-        num_steps=devices.REPLICATED,
+    actor=ActorState(
+        memory=_SHARDED,
+        stack=_SHARDED,
+        lives=_SHARDED,
+        num_steps=devices.REPLICATED,  # type: ignore[arg-type]
     ),
     replay=REPLAY_SPECS,
-    episodes=devices.SHARDED,  # type: ignore[arg-type]
+    episodes=_SHARDED,
 )
 
 
@@ -424,7 +424,7 @@ def _place(replay: buffer_lib.Buffer) -> dict[str, jax.Array]:
 
 def init_sums(names: Sequence[str]) -> sums_lib.RunningSums:
     """Returns sums of no update, for metrics of these names."""
-    place = {"current_index": np.int32(0), "is_full": np.bool_(False)}
+    place: dict[str, Any] = {"current_index": np.int32(0), "is_full": np.bool_(False)}
     return sums_lib.init_sums(names, place)
 
 
@@ -545,7 +545,7 @@ class Session:
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
     learn_from: int = 0  # agent steps before which nothing is learned after a resume
-    # On a CPU emulators and updates want the same cores: measured in docs/performance.md.
+    # On a CPU emulators and updates want the same cores (docs/performance.md).
     overlaps: bool = dataclasses.field(
         default_factory=lambda: jax.default_backend() != "cpu"
     )
@@ -561,17 +561,6 @@ class Session:
         """Agent steps of all environments together (a reset frame counts as one)."""
         return self.iteration * self.num_envs
 
-    @property
-    def num_finished(self) -> int:
-        """Games that ended at the last step, in all processes."""
-        assert self.timestep is not None
-        is_last = self.timestep.terminated | self.timestep.truncated
-        if devices.num_processes(self.mesh) > 1:
-            is_last = devices.fetch(
-                devices.device_put(is_last, self.mesh, devices.SHARDED), self.mesh
-            )
-        return int(np.sum(is_last))
-
     def step(self) -> None:
         """Makes one agent step in every environment and enqueues the updates due.
 
@@ -585,12 +574,12 @@ class Session:
                 self.timestep = self.pool.reset()
         timestep = devices.device_put(self.timestep, self.mesh, devices.SHARDED)
         self.rollout, action = self.act(self.state, self.rollout, timestep)
-        action = devices.local_rows(action)
+        sent = devices.local_rows(action)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
         try:
             with environment_errors():
-                self.pool.send(action)
+                self.pool.send(sent)
                 if not self.overlaps:
                     reached = self.pool.recv()
         finally:
@@ -601,7 +590,7 @@ class Session:
             self._look()
         with environment_errors():
             self.timestep = self.pool.recv() if reached is None else reached
-        self._check_rewards(action, self.timestep)
+        self._check_rewards(sent, self.timestep)
 
     def _make_updates(self, before: int) -> None:
         """Enqueues the updates that are due since `before` agent steps."""
@@ -616,7 +605,7 @@ class Session:
             )
 
     def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
-        """Raises a `NonFinite` that names the environment, unless rewards are finite."""
+        """Raises a `NonFinite` that names the environment if a reward is not finite."""
         if not np.isfinite(timestep.reward).all():
             (indices,) = np.nonzero(~np.isfinite(timestep.reward))
             message = (
@@ -642,7 +631,9 @@ class Session:
         """Looks whether an update was not finite, without waiting for the device."""
         # Several processes must look at the same step, so that they wait if need be.
         is_waited_for = devices.num_processes(self.mesh) > 1
-        if self._flag is not None and (is_waited_for or self._flag.is_ready()):
+        if self._flag is not None and (
+            is_waited_for or self._flag.is_ready()  # type: ignore[attr-defined]
+        ):
             if np.any(jax.device_get(self._flag) >= 0):
                 self.check_finite()
             self._flag = None
@@ -848,7 +839,7 @@ def play_rollouts(session: Session) -> base.Rollouts:
     replay = session.rollout.replay
 
     @jax.jit
-    def rewards_of(replay: buffer_lib.Buffer) -> tuple[jax.Array, jax.Array]:
+    def rewards_of(replay: buffer_lib.Buffer) -> tuple[types.Array, types.Array]:
         held = replay.experience
         return held.reward[:, :steps].T, held.is_first[:, :steps].T
 

@@ -1,4 +1,4 @@
-"""Preflight: whether a machine can do a run, and how long it will take, before it starts.
+"""Preflight: whether a machine can do a run, and how long that will take.
 
 A stage checks the same at every start, but for the measured rate.
 """
@@ -9,13 +9,12 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import rich.console
 import rich.table
 
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import devices, processes
-from aps_jax.runs import folders, machine
+from aps_jax.runs import console, folders, machine
 from aps_jax.train import loop, seeds, stages
 from aps_jax.types import FRAME_SKIP
 
@@ -85,7 +84,7 @@ def print_table(checks: Sequence[Check]) -> None:
     for check in checks:
         style = _STYLES[check.verdict]
         table.add_row(check.name, check.found, f"[{style}]{check.verdict}[/]")
-    rich.console.Console().print(table)
+    console.make_console().print(table)
 
 
 def _of_all(checks: list[Check]) -> list[Check]:
@@ -136,8 +135,8 @@ def _cores(config: config_lib.Config) -> Check:
 
 
 def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
-    of_stage = {"is_pretraining": name == stages.PRETRAIN, "num_seeds": num_seeds}
-    memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
+    is_pretraining = name == stages.PRETRAIN
+    memory = stages.memory_of(config, is_pretraining=is_pretraining)
     needed = machine.needed_bytes(**memory, num_seeds=num_seeds)
     ring = num_seeds * memory["replay_bytes"]
     text = (
@@ -146,7 +145,7 @@ def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
         f"{machine.size_text(machine.available_bytes())} free"
     )
     try:
-        stages.check_memory(config, **of_stage)
+        stages.check_memory(config, is_pretraining=is_pretraining, num_seeds=num_seeds)
     except ValueError as error:
         return Check(f"memory, {name}", str(error), "failed")
     return Check(f"memory, {name}", text)
@@ -224,6 +223,7 @@ def measure_rate(
     pool = loop.make_pool(
         config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=run_seeds
     )
+    session: loop.Session
     try:
         if num_seeds > 1:
             session, _ = seeds.start_pretraining(config, run_seeds, pool)

@@ -23,7 +23,7 @@ _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
 
 
 class Recorder:
-    """Writes metrics and checkpoints of a stage, and resumes from the newest checkpoint.
+    """Writes metrics and checkpoints of a stage; resumes from the newest checkpoint.
 
     A disk that cannot be written is no reason to end a stage that runs: it is warned of
     and tried again with every row.
@@ -49,7 +49,7 @@ class Recorder:
         self._session = session
         self._has_replay = report.checkpoint_replay
         self.report = report
-        self._origin = {
+        self._origin: dict[str, Any] = {
             "config": config_lib.to_dict(config),
             "versions": folders.versions(),
             "git_commit": folders.git_commit(),
@@ -314,6 +314,7 @@ class Recorder:
         if processes.is_primary():
             try:
                 self._ensure_folder()
+                assert self._writer is not None
                 self._writer.write(row)
             except (OSError, ValueError) as error:
                 self._complain(error)
@@ -323,7 +324,7 @@ class Recorder:
 
     def _ensure_folder(self) -> None:
         """Makes the folder anew if somebody deleted it."""
-        if self._lock.ensure():
+        if self._lock is not None and self._lock.ensure():
             self._warn(f"{self._workdir} was deleted, and has been made anew.")
 
     def save(self) -> None:
@@ -367,9 +368,10 @@ class Recorder:
             self._complain(error)
 
     def _sync(self) -> bool:
-        """Brings to disk the rows, which a checkpoint counts; returns whether it could."""
+        """Flushes the rows, which a checkpoint counts; returns whether that worked."""
         try:
             self._ensure_folder()
+            assert self._writer is not None
             self._writer.sync()
         except (OSError, ValueError) as error:
             self._complain(error)
@@ -430,7 +432,7 @@ class Recorder:
         with contextlib.suppress(OSError):  # Was warned of, or is in what is said.
             self._checkpointer.wait_until_finished()
         try:
-            np.savez_compressed(path, **batch)
+            np.savez_compressed(path, allow_pickle=False, **batch)  # type: ignore[arg-type]
             where = f"The batch is in {path}."
         except OSError as failure:
             where = f"The batch could not be written ({failure})."

@@ -1,9 +1,9 @@
-"""Many seeds at once: every state has a leading axis of seeds, and one pool serves all.
+"""Many seeds at once: each state has a leading axis of seeds, and one pool serves all.
 
-The jitted steps of `loop` are mapped over that axis (`jax.vmap`), each seed with its own
-keys, so that a seed does what it would do alone, up to rounding. What is written of a
-seed is taken out of the states that they share. Letters: `S` seeds, `E` environments of
-each.
+The jitted steps of `loop` are mapped over that axis (`jax.vmap`), each seed with its
+own keys, so that a seed does what it would do alone, up to rounding. What is written of
+a seed is taken out of the states that they share. Letters: `S` seeds, `E` environments
+of each.
 """
 
 import contextlib
@@ -132,7 +132,7 @@ class SeedsPool:
     """
 
     def __init__(self, pool: loop.Pool, num_seeds: int):
-        """Takes over a pool, not yet reset, of `num_seeds` times as many environments."""
+        """Takes a pool, not yet reset, of `num_seeds` times as many environments."""
         self._pool = pool
         self.num_seeds = num_seeds
         self.num_envs = pool.num_envs // num_seeds
@@ -243,7 +243,7 @@ class SeedSession(loop.Session):
         self._index = devices.device_put(np.int32(index))
         self._place = index
         self._flag = None
-        self.pool = everyone.pool.of_seed(index)
+        self.pool = everyone.pool.of_seed(index)  # type: ignore[attr-defined]
         self.draw = draw
         self.calibrate = None  # The session of all does it for every seed.
         self.schedule = everyone.schedule
@@ -270,7 +270,7 @@ class SeedSession(loop.Session):
     def sums(self, value: sums_lib.RunningSums) -> None:
         self._everyone.sums = _put(self._everyone.sums, value, self._index)
 
-    @property
+    @property  # type: ignore[override]
     def rollout(self) -> _SeedRollout:
         return _SeedRollout(self._everyone.rollout, self._index)
 
@@ -302,7 +302,8 @@ class SeedSession(loop.Session):
         return jax.tree.map(lambda x: x[self._place], everyone)
 
     @timestep.setter
-    def timestep(self, value: types.TimeStep) -> None:
+    def timestep(self, value: types.TimeStep | None) -> None:
+        assert value is not None
         self._everyone.take_up(self._place, value)
 
     def free_replay(self) -> None:
@@ -363,7 +364,8 @@ class SeedsSession(loop.Session):
             return
         for place, one in enumerate(self.of_seeds()):
             with one.naming():
-                one._check_rewards(action[place], one.timestep)
+                of_seed = jax.tree.map(lambda x, i=place: x[i], timestep)
+                one._check_rewards(action[place], of_seed)
 
 
 def start_pretraining(
@@ -377,7 +379,7 @@ def start_pretraining(
       pool: Environments, not yet reset, from `loop.make_pool` with these seeds.
 
     Returns:
-      The session, and the function that embeds states of every seed (`loop.make_embed`).
+      The session, and the function that embeds states of all seeds (`loop.make_embed`).
     """
     agent = config.make_agent(pool.num_actions)
     plan = loop.pretrain_plan(config, agent)

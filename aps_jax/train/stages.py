@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
+from absl import logging
 
 from aps_jax import config as config_lib
 from aps_jax import types
@@ -37,11 +38,12 @@ class Trained(NamedTuple):
     state: base.AgentState
     num_actions: int
     facts: dict[str, Any]  # of the checkpoint
+    step: int  # agent steps of the stage at the checkpoint
 
 
 def pretrain(
     config: config_lib.Config,
-    workdir: pathlib.Path,
+    workdir: folders.PathLike,
     *,
     constructor: loop.MakePool = atari.AtariPool,
     progress: progress_lib.Silent = progress_lib.SILENT,
@@ -49,8 +51,8 @@ def pretrain(
 ) -> dict[str, Any]:
     """Pretrains an agent on a game whose reward it never sees.
 
-    The same call continues a run that was interrupted, and returns at once if the run is
-    finished.
+    The same call continues a run that was interrupted. It returns at once if the run
+    is finished.
 
     Args:
       config: The run's values.
@@ -70,6 +72,7 @@ def pretrain(
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
+    workdir = folders.as_path(workdir)
     _check_has_pretraining(config)
     facts = {"stage": PRETRAIN, "config": config}
     result = _find_finished(workdir, **facts)
@@ -125,8 +128,8 @@ def pretrain_seeds(
 ) -> list[dict[str, Any]]:
     """Pretrains several seeds at once, on one device and with one pool (`seeds`).
 
-    Every folder is written as `pretrain` would write it, and can be continued or used by
-    itself. Seeds that are finished are left as they are; the others go on from the
+    Every folder is written as `pretrain` would write it, and can be continued or used
+    by itself. Seeds that are finished are left as they are; the others go on from the
     newest checkpoint that all of them have.
 
     Args:
@@ -141,8 +144,8 @@ def pretrain_seeds(
     Raises:
       ValueError: The configs differ in more than the seed or name several devices, a
         folder holds another run, or the seeds stand too far apart.
-      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed nothing is
-        saved but the batch; a checkpoint of every other was saved.
+      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed only the
+        batch is saved; a checkpoint of every other was saved.
       loop.EnvironmentFailure: The environments raised; checkpoints were saved.
       interrupts.Interrupted: A stop was requested; checkpoints were saved.
     """
@@ -202,7 +205,12 @@ def pretrain_seeds(
 
 
 def _check_has_pretraining(config: config_lib.Config) -> None:
-    """Raises a `ValueError` unless the agent has a reward-free phase."""
+    """Raises a `ValueError` unless the agent can be pretrained without reward."""
+    if config.report.keep_best:
+        raise ValueError(
+            "keep_best ranks checkpoints by the game's score, which a reward-free stage "
+            "must not see: leave it out here, and give it to fine-tuning."
+        )
     loop.pretrain_plan(config, config.make_agent(num_actions=2))
 
 
@@ -263,8 +271,8 @@ def _pretrain_result(
 
 def finetune(
     config: config_lib.Config,
-    workdir: pathlib.Path,
-    init: pathlib.Path | None,
+    workdir: folders.PathLike,
+    init: folders.PathLike | None,
     *,
     constructor: loop.MakePool = atari.AtariPool,
     progress: progress_lib.Silent = progress_lib.SILENT,
@@ -272,9 +280,9 @@ def finetune(
 ) -> dict[str, Any]:
     """Shows the reward: the agent adapts at once, then learns from it.
 
-    A pretrained agent first plays as it did while pretraining, and adapts to the rewards
-    of that play; what it played stays in the replay. An untrained agent learns from its
-    first steps. The same call continues a run that was interrupted.
+    A pretrained agent first plays as it did while pretraining, and adapts to the
+    rewards of that play; what it played stays in the replay. An untrained agent learns
+    from its first steps. The same call continues a run that was interrupted.
 
     Args:
       config: The run's values.
@@ -296,6 +304,8 @@ def finetune(
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
+    workdir = folders.as_path(workdir)
+    init = None if init is None else folders.as_path(init)
     constructor = reward_functions.constructor_for(config.finetune.task, constructor)
     trained = None
     if init is not None:
@@ -323,7 +333,7 @@ def finetune(
         if init is None:
             state = loop.init_state(agent, config.seed, mesh)
         else:
-            trained = load_pretrained(init)
+            trained = load_pretrained(init, warn=warn)
             check_fits(trained, init, config, pool.num_actions)
             state = trained.state
         lock = _open(held, workdir, warn, **facts)
@@ -361,9 +371,8 @@ def finetune(
             )
         result = {
             **_describe(config, FINETUNE),
-            "pretrain_frames": (
-                0 if trained is None else trained.facts["agent_steps"] * FRAME_SKIP
-            ),
+            "pretrain_frames": (0 if trained is None else trained.step * FRAME_SKIP),
+            "init_agent_steps": None if trained is None else trained.step,
             "finetune_agent_steps": session.agent_steps,
             "init": None if init is None else str(init),
             **_score(config, played),
@@ -397,7 +406,7 @@ def _find_finished(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None
 
 def _open(
     held: contextlib.ExitStack,
-    workdir: pathlib.Path,
+    workdir: folders.PathLike,
     warn: Callable[[str], None],
     **facts: Any,
 ) -> folders.RunLock | None:
@@ -407,7 +416,7 @@ def _open(
       ValueError: As `folders.open_run`; or not all processes see the folder.
     """
     processes.broadcast_from_primary(lambda: folders.open_run(workdir, **facts))
-    processes.check_shared(workdir)
+    processes.check_shared(pathlib.Path(workdir))
     if not processes.is_primary():
         return None
     return held.enter_context(folders.RunLock(workdir, warn=warn))
@@ -422,7 +431,9 @@ def roll_out(
     progress: progress_lib.Silent = progress_lib.SILENT,
     check: Callable[[], None] | None = None,
 ) -> base.Rollouts:
-    """Plays as in pretraining until the budget or the games are used up.
+    """Plays as in pretraining until the budget is used up.
+
+    A fixed number of steps: the first games to end would be the short ones.
 
     Args:
       config: The run's values; `config.finetune` has the budget.
@@ -438,14 +449,10 @@ def roll_out(
     total = -(-values.infer_agent_steps // session.num_envs)
     frames = session.num_envs * FRAME_SKIP
     progress.start("infer", total=total * frames, done=session.iteration * frames)
-    facts: dict[str, Any] = {} if recorder is None else recorder.facts
-    num_games = facts.get("infer_games", 0)
     act, learn = session.act, session.learn
     session.act, session.learn = loop.jit_act(loop.make_act(policy, key), mesh), None
-    while session.iteration < total and num_games < values.infer_episodes:
+    while session.iteration < total:
         session.step()
-        num_games += session.num_finished
-        facts["infer_games"] = num_games
         if recorder is not None:
             recorder.record(config.report, is_last=False, progress=progress)
         else:
@@ -556,8 +563,8 @@ def _evaluation_points(
     one evaluation means the last alone.
     """
     if set_steps := values.set_agent_steps:
-        points = {-(-steps // num_envs) for steps in set_steps} | {first, total}
-        return sorted(point for point in points if first <= point <= total)
+        set_points = {-(-steps // num_envs) for steps in set_steps} | {first, total}
+        return sorted(point for point in set_points if first <= point <= total)
     count = values.evaluations
     points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
     return points if count > 1 else [total]
@@ -595,33 +602,55 @@ def check_memory(
     )
 
 
-def load_pretrained(workdir: pathlib.Path) -> Trained:
+def load_pretrained(
+    workdir: folders.PathLike, *, warn: Callable[[str], None] = logging.warning
+) -> Trained:
     """Loads the newest agent of a pretraining.
 
     Args:
       workdir: Folder of a pretraining, or of a run that began with one.
+      warn: Is told of damaged checkpoints, and of a pretraining that is not finished.
 
     Raises:
       ValueError: There is none, or its checkpoint does not fit its own config.
     """
-    return _load(folders.find_stage(workdir, PRETRAIN), is_finetuned=False)
-
-
-def load_finetuned(workdir: pathlib.Path) -> Trained:
-    """Loads the newest agent of a fine-tuning, which has adapted to its reward.
-
-    Raises:
-      ValueError: There is none, or its checkpoint does not fit its own config.
-    """
-    trained = _load(folders.find_stage(workdir, FINETUNE), is_finetuned=True)
-    if not trained.facts.get("adapted"):
-        raise ValueError(f"The run in {workdir} has not adapted to its reward yet.")
+    folder = folders.find_stage(folders.as_path(workdir), PRETRAIN)
+    trained = _load(folder, warn, is_finetuned=False)
+    total = trained.config.pretrain.pretrain_agent_steps
+    if trained.step < total:
+        warn(
+            f"the pretraining in {folder} is not finished: the agent used is that of "
+            f"{trained.step * FRAME_SKIP:,} of {total * FRAME_SKIP:,} frames."
+        )
     return trained
 
 
-def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
+def load_finetuned(
+    workdir: folders.PathLike, *, warn: Callable[[str], None] = logging.warning
+) -> Trained:
+    """Loads the newest agent of a fine-tuning, which has adapted to its reward.
+
+    Args:
+      workdir: Folder of a fine-tuning, or of a run that ended with one.
+      warn: Is told of damaged checkpoints.
+
+    Raises:
+      ValueError: There is none, or its checkpoint does not fit its own config.
+    """
+    folder = folders.find_stage(folders.as_path(workdir), FINETUNE)
+    trained = _load(folder, warn, is_finetuned=True)
+    if not trained.facts.get("adapted"):
+        raise ValueError(f"The run in {folder} has not adapted to its reward yet.")
+    return trained
+
+
+def _load(
+    folder: pathlib.Path, warn: Callable[[str], None], *, is_finetuned: bool
+) -> Trained:
     _, config = folders.read_run(folder)
-    checkpointer = checkpoints.Checkpointer(folder / folders.CHECKPOINTS_NAME)
+    checkpointer = checkpoints.Checkpointer(
+        folder / folders.CHECKPOINTS_NAME, warn=warn
+    )
 
     def template(metadata: dict[str, Any]) -> dict[str, Any]:
         agent = config.make_agent(metadata["num_actions"])
@@ -634,13 +663,19 @@ def _load(folder: pathlib.Path, *, is_finetuned: bool) -> Trained:
 
     try:
         found = checkpointer.restore_newest(template)
-        if found is None:
-            raise ValueError(f"The run in {folder} has no checkpoint yet.")
-        num_actions = found.metadata["num_actions"]
-        agent = config.make_agent(num_actions)
-        return Trained(config, agent, found.items["agent"], num_actions, found.metadata)
     finally:
         checkpointer.close()
+    if found is None:
+        raise ValueError(f"The run in {folder} has no checkpoint yet.")
+    num_actions = found.metadata["num_actions"]
+    return Trained(
+        config,
+        config.make_agent(num_actions),
+        found.items["agent"],
+        num_actions,
+        found.metadata,
+        found.step,
+    )
 
 
 def _check_fits_config(init: pathlib.Path, config: config_lib.Config) -> None:

@@ -1,8 +1,8 @@
 """One pretrained agent, many reward functions of its game, without learning.
 
-The agent plays once as in pretraining, as the first part of fine-tuning does, and adapts
-to each reward function by the rewards that it gives to that same play. Then it plays
-full games for each. Letters: `K` reward functions, `E` environments.
+The agent plays once as in pretraining, as the first part of fine-tuning does, and
+adapts to each reward function by the rewards that it gives to that same play. Then it
+plays full games for each. Letters: `K` reward functions, `E` environments.
 """
 
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from aps_jax.train import evaluation, loop, stages
 
 
 class RewardResult(NamedTuple):
-    """What a pretrained agent does on one reward function at once, beside random play."""
+    """How a pretrained agent does on one reward function at once, and random play."""
 
     name: str
     adapted: dict[str, Any]  # facts of `Agent.adapt`
@@ -28,10 +28,12 @@ class RewardResult(NamedTuple):
     random: evaluation.Evaluation  # Uniformly random actions, the same protocol.
 
 
-class _ManyRewardsPool(reward_functions.TaskPool):
+class _ManyRewardsPool(reward_functions.RewardPool):
     """Environments with the game's reward that keep those of several functions."""
 
-    def __init__(self, pool: Any, functions: dict[str, reward_functions.TaskFunction]):
+    def __init__(
+        self, pool: Any, functions: dict[str, reward_functions.RewardFunction]
+    ):
         super().__init__(pool, reward_functions.SCORE, reward_functions.score)
         self._functions = functions
         self.rewards: list[np.ndarray] = []  # a [K, E] for each time step
@@ -41,7 +43,7 @@ class _ManyRewardsPool(reward_functions.TaskPool):
         self.rewards.append(
             np.stack(
                 [
-                    reward_functions.task_reward(name, function, before, after)
+                    reward_functions.reward_of(name, function, before, after)
                     for name, function in self._functions.items()
                 ]
             )
@@ -90,7 +92,11 @@ def evaluate_rewards(
         state = devices.device_put(agent.start_finetune(trained.state))
         session = loop.start(config, plan, pool, state)
         rollouts = stages.roll_out(
-            config, agent, session, progress=progress, check=stop and stop.check
+            config,
+            agent,
+            session,
+            progress=progress,
+            check=None if stop is None else stop.check,
         )
     finally:
         pool.close()

@@ -4,8 +4,8 @@ r"""Measures how near to the machine's limits the project runs, and prints the r
 
 Everything is compared within one process, turn by turn, and ratios are medians over the
 repetitions, so that they hold on a busy machine. Writes WORKDIR/benchmark.json and
-WORKDIR/benchmark.md; docs/performance.md explains the rows. Takes about twenty minutes on
-two cores; `--size=smoke` runs every row in seconds and measures nothing.
+WORKDIR/benchmark.md; docs/performance.md explains the rows. Takes about twenty minutes
+on two cores; `--size=smoke` runs every row in seconds and measures nothing.
 """
 
 import json
@@ -42,7 +42,7 @@ _SIZE = flags.DEFINE_enum(
 _SERVE = flags.DEFINE_integer(
     "serve",
     None,
-    "Only serve another benchmark's process, pretraining so many seeds at once, 0 for a "
+    "Only serve another benchmark's process, pretraining so many seeds at once; 0 is a "
     "single run.",
 )
 
@@ -60,11 +60,8 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     workdir.mkdir(parents=True, exist_ok=True)
     size = _SIZES[_SIZE.value]
-    machine = {
-        **table.describe_machine(),
-        "commit": folders.git_commit(),
-        "size": size.name,
-    }
+    machine = table.describe_machine()
+    machine |= {"commit": folders.git_commit(), "size": size.name}
     rows: list[table.Row] = []
     for name in _ROWS.value:
         print(f"measuring {name} ...", flush=True)

@@ -8,19 +8,14 @@ from typing import Any
 import jax
 import numpy as np
 
-from aps_jax.networks import modules
+from aps_jax.agents.base import ENCODERS
 
-ENCODERS: Mapping[str, Any] = {
-    "small": modules.SmallEncoder,
-    "nature": modules.NatureEncoder,
-    "paper": modules.PaperEncoder,
-}
 IMAGE_SHAPE = (84, 84, 4)
 
 
 @functools.cache
 def torch() -> Any:
-    """Returns PyTorch, imported when it is first needed; None if it is not installed."""
+    """Returns PyTorch, imported when first needed; None if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -28,13 +23,12 @@ def torch() -> Any:
     return torch
 
 
+# The steps of both libraries compute the output and the parameters' gradients once.
+
+
 def _make_jax_step(
-    encoder: str,
-    params: Mapping[str, Any],
-    images: np.ndarray,
-    cotangent: np.ndarray,
+    encoder: str, params: Mapping[str, Any], images: np.ndarray, cotangent: np.ndarray
 ) -> Callable[[], Any]:
-    """Returns a function that computes output and parameter gradients once."""
     module = ENCODERS[encoder]()
 
     @jax.jit
@@ -75,10 +69,8 @@ def _torch_weights(encoder: str, params: Mapping[str, Any], memory_format: Any) 
     for index, layer in enumerate(ENCODERS[encoder].layers):
         conv = jax.device_get(params["params"][f"conv_{index}"])
         kernel = leaf(conv["kernel"].transpose(3, 2, 0, 1))
-        weights[f"conv_{index}"] = (
-            kernel.to(memory_format=memory_format),
-            leaf(conv["bias"]),
-        )
+        kernel = kernel.to(memory_format=memory_format)
+        weights[f"conv_{index}"] = (kernel, leaf(conv["bias"]))
         channels = layer.features
     if "hidden" in params["params"]:
         hidden = jax.device_get(params["params"]["hidden"])
@@ -100,7 +92,6 @@ def _make_torch_step(
     images: np.ndarray,
     cotangent: np.ndarray,
 ) -> Callable[[], Any]:
-    """Returns a function that computes output and parameter gradients once."""
     weights = _torch_weights(encoder, params, memory_format)
     leaves = [tensor for tensors in weights.values() for tensor in tensors]
     nchw = torch().from_numpy(np.ascontiguousarray(images.transpose(0, 3, 1, 2)))

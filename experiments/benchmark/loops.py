@@ -5,6 +5,7 @@ import functools
 import itertools
 import resource
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +27,19 @@ from experiments.benchmark.table import (
 _FEW_FAULTS = 140.0
 
 
-def matrix_product(size: Size) -> tuple[Callable[[], None], float]:
+def matrix_product(size: Size) -> tuple[Callable[[], Any], float]:
     """Returns a product of matrices on the device, and its operations."""
     side = size.product_side
     matrix = jnp.ones((side, side), jnp.float32)
-    product = jax.jit(
-        functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
-    )
+    highest = jax.lax.Precision.HIGHEST
+    product = jax.jit(functools.partial(jnp.matmul, precision=highest))
     return lambda: jax.block_until_ready(product(matrix, matrix)), 2.0 * side**3
 
 
 def _loop_turns(config: config_lib.Config, size: Size, *, learns: bool) -> Turns:
     """Times the loop and its parts alone, in seconds per agent step."""
     session = setup.started(config)
-    things = {
+    things: dict[str, Callable[[], Any]] = {
         "loop": lambda: session.play(size.iterations, learns=learns),
         "env": lambda: session.step_environments(size.iterations),
         "act": lambda: session.act(size.iterations),
@@ -49,9 +49,10 @@ def _loop_turns(config: config_lib.Config, size: Size, *, learns: bool) -> Turns
         things["learn"] = lambda: session.learn(size.updates)
         work["learn"] = size.updates / session.updates_per_step
         things["product"], flops = matrix_product(size)
-        of_update = session.compiled_update().cost_analysis()["flops"]
+        cost = session.compiled_update().cost_analysis()
+        assert cost is not None
         # Agent steps whose updates have as many operations.
-        work["product"] = flops / of_update / session.updates_per_step
+        work["product"] = flops / cost["flops"] / session.updates_per_step
     return take_turns(things, repetitions=size.repetitions, work=work)
 
 
@@ -143,10 +144,8 @@ def others_rows(size: Size) -> list[Row]:
         "EnvPool's XLA interface in one jitted scan": 1.3,
     }
     others = lambda: session.play_without_overlap(num), session.make_scan(num)
-    things = {
-        "ours": lambda: session.play(num),
-        **dict(zip(goals, others, strict=True)),
-    }
+    things: dict[str, Callable[[], None]] = {"ours": lambda: session.play(num)}
+    things |= zip(goals, others, strict=True)
     work = dict.fromkeys(things, float(num * session.num_envs))
     turns = take_turns(things, repetitions=size.repetitions, work=work)
     blocking, scan = (
@@ -181,13 +180,13 @@ def page_faults_rows(size: Size) -> list[Row]:
 def scaling_rows(size: Size) -> list[Row]:
     """Measures acting at several numbers of environments."""
     config = setup.main_config(size)
-    things, work = {}, {}
+    things: dict[int, Callable[[], None]] = {}
+    work: dict[int, float] = {}
     with contextlib.ExitStack() as held:
         for num_envs in size.env_counts:
             options = {"num_envs": num_envs, "replay_size": num_envs * 40}
-            session = setup.Setup(
-                config_lib.replace_options(config, **options), learns=False
-            )
+            changed = config_lib.replace_options(config, **options)
+            session = setup.Setup(changed, learns=False)
             held.callback(session.close)
             count = max(3, size.iterations * config.pretrain.num_envs // num_envs // 4)
             things[num_envs] = functools.partial(session.play, count, learns=False)

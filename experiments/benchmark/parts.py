@@ -2,7 +2,7 @@
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -43,14 +43,13 @@ def particles_rows(size: Size) -> list[Row]:
         count: setup.started(config_lib.replace_options(config, num_particles=count))
         for count in counts
     }
-    memory = {
-        count: session.compiled_update().memory_analysis().temp_size_in_bytes
-        for count, session in sessions.items()
-    }
-    turns = take_turns(
-        {n: functools.partial(session.learn, 1) for n, session in sessions.items()},
-        repetitions=size.repetitions,
-    )
+    memory = {}
+    for count, session in sessions.items():
+        used = session.compiled_update().memory_analysis()
+        assert used is not None
+        memory[count] = used.temp_size_in_bytes
+    learns = {n: functools.partial(one.learn, 1) for n, one in sessions.items()}
+    turns = take_turns(learns, repetitions=size.repetitions)
     rows = []
     for count in counts:
         case = f"an update with {count:,} / with {counts[0]:,}"
@@ -72,34 +71,30 @@ def knn_rows(size: Size) -> list[Row]:
     add_one = jax.jit(lambda x: x + 1.0)
     search = jax.jit(functools.partial(knn.knn_distances, k=NUM_NEIGHBORS))
     work = {"product": product_flops, "copy": 8.0 * size.copy_floats}
-    rows = []
+    rows: list[Row] = []
     for num_queries, num_particles, dim in size.knn_shapes:
         points = [
             rng.normal(size=(num, dim)).astype(np.float32)
             for num in (num_queries, num_particles)
         ]
-        things = {
+        things: dict[str, Callable[[], Any]] = {
             "product": product,
             "copy": lambda: jax.block_until_ready(add_one(array)),
             "knn": functools.partial(_search, search, *jax.device_put(points)),
         }
         if torch is not None:
             encoders.use_all_cores()
-            things["torch"] = functools.partial(
-                _torch_search, *(torch.from_numpy(x) for x in points)
-            )
+            tensors = (torch.from_numpy(x) for x in points)
+            things["torch"] = functools.partial(_torch_search, *tensors)
         turns = take_turns(things, repetitions=size.repetitions, work=work)
         flops = 2.0 * num_queries * num_particles * dim
-        num_bytes = (
-            4.0 * sum(x.size for x in points) + 4.0 * num_queries * NUM_NEIGHBORS
-        )
+        num_bytes = 4.0 * (sum(x.size for x in points) + num_queries * NUM_NEIGHBORS)
 
-        def roofline(t, flops=flops, num_bytes=num_bytes):
-            return max(flops * t["product"], num_bytes * t["copy"])
-
+        roofline = functools.partial(_roofline, flops, num_bytes)
+        over_roofline = functools.partial(_over_roofline, flops, num_bytes)
         case = f"{num_queries}x{num_particles}x{dim}"
         times = 1e6 * turns.median("knn"), 1e6 * turns.ratio(roofline)
-        goal = at_most(turns.ratio(lambda t, r=roofline: t["knn"] / r(t)), 2.5)
+        goal = at_most(turns.ratio(over_roofline), 2.5)
         if is_cpu:
             goal = {"ratio": goal["ratio"]}
         elif not rows:
@@ -108,10 +103,18 @@ def knn_rows(size: Size) -> list[Row]:
         case += ": ours / PyTorch's cdist and topk on the CPU"
         row = Row("knn", case, note=_NO_TORCH, **at_least(None, 1.0))
         if torch is not None:
-            goal = 1.0 if is_cpu else None
-            row = turns.rates("knn", case, "knn", "torch", "searches/s", goal=goal)
+            least = 1.0 if is_cpu else None
+            row = turns.rates("knn", case, "knn", "torch", "searches/s", goal=least)
         rows.append(row)
     return rows
+
+
+def _roofline(flops: float, num_bytes: float, t: Mapping[Any, float]) -> float:
+    return max(flops * t["product"], num_bytes * t["copy"])
+
+
+def _over_roofline(flops: float, num_bytes: float, t: Mapping[Any, float]) -> float:
+    return t["knn"] / _roofline(flops, num_bytes, t)
 
 
 def _search(search: Callable[..., jax.Array], *points: jax.Array) -> None:

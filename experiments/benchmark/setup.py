@@ -1,4 +1,4 @@
-"""A session of pretraining, as the benchmark's rows use it: all that knows the loop."""
+"""A session of pretraining, as the benchmark's rows use it."""
 
 import dataclasses
 import functools
@@ -90,7 +90,7 @@ def main_config(size: Size) -> config_lib.Config:
 def nature_config(size: Size, **options: Any) -> config_lib.Config:
     """Returns `main_config` with the Nature encoder, at the paper's batch on CPUs."""
     config = main_config(size)
-    if size.options:  # Of the smallest size nothing is learned but that it runs.
+    if size.options:  # The smallest size only shows that the row runs.
         return config
     options = {"encoder": "nature", **options}
     if is_cpu():
@@ -142,25 +142,25 @@ class Setup:
           learns: Whether to play on to the first update.
         """
         self.num_envs = config.pretrain.num_envs
-        self.updates_per_step = (
-            config.pretrain.samples_per_step / config.learner.batch_size
+        samples, batch_size = (
+            config.pretrain.samples_per_step,
+            config.learner.batch_size,
         )
+        self.updates_per_step = samples / batch_size
         run_seeds = range(config.seed, config.seed + num_seeds)
         stream = loop.Stream.PRETRAIN_ACT
         pool = loop.make_pool(config, self.num_envs, stream, run_seeds=run_seeds)
+        # Types are not followed into the loop: without learning its fields are None.
+        self._session: Any
         if num_seeds:
             self._session, _ = seeds.start_pretraining(config, run_seeds, pool)
         else:
             mesh = devices.make_mesh(config.num_devices)
             agent = config.make_agent(pool.num_actions)
-            self._learner = loop.pretrain_plan(config, agent).phase.learner
-            self._session = loop.start(
-                config,
-                loop.pretrain_plan(config, agent),
-                pool,
-                loop.init_state(agent, config.seed, mesh),
-                mesh=mesh,
-            )
+            plan = loop.pretrain_plan(config, agent)
+            state = loop.init_state(agent, config.seed, mesh)
+            self._learner = plan.phase.learner
+            self._session = loop.start(config, plan, pool, state, mesh=mesh)
         self._learn_step, self._schedule = self._session.learn, self._session.schedule
         while learns and not self._schedule.num_due(self._session.agent_steps):
             self._session.step()
@@ -251,9 +251,11 @@ class Setup:
             nonlocal handle
             states = (session.state, session.sums, session.rollout, session.timestep)
             # All committed to the device alike, or the scan would be compiled twice.
+            carry = devices.device_put((handle, *states))
             with jax.numpy_dtype_promotion("standard"):
-                handle, *states, timestep = scan(devices.device_put((handle, *states)))
-            session.state, session.sums, session.rollout = states
+                handle, session.state, session.sums, session.rollout, timestep = scan(
+                    carry
+                )
             session.timestep = jax.device_get(timestep)
             jax.block_until_ready(session.state)
 
@@ -264,10 +266,8 @@ class Setup:
         session, learner = self._session, self._learner
         draw = jax.jit(session.draw)
         # As many as there are updates: some batches take less time than others.
-        batches = [
-            draw(session.state, session.rollout.replay, np.int32(number))
-            for number in range(updates)
-        ]
+        drawn_from = session.state, session.rollout.replay
+        batches = [draw(*drawn_from, np.int32(number)) for number in range(updates)]
 
         @functools.partial(jax.jit, donate_argnames=("state", "sums"))
         def learn(state, sums, batch, replay):

@@ -1,7 +1,9 @@
 """Rows of the benchmark: what was measured, the goal, and how turns are timed."""
 
 import os
+import pathlib
 import platform
+import re
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -30,20 +32,14 @@ class Row(NamedTuple):
 
 def at_least(ratio: float | None, goal: float) -> dict[str, Any]:
     """Returns the last fields of a row whose ratio must reach a goal."""
-    return {
-        "ratio": ratio,
-        "goal": f"at least {goal:g}",
-        "is_met": None if ratio is None else ratio >= goal,
-    }
+    is_met = None if ratio is None else ratio >= goal
+    return {"ratio": ratio, "goal": f"at least {goal:g}", "is_met": is_met}
 
 
 def at_most(ratio: float | None, goal: float) -> dict[str, Any]:
     """Returns the last fields of a row whose ratio must stay under a goal."""
-    return {
-        "ratio": ratio,
-        "goal": f"at most {goal:g}",
-        "is_met": None if ratio is None else ratio <= goal,
-    }
+    is_met = None if ratio is None else ratio <= goal
+    return {"ratio": ratio, "goal": f"at most {goal:g}", "is_met": is_met}
 
 
 def only_on_gpu(row: Row) -> Row:
@@ -89,11 +85,8 @@ class Turns:
         """Makes the row that compares the rates of two things.
 
         Args:
-          row: its name.
-          case: what is compared.
-          ours: the thing measured.
-          other: the thing that it is compared with.
-          unit: of the rates.
+          row, case, unit: of the row.
+          ours, other: names of the thing measured and of that compared with.
           scale: units in one unit of work.
           goal: that the ratio must reach, if any.
         """
@@ -157,14 +150,10 @@ def describe_machine() -> dict[str, Any]:
 
 
 def _cpu_model() -> str:
-    try:
-        with open("/proc/cpuinfo") as lines:
-            for line in lines:
-                if line.startswith("model name"):
-                    return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
+    info = pathlib.Path("/proc/cpuinfo")
+    text = info.read_text(encoding="utf-8") if info.exists() else ""
+    found = re.search(r"^model name\s*: (.*)$", text, flags=re.MULTILINE)
+    return found[1] if found else platform.processor() or platform.machine()
 
 
 HEADER = ("row", "case", "measured", "limit", "unit", "ratio", "goal", "met")

@@ -1,9 +1,9 @@
 """Rows of the benchmark that processes of their own measure, and these processes.
 
 Such a process is the benchmark with `--serve`. It starts pretraining as
-`experiments.pretrain` does, prints how many seconds after its start its first update was
-done, reads lines `THING CASE COUNT` and answers each when it has done so many of the
-thing: `play` (iterations) or `learn` (updates).
+`experiments.pretrain` does and prints how many seconds after its start its first update
+was done. Then it reads lines `THING CASE COUNT`, and answers each when it has done so
+many of the thing: `play` (iterations) or `learn` (updates).
 """
 
 import contextlib
@@ -37,23 +37,20 @@ def config_of(case: str, config: config_lib.Config) -> config_lib.Config:
     """Returns the config of a case for the devices that a config names."""
     if case == "global":
         return config
-    count = config.num_devices
-    return config_lib.replace_options(
-        config,
-        num_envs=count * config.pretrain.num_envs,
-        batch_size=count * config.learner.batch_size,
-        num_particles=count * config.learner.num_particles,
-        replay_size=count * config.pretrain.replay_size,
-    )
+    sizes = {
+        "num_envs": config.pretrain.num_envs,
+        "replay_size": config.pretrain.replay_size,
+        **config.learner.sharded_sizes(),
+    }
+    grown = {name: config.num_devices * size for name, size in sizes.items()}
+    return config_lib.replace_options(config, **grown)
 
 
 def _seconds_since_start() -> float:
     """Returns how long ago this process began, the interpreter's start included."""
-    ticks = int(
-        pathlib.Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19]
-    )
+    after_name = pathlib.Path("/proc/self/stat").read_text().rpartition(")")[2]
     uptime = float(pathlib.Path("/proc/uptime").read_text().split()[0])
-    return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    return uptime - int(after_name.split()[19]) / os.sysconf("SC_CLK_TCK")
 
 
 def serve(
@@ -83,8 +80,8 @@ class Worker:
 
         Args:
           size: Whose config it runs.
-          num_seeds: That it pretrains at once; 0 is a single run.
-          num_devices: That it sees; on a CPU they are virtual.
+          num_seeds: Seeds that it pretrains at once; 0 is a single run.
+          num_devices: Devices that it sees; on a CPU they are virtual.
           **options: Its flags, over those of the size.
         """
         config = setup.main_config(size)
@@ -110,10 +107,12 @@ class Worker:
             stdout=subprocess.PIPE,
             text=True,
         )
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._requests, self._answers = self._process.stdin, self._process.stdout
         self.seconds_to_first_update = float(self._answer())
 
     def _answer(self) -> str:
-        line = self._process.stdout.readline().strip()
+        line = self._answers.readline().strip()
         if not line:
             self.close()
             raise RuntimeError(f"{' '.join(self._command)} ended too early.")
@@ -121,15 +120,10 @@ class Worker:
 
     def begin(self, thing: str, count: int, case: str = "global") -> None:
         """Lets it do so many of a thing, `play` or `learn`."""
-        self._process.stdin.write(f"{thing} {case} {count}\n")
-        self._process.stdin.flush()
+        print(thing, case, count, file=self._requests, flush=True)
 
     def wait(self) -> None:
-        """Waits until it has done what it began.
-
-        Raises:
-          RuntimeError: It ended, or answered otherwise.
-        """
+        """Waits until it has done what it began; a `RuntimeError` if it ended."""
         if (answer := self._answer()) != _DONE:
             raise RuntimeError(f"{' '.join(self._command)} answered {answer!r}.")
 
@@ -141,9 +135,9 @@ class Worker:
     def close(self) -> None:
         """Ends it."""
         with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
+            self._requests.close()
         self._process.wait()
-        self._process.stdout.close()
+        self._answers.close()
 
 
 def startup_rows(size: Size) -> list[Row]:
@@ -172,26 +166,24 @@ def seeds_rows(size: Size) -> list[Row]:
     rows = []
     for count in size.seed_counts:
         with contextlib.ExitStack() as held:
+            options: list[dict[str, int]] = [{"seed": seed} for seed in range(count)]
             *many, one = (
-                held.enter_context(contextlib.closing(Worker(size, **options)))
-                for options in (
-                    *({"seed": seed} for seed in range(count)),
-                    {"num_seeds": count},
-                )
+                held.enter_context(contextlib.closing(Worker(size, **each)))
+                for each in (*options, {"num_seeds": count})
             )
 
-            def beside(many=many):
+            def beside(many: list[Worker] = many) -> None:
                 for worker in many:
                     worker.begin("play", size.iterations)
                 for worker in many:
                     worker.wait()
 
-            def in_turn(many=many):
+            def in_turn(many: list[Worker] = many) -> None:
                 for worker in many:
                     worker.do("play", size.iterations)
 
-            things = {
-                "at once": lambda one=one: one.do("play", size.iterations),
+            things: dict[str, Callable[[], None]] = {
+                "at once": functools.partial(one.do, "play", size.iterations),
                 "side by side": beside,
                 "one after another": in_turn,
             }
@@ -217,12 +209,10 @@ def devices_rows(size: Size) -> list[Row]:
     things: dict[tuple[str, str, int], Callable[[], None]] = {}
     work: dict[tuple[str, str, int], float] = {}
     with contextlib.ExitStack() as held:
-        workers = {
-            count: held.enter_context(
-                contextlib.closing(Worker(size, num_devices=count, **fewer))
-            )
-            for count in counts
-        }
+        workers: dict[int, Worker] = {}
+        for count in counts:
+            worker = Worker(size, num_devices=count, **fewer)
+            workers[count] = held.enter_context(contextlib.closing(worker))
         for (count, worker), case in itertools.product(workers.items(), CASES):
             on_all = config_lib.replace_options(config, num_devices=count)
             num_envs = config_of(case, on_all).pretrain.num_envs
@@ -244,12 +234,12 @@ def devices_rows(size: Size) -> list[Row]:
     rows = [
         turns.rates(
             "devices",
-            f"{words}, {thing}: {count} devices / one with all the cores",
+            f"{name}, {thing}: {count} devices / one with all the cores",
             (thing, case, count),
             (thing, case, counts[0]),
             unit,
         )
-        for case, words in CASES.items()
+        for case, name in CASES.items()
         for count in counts
         for thing, unit in units_of.items()
     ]

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -21,8 +22,9 @@ from experiments.maze import agent, evaluation, grid, options
 
 _NAME = "ablation.json"
 _NUM_SEEDS = 3
+_SCORES = ("improved", "alone", "bound")
 # Each an option with another value; `entropy_weight=0.0` is VISR.
-CHANGES = {
+CHANGES: dict[str, dict[str, Any]] = {
     f"{name}={value}": {name: value}
     for name, values in {
         "td_form": ("split", "vector", "scalar"),
@@ -51,23 +53,17 @@ def measure(
     """Pretrains and tests one changed agent in every maze; returns its runs."""
     config = agent.AgentConfig(**CHANGES.get(change, {}))
     test_config = evaluation.TestConfig(num_rewards=num_rewards, sample_sizes=(100,))
-    weights = (np.float32(config.skill_weight), np.float32(config.entropy_weight))
-    runs = []
+    weights = jnp.float32(config.skill_weight), jnp.float32(config.entropy_weight)
+    keys, runs = grid.keys_of(seeds), []
     for name, rows in maze.MAPS.items():
         world = maze.parse_maze(rows)
         result, scores, _ = jax.device_get(
-            grid.pretrain_and_test(
-                grid.keys_of(seeds), world, weights, config, test_config
-            )
+            grid.pretrain_and_test(keys, world, weights, config, test_config)
         )
         is_met = result.visits.sum(axis=1)[:, np.asarray(world.is_free)] > 0
         for index, seed in enumerate(seeds):
-            numbers = {
-                "improved": scores.improved[index, -1],
-                "alone": scores.alone[index, -1],
-                "bound": scores.bound[index, -1],
-                "unseen_share": 1 - is_met[index].mean(),
-            }
+            numbers = {of: getattr(scores, of)[index, -1] for of in _SCORES}
+            numbers["unseen_share"] = 1 - is_met[index].mean()
             numbers = {key: round(float(value), 4) for key, value in numbers.items()}
             runs.append({"change": change, "maze": name, "seed": seed, **numbers})
     return runs
@@ -85,11 +81,11 @@ def format_table(runs: Sequence[dict[str, Any]]) -> str:
                     for name in maze.MAPS
                 ]
             )
-            for field in ("improved", "alone", "bound")
+            for field in _SCORES
         )
         share = np.mean([run["unseen_share"] for run in of_change])
-        words = change if change == NO_CHANGE else f"`{change}`"
-        rows.append([words, *map(grid.format_interval, intervals), f"{1 - share:.0%}"])
+        label = change if change == NO_CHANGE else f"`{change}`"
+        rows.append([label, *map(grid.format_interval, intervals), f"{1 - share:.0%}"])
     return grid.format_rows(rows)
 
 

@@ -12,6 +12,7 @@ an episode, `H` tasks of an episode, `I` iterations, `K` tasks, each with a head
 """
 
 import dataclasses
+import functools
 import math
 from typing import NamedTuple
 
@@ -45,8 +46,8 @@ _DISTANCE_DECAY = 0.99
 class AgentConfig:
     """Options of pretraining. The two weights may be traced arrays."""
 
-    skill_weight: float = option(1.0, "Weight of the skill reward in behaviour.")
-    entropy_weight: float = option(1.0, "Weight of the entropy reward in behaviour.")
+    skill_weight: float | jax.Array = 1.0  # Of the skill reward in behaviour.
+    entropy_weight: float | jax.Array = 1.0  # Of the entropy reward in behaviour.
     td_form: str = option("off_policy", "What psi learns.", choices=TD_FORMS)
     feature_dim: int = option(40, "Dimension of features and tasks.", low=1)
     num_heads: int = option(32, "Tasks, each with a table of psi.", low=1)
@@ -74,10 +75,8 @@ class AgentConfig:
                 f"{self.task_hold}."
             )
         if self.num_steps > 1 and not math.log2(self.num_steps - 1).is_integer():
-            raise ValueError(
-                f"num_steps must be 1, or 1 more than a power of 2, got "
-                f"{self.num_steps}."
-            )
+            wrong = f"1, or 1 more than a power of 2, got {self.num_steps}."
+            raise ValueError(f"num_steps must be {wrong}")
         if self.num_neighbors > self.num_particles:
             raise ValueError(
                 f"num_neighbors must be at most the {self.num_particles} particles, "
@@ -120,7 +119,9 @@ def feature_table(
     params: Params, world: maze.Maze, config: AgentConfig
 ) -> modules.Features:
     """Computes the features h and phi `[S, D]` of every cell."""
-    return _feature_network(config).apply(params, _observations(world))
+    features = _feature_network(config).apply(params, _observations(world))
+    assert isinstance(features, modules.Features)
+    return features
 
 
 def init_params(
@@ -131,7 +132,7 @@ def init_params(
     k_psi, k_exploration = jax.random.split(k_table)
     shape = (world.is_free.shape[0], config.num_heads, maze.NUM_ACTIONS)
     exploration = None
-    if _has_exploration(config):
+    if config.td_form in ("split", "off_policy"):
         exploration = _TABLE_SCALE * jax.random.normal(k_exploration, shape)
     psi = _TABLE_SCALE * jax.random.normal(k_psi, (*shape, config.feature_dim))
     feature_params = _feature_network(config).init(k_features, _observations(world))
@@ -139,21 +140,13 @@ def init_params(
 
 
 def play(
-    key: PRNGKey,
-    world: maze.Maze,
-    greedy: jax.Array,
-    *,
-    epsilon: float,
-    num_steps: int,
+    key: PRNGKey, world: maze.Maze, greedy: jax.Array, *, epsilon: float, num_steps: int
 ) -> Episodes:
-    """Plays epsilon-greedy episodes.
+    """Plays epsilon-greedy episodes; the key is consumed.
 
     Args:
-      key: is consumed.
-      world: the maze.
       greedy: `[S, E, H]` int32, the greedy action under each task of an episode, which
         are held equally long, one after the other.
-      epsilon: probability of a random action.
       num_steps: `T`, a multiple of `H`.
     """
     num_envs, num_tasks = greedy.shape[1:]
@@ -205,10 +198,8 @@ def follow(
       greedy: `[S, K]` int, the action in each cell under each task.
       cumulant: `[S, K, X]`, what reaching a cell gives under each task.
       values: `[S, K, A, X]`, what is bootstrapped from.
-      world: the maze.
       is_met: `[S, A]` bool, the transitions of the replay.
       num_steps: 0 or a power of 2.
-      discount: of one step.
 
     Returns:
       `[S, K, X]`.
@@ -252,9 +243,7 @@ def td_errors(
       tasks: `[K, D]`.
       phi: `[S, D]`, features of the cells.
       r_entropy: `[S]`, entropy rewards of the cells.
-      world: the maze.
       is_met: `[S, A]` bool, the transitions of the replay.
-      config: of the agent.
 
     Returns:
       Errors, of the shapes of `table`.
@@ -267,19 +256,12 @@ def td_errors(
     own, behaviour = (jnp.argmax(v, -1) for v in _action_values(target, tasks, c))
 
     def error(greedy, cumulant, values, prediction):
-        ahead = follow(
-            greedy,
-            cumulant,
-            values,
-            world,
-            is_met,
-            num_steps=c.num_steps - 1,
-            discount=c.discount,
-        )
+        policy, num = (greedy, cumulant, values), c.num_steps - 1
+        ahead = follow(*policy, world, is_met, num_steps=num, discount=c.discount)
         reached = (cumulant + c.discount * ahead)[world.next_cell]  # [S, A, K, X]
         return reached.swapaxes(1, 2) - prediction
 
-    if not _has_exploration(c):
+    if table.exploration is None or target.exploration is None:
         cumulant = c.skill_weight * cumulant + c.entropy_weight * entropy * tasks[None]
         psi = error(own, cumulant, target.psi, table.psi)
         if c.td_form == "scalar":  # Only psi^T w is in error.
@@ -287,12 +269,10 @@ def td_errors(
             psi = jnp.sum(psi * w, axis=-1, keepdims=True) * w
         return modules.Successor(psi=psi, exploration=None)
     greedy = behaviour if c.td_form == "split" else own
-    exploration = error(
-        behaviour, entropy, target.exploration[..., None], table.exploration[..., None]
-    )
+    values, prediction = (x[..., None] for x in (target.exploration, table.exploration))
     return modules.Successor(
         psi=error(greedy, cumulant, target.psi, table.psi),
-        exploration=exploration[..., 0],
+        exploration=error(behaviour, entropy, values, prediction)[..., 0],
     )
 
 
@@ -322,33 +302,19 @@ def pretrain(key: PRNGKey, world: maze.Maze, config: AgentConfig) -> Pretrained:
         r_entropy, scale = _entropy_rewards(
             k_particles, features.h, state, episodes.next_cell, config
         )
-        errors = td_errors(
-            state.table,
-            state.target,
-            tasks,
-            features.phi,
-            r_entropy,
-            world,
-            state.is_met,
-            config,
-        )
+        tables, rewarded = (state.table, state.target), (features.phi, r_entropy)
+        errors = td_errors(*tables, tasks, *rewarded, world, state.is_met, config)
 
         def move(values, error):
-            met = state.is_met.reshape(
-                num_cells, 1, num_actions, *[1] * (error.ndim - 3)
-            )
+            shape = (num_cells, 1, num_actions, *[1] * (error.ndim - 3))
+            met = state.is_met.reshape(shape)
             return values + _STEP_SIZE * jnp.where(met, error, 0.0)
 
         table = jax.tree.map(move, state.table, errors)
-        is_due = (index + 1) % config.target_period == 0
-        state = _update_features(state, world, config)._replace(
-            table=table,
-            target=jax.tree.map(
-                lambda new, old: jnp.where(is_due, new, old), table, state.target
-            ),
-            scale=scale,
-        )
-        return state, visits
+        copy = functools.partial(jnp.where, (index + 1) % config.target_period == 0)
+        target = jax.tree.map(copy, table, state.target)
+        state = _update_features(state, world, config)
+        return state._replace(table=table, target=target, scale=scale), visits
 
     keys = jax.random.split(k_iterations, config.num_iterations)
     indices = jnp.arange(config.num_iterations)
@@ -367,16 +333,9 @@ def _feature_network(config: AgentConfig) -> modules.FeatureNetwork:
     return modules.FeatureNetwork(encoder, config.feature_dim)
 
 
-def _has_exploration(config: AgentConfig) -> bool:
-    """Returns whether the entropy reward has a value of its own."""
-    return config.td_form in ("split", "off_policy")
-
-
 def _optimiser(config: AgentConfig) -> optax.GradientTransformation:
-    num_updates = _FEATURE_UPDATES * config.num_iterations
-    return optax.adam(
-        optax.cosine_decay_schedule(_FEATURE_RATE, num_updates, _FINAL_SHARE)
-    )
+    num = _FEATURE_UPDATES * config.num_iterations
+    return optax.adam(optax.cosine_decay_schedule(_FEATURE_RATE, num, _FINAL_SHARE))
 
 
 def _action_values(
@@ -403,13 +362,10 @@ def _explore(
     shape = (c.num_envs, c.episode_length // c.task_hold)
     order = jax.random.permutation(k_tasks, c.num_heads)
     chosen = order[jnp.arange(math.prod(shape)) % c.num_heads].reshape(shape)
-    greedy = jnp.argmax(_action_values(state.table, tasks, c)[1], axis=-1)
+    values = _action_values(state.table, tasks, c)[1]
+    greedy = jnp.argmax(values, axis=-1).astype(jnp.int32)[:, chosen]
     episodes = play(
-        k_play,
-        world,
-        greedy.astype(jnp.int32)[:, chosen],
-        epsilon=c.epsilon,
-        num_steps=c.episode_length,
+        k_play, world, greedy, epsilon=c.epsilon, num_steps=c.episode_length
     )
     obeyed = jnp.repeat(tasks[chosen].swapaxes(0, 1), c.task_hold, axis=0)  # [T, E, D]
     visits = jnp.zeros_like(state.reached).at[episodes.next_cell].add(1.0)

@@ -17,10 +17,9 @@ import jax.numpy as jnp
 from aps_jax.envs import maze
 from aps_jax.networks import modules
 from aps_jax.ops import losses, sphere, tasks
-from aps_jax.types import Params, PRNGKey
+from aps_jax.types import Array, Params, PRNGKey
 from experiments.maze import agent
 
-_RIDGE = 1.0  # On the diagonal of the sum of phi phi^T: as much as one label.
 _STEP_SIZE = 0.5  # Share of its error by which an update of fine-tuning moves a value.
 
 
@@ -48,11 +47,11 @@ class TestConfig:
 class ZeroShot(NamedTuple):
     """Scores of acting on the inferred task without learning, means over rewards."""
 
-    alone: jax.Array  # [N + 1] by one policy's psi^T w; last: all cells rewarded.
-    improved: jax.Array  # [N + 1] with generalised policy improvement.
-    bound: jax.Array  # [N + 1] acting optimally on the inferred reward.
-    fallbacks: jax.Array  # [N + 1] share of rewards for which no task was inferred.
-    r_squared: jax.Array  # [N + 1] of the regression.
+    alone: Array  # [N + 1] by one policy's psi^T w; last: all cells rewarded.
+    improved: Array  # [N + 1] with generalised policy improvement.
+    bound: Array  # [N + 1] acting optimally on the inferred reward.
+    fallbacks: Array  # [N + 1] share of rewards for which no task was inferred.
+    r_squared: Array  # [N + 1] of the regression.
 
 
 class Example(NamedTuple):
@@ -86,26 +85,15 @@ def score_of_greedy(
     return score(world, jnp.broadcast_to(values, (horizon, *values.shape)), reward)
 
 
-def _planned(
-    world: maze.Maze, believed: jax.Array, reward: jax.Array, horizon: int
-) -> jax.Array:
-    """Scores acting optimally for a believed reward `[S]`."""
-    values = maze.optimal_action_values(world, believed, horizon=horizon)
-    return score(world, values, reward)
-
-
 def _infer(
     phi: jax.Array, reward: jax.Array, mask: jax.Array, key: PRNGKey
 ) -> tasks.InferredTask:
     """Regresses the samples' rewards `[M]` on their features `[M, D]`."""
     dim = phi.shape[1]
-    moments = tasks.update_regression_moments(
-        tasks.init_regression_moments(dim), phi, reward, mask
-    )
+    moments = tasks.init_regression_moments(dim)
+    moments = tasks.update_regression_moments(moments, phi, reward, mask)
     fallback = sphere.sample_uniform(key, (), dim)
-    return tasks.infer_task(
-        moments, fallback_task=fallback, ridge=_RIDGE, intercept=True
-    )
+    return tasks.infer_task(moments, fallback_task=fallback)
 
 
 def zero_shot(
@@ -126,8 +114,7 @@ def zero_shot(
       key: is consumed.
       world: the maze.
       boxes: `[P, S]`, as `maze.box_masks` makes them.
-      result: the pretrained agent.
-      agent_config: what it was pretrained with.
+      result: the agent, pretrained with `agent_config`.
       config: the test.
     """
     horizon, psi = agent_config.episode_length, result.table.psi
@@ -141,11 +128,12 @@ def zero_shot(
         alone = jax.vmap(losses.q_values, (0, None))(psi[:, nearest], w)
         improved = improved_values(psi, w)
         inferred = jnp.sum(phi * w[None, :], axis=1)
+        planned = maze.optimal_action_values(world, inferred, horizon=horizon)
         return (
             score_of_greedy(world, alone, reward, horizon),
             score_of_greedy(world, improved, reward, horizon),
-            _planned(world, inferred, reward, horizon),
-            jnp.argmax(improved, axis=1),
+            score(world, planned, reward),
+            jnp.argmax(improved, axis=1).astype(jnp.int32),
         )
 
     def one_reward(key: PRNGKey) -> tuple[ZeroShot, Example]:
@@ -164,22 +152,12 @@ def zero_shot(
         alone, improved, bound, policies = jax.lax.map(
             lambda w: evaluate(w, reward), inferred.task
         )
-        scores = ZeroShot(
-            alone=alone,
-            improved=improved,
-            bound=bound,
-            fallbacks=inferred.is_fallback.astype(jnp.float32),
-            r_squared=inferred.r_squared,
-        )
+        fallbacks = inferred.is_fallback.astype(jnp.float32)
+        scores = ZeroShot(alone, improved, bound, fallbacks, inferred.r_squared)
         last = jax.tree.map(lambda leaf: leaf[-1], inferred)
-        example = Example(
-            reward=reward,
-            inferred=last.intercept
-            + last.scale * jnp.sum(phi * last.task[None, :], axis=1),
-            policy=policies[-1].astype(jnp.int32),
-            score=improved[-1],
-        )
-        return scores, example
+        along = jnp.sum(phi * last.task[None, :], axis=1)
+        believed = last.intercept + last.scale * along
+        return scores, Example(reward, believed, policies[-1], improved[-1])
 
     scores, examples = jax.lax.map(
         one_reward, jax.random.split(key, config.num_rewards)
@@ -197,7 +175,7 @@ def few_shot(
     agent_config: agent.AgentConfig,
     config: TestConfig,
     *,
-    is_pretrained: bool | jax.Array,
+    is_pretrained: bool,
 ) -> jax.Array:
     """Fine-tunes on rewards, and scores the greedy policy after every episode.
 
@@ -215,11 +193,9 @@ def few_shot(
       key: is consumed.
       world: the maze.
       boxes: `[P, S]`, as `maze.box_masks` makes them.
-      feature_params: of the feature network, pretrained or fresh.
-      table: of the successor features, pretrained or fresh.
-      agent_config: of both.
+      feature_params, table: of an agent of `agent_config`, pretrained or fresh.
       config: the test.
-      is_pretrained: `[]` bool, whether they are.
+      is_pretrained: whether they are.
 
     Returns:
       `[F + 1]`, mean over rewards of the score after 0, 1, ... episodes. Before the
@@ -275,11 +251,8 @@ def few_shot(
         values = improved_values(table.psi, w)
         met = jnp.zeros((num_cells, num_actions), bool)
         num = config.few_shot_episodes
-        _, scores = jax.lax.scan(
-            episode,
-            (values, jnp.float32(1), met),
-            (jnp.arange(num), jax.random.split(k_episodes, num)),
-        )
+        episodes = (jnp.arange(num), jax.random.split(k_episodes, num))
+        _, scores = jax.lax.scan(episode, (values, jnp.float32(1), met), episodes)
         first = score_of_greedy(world, values, reward, horizon)
         return jnp.concatenate([first[None], scores])
 

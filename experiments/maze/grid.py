@@ -27,7 +27,7 @@ _COVERAGE_POINTS = 20  # Points of the curve of cells reached over pretraining.
 
 def keys_of(seeds: Sequence[int]) -> jax.Array:
     """Returns the roots of the seeds' random streams, `[R]`."""
-    # The default generator, unrolled wherever it is used, would double the compile time.
+    # The default generator, unrolled wherever it is used, would double compile time.
     return jnp.stack([jax.random.key(seed, impl="rbg") for seed in seeds])
 
 
@@ -51,7 +51,7 @@ def pretrain_and_test(
     agent_config: agent_lib.AgentConfig,
     test_config: evaluation.TestConfig,
 ) -> tuple[agent_lib.Pretrained, evaluation.ZeroShot, evaluation.Example]:
-    """Returns what each seed learned, its scores and its example, stacked `[R, ...]`."""
+    """Returns what each seed learned, its scores and its example, each `[R, ...]`."""
     skill_weight, entropy_weight = weights
     config = dataclasses.replace(
         agent_config, skill_weight=skill_weight, entropy_weight=entropy_weight
@@ -80,17 +80,10 @@ def _fine_tune(
 
     def one(key: jax.Array, parameters: Any) -> jax.Array:
         _, _, k_few, k_init = jax.random.split(key, 4)
-        if not is_pretrained:
-            parameters = agent_lib.init_params(k_init, world, agent_config)
-        return evaluation.few_shot(
-            k_few,
-            world,
-            _boxes(),
-            *parameters,
-            agent_config,
-            test_config,
-            is_pretrained=is_pretrained,
-        )
+        params, table = parameters or agent_lib.init_params(k_init, world, agent_config)
+        config = (agent_config, test_config)
+        asked = (k_few, world, _boxes(), params, table, *config)
+        return evaluation.few_shot(*asked, is_pretrained=is_pretrained)
 
     return over_seeds(one, keys, parameters)
 
@@ -108,17 +101,18 @@ def _run_agent(
 ) -> list[dict[str, Any]]:
     """Pretrains and tests one agent in one maze; returns a result for each seed."""
     is_free = np.asarray(world.is_free)
+    configs = (agent_config, test_config)
     if agent == RANDOM:
-        walk = functools.partial(
+        wander = functools.partial(
             agent_lib.random_visits, world=world, config=agent_config
         )
-        return [_coverage(row, is_free) for row in np.asarray(over_seeds(walk, keys))]
-    weights = tuple(np.float32(weight) for weight in agent_lib.AGENTS[agent])
+        return [_coverage(row, is_free) for row in np.asarray(over_seeds(wander, keys))]
+    skill, entropy = map(jnp.float32, agent_lib.AGENTS[agent])
     pretrained, scores, examples = jax.block_until_ready(
-        pretrain_and_test(keys, world, weights, agent_config, test_config)
+        pretrain_and_test(keys, world, (skill, entropy), *configs)
     )
     parameters = (pretrained.feature_params, pretrained.table)
-    few = _fine_tune(keys, world, parameters, agent_config, test_config)
+    few = _fine_tune(keys, world, parameters, *configs)
     visits, scores, examples, few = jax.device_get(
         (pretrained.visits, scores, examples, few)
     )
@@ -143,9 +137,6 @@ def run_grid(
 ) -> Iterator[dict[str, Any]]:
     """Pretrains and tests every agent in every maze, all seeds at once.
 
-    Yields the result so far after each maze, so that a long grid can be looked at, and
-    stopped, at any time. It goes on after the last whole maze.
-
     Args:
       mazes: names in `maze.MAPS`.
       agents: names in `agent.AGENTS`, or `random`.
@@ -157,7 +148,7 @@ def run_grid(
         run again.
 
     Yields:
-      The contents of `maze.json`, without its table.
+      The contents of `maze.json` so far, without its table, after each maze.
     """
     result = earlier or {
         **describe(agents, seeds, agent_config, test_config),
@@ -217,9 +208,9 @@ def describe(
     }
 
 
-def _rounded(array: np.ndarray) -> Any:
+def _rounded(numbers: Any) -> Any:
     """Turns an array into numbers JSON can hold, of four decimals; NaN into null."""
-    array = np.asarray(array)
+    array = np.asarray(numbers)
     if array.dtype.kind in "iub":
         return array.tolist()
     if array.ndim:
@@ -334,10 +325,10 @@ def format_table(result: dict[str, Any]) -> str:
     sizes = result["sample_sizes"]
     labels = [["rewarded cells", *(str(size) for size in sizes)]]
     for agent in (a for a in result["agents"] if a != RANDOM):
-        for field, words in (("improved", "zero-shot"), ("bound", "bound")):
+        for field, label in (("improved", "zero-shot"), ("bound", "bound")):
             means = (
                 np.mean(np.concatenate(scores_by_maze(result, agent, field, size)))
                 for size in range(len(sizes))
             )
-            labels.append([f"{agent}, {words}", *(f"{mean:.2f}" for mean in means)])
+            labels.append([f"{agent}, {label}", *(f"{mean:.2f}" for mean in means)])
     return format_rows(scores) + ("\n" + format_rows(labels) if labels[1:] else "")

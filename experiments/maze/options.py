@@ -8,14 +8,14 @@ from typing import Any
 
 from absl import flags
 
+from aps_jax import options
 from aps_jax.runs import folders
 from experiments import common_flags
 from experiments.maze import agent
 
 _OPTIONS = {
-    field.name: common_flags.define_option(field.name, field)
-    for field in dataclasses.fields(agent.AgentConfig)
-    if field.name not in ("skill_weight", "entropy_weight")
+    name: common_flags.define_option(name, field)
+    for name, field in options.fields_of(agent.AgentConfig).items()
 }
 REWARDS = flags.DEFINE_integer(
     "rewards", 50, "Random reward functions asked of each agent.", lower_bound=1
@@ -40,11 +40,7 @@ def agent_config_from_flags() -> agent.AgentConfig:
 
 
 def seeds_from_flags(num: int) -> list[int]:
-    """Returns the seeds of `--seeds`, or of `--num_seeds` from `--seed` on.
-
-    Args:
-      num: How many, from `--seed` on, if neither flag is given.
-    """
+    """Returns the seeds that the flags name, by default `num` from `--seed` on."""
     first = common_flags.given_options().get("seed", 0)
     return common_flags.seeds_of_runs() or list(range(first, first + num))
 

@@ -40,7 +40,6 @@ def measure(agent, folder):
         checkpoint_agent_steps=1000,
         finetune_agent_steps=240,
         infer_agent_steps=120,
-        infer_episodes=1000,
     )
     constructor = {"constructor": fakes.ChainPool}
     results = {

@@ -40,7 +40,6 @@ OPTIONS = {
     "pretrain_epsilon": 0.2,
     "finetune_agent_steps": 184,
     "infer_agent_steps": 160,
-    "infer_episodes": 1000,
     "finetune_num_envs": 8,
     "finetune_samples_per_step": 4.0,
     "finetune_learning_rate": 1e-3,

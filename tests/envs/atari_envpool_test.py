@@ -596,7 +596,7 @@ def test_what_a_stage_held_when_envpool_was_imported_is_freed():
     code = (
         "import gc, weakref\n"
         "import numpy as np\n"
-        "from aps_jax import envs\n"
+        "from aps_jax.envs import atari\n"
         "def stage():\n"
         "    held = np.zeros(10)\n"
         "    atari.AtariPool('Pong', 1, seeds=[0]).close()\n"
@@ -612,14 +612,14 @@ def test_what_a_stage_held_when_envpool_was_imported_is_freed():
 def test_only_atari_is_imported_and_the_rest_can_be():
     code = (
         "import sys\n"
-        "from aps_jax import envs\n"
-        "envs.AtariPool('Pong', 1, seeds=[0]).close()\n"
+        "from aps_jax.envs import atari\n"
+        "atari.AtariPool('Pong', 1, seeds=[0]).close()\n"
         "import envpool\n"
         "print([f for f in ('envpool.mujoco', 'matplotlib') if f in sys.modules])\n"
         "print('CartPole-v1' in envpool.list_all_envs())\n"
         "import envpool.entry\n"
         "print('CartPole-v1' in envpool.list_all_envs())\n"
-        "envs.AtariPool('Pong', 1, seeds=[0]).close()\n"
+        "atari.AtariPool('Pong', 1, seeds=[0]).close()\n"
     )
     assert run_python("-c", code).splitlines() == ["[]", "False", "True"]
 
@@ -627,8 +627,8 @@ def test_only_atari_is_imported_and_the_rest_can_be():
 def test_a_programs_own_import_of_envpool_stays_whole():
     code = (
         "import envpool\n"
-        "from aps_jax import envs\n"
-        "envs.AtariPool('Pong', 1, seeds=[0]).close()\n"
+        "from aps_jax.envs import atari\n"
+        "atari.AtariPool('Pong', 1, seeds=[0]).close()\n"
         "print('CartPole-v1' in envpool.list_all_envs())\n"
     )
     assert run_python("-c", code) == "True\n"
@@ -637,7 +637,7 @@ def test_a_programs_own_import_of_envpool_stays_whole():
 def test_unknown_game_is_refused_before_envpool_is_imported():
     code = (
         "import sys\n"
-        "from aps_jax import envs\n"
+        "from aps_jax.envs import atari\n"
         "try:\n"
         "    atari.AtariPool('Pnog', 1, seeds=[0])\n"
         "except ValueError as error:\n"

@@ -1,4 +1,4 @@
-"""Tests of aps_jax.envs.reward_functions and zero_shot: other rewards of the same game."""
+"""Tests of other rewards of the same game, and of an agent that is asked for them."""
 
 import functools
 
@@ -80,7 +80,7 @@ def test_the_games_own_reward_stays_visible():
 
 
 def ram_grows(before, after):
-    """The user's own task: how far byte 5 has grown."""
+    """The user's own function: how far byte 5 has grown."""
     return after.ram[:, 5].astype(int) - before.ram[:, 5]
 
 
@@ -88,7 +88,7 @@ def test_a_users_function_sees_the_step_before_and_the_step_reached():
     grown = np.zeros((2, 128), np.uint8)
     grown[:, 5] = [3, 9]
     pool = pool_of(
-        "game_tasks_test:ram_grows",
+        "reward_functions_test:ram_grows",
         step(**FIRST),
         step(ram=grown),
         step(ram=grown),
@@ -120,14 +120,20 @@ not_callable = 3
         ("lives", "score, survival or module:function, got 'lives'"),
         ("score,survival", "score, survival or module:function"),
         ("no_such_module:f", "cannot be imported: ModuleNotFoundError: No module"),
-        ("game_tasks_test:gone", "module game_tasks_test has no function gone"),
-        ("game_tasks_test:not_callable", "has no function not_callable"),
-        ("game_tasks_test:broken", "failed: RuntimeError: no such byte"),
-        ("game_tasks_test:one_number", r"must return 2 numbers.*float64 of shape \(\)"),
-        ("game_tasks_test:words", r"must return 2 numbers.*<U1 of shape \(2,\)"),
+        (
+            "reward_functions_test:gone",
+            "module reward_functions_test has no function gone",
+        ),
+        ("reward_functions_test:not_callable", "has no function not_callable"),
+        ("reward_functions_test:broken", "failed: RuntimeError: no such byte"),
+        (
+            "reward_functions_test:one_number",
+            r"must return 2 numbers.*float64 of shape \(\)",
+        ),
+        ("reward_functions_test:words", r"must return 2 numbers.*<U1 of shape \(2,\)"),
     ],
 )
-def test_a_task_that_cannot_work_is_one_clear_line_at_once(name, message):
+def test_a_function_that_cannot_work_is_one_clear_line_at_once(name, message):
     with pytest.raises(ValueError, match=message) as caught:
         reward_functions.constructor_for(name, Tape)
     assert "\n" not in str(caught.value)
@@ -139,13 +145,13 @@ def not_finite(before, after):
 
 def test_a_reward_that_is_not_finite_stops_the_play():
     with np.errstate(invalid="ignore"):
-        pool = pool_of("game_tasks_test:not_finite", step(**FIRST), step())
+        pool = pool_of("reward_functions_test:not_finite", step(**FIRST), step())
         pool.reset()
         with pytest.raises(ValueError, match="reward that is not finite"):
             pool.recv()
 
 
-# One pretrained agent on several tasks of the chain.
+# One pretrained agent on several reward functions of the chain.
 
 
 def chain_config(**options):
@@ -156,7 +162,6 @@ def chain_config(**options):
         "warmup_agent_steps": 60,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         "pretrain_epsilon": 0.5,
         **options,
     }
@@ -168,43 +173,43 @@ def go_left(before, after):
     return after.ram[:, 0] < before.ram[:, 0]
 
 
-TASKS = ["score", "survival", "reward_functions_test:go_left"]
+REWARDS = ["score", "survival", "reward_functions_test:go_left"]
 
 
 @pytest.fixture(scope="module")
 def chain(tmp_path_factory):
-    """A pretraining, and the agent's results on three tasks."""
+    """A pretraining, and the agent's results on three reward functions."""
     folder = tmp_path_factory.mktemp("chain")
     stages.pretrain(chain_config(), folder / "p", constructor=fakes.ChainPool)
     trained = stages.load_pretrained(folder / "p")
     results = zero_shot.evaluate_rewards(
-        trained, chain_config(), TASKS, constructor=fakes.ChainPool
+        trained, chain_config(), REWARDS, constructor=fakes.ChainPool
     )
     return folder, results
 
 
 @pytest.mark.parametrize("index", [0, 2])
-def test_many_tasks_at_once_are_what_finetuning_finds_for_each(chain, index):
+def test_many_rewards_at_once_are_what_finetuning_finds_for_each(chain, index):
     """Rollouts, `w`, R^2 and zero-shot games are those of the stage, bit for bit."""
     folder, results = chain
     tuned = stages.finetune(
-        chain_config(task=TASKS[index]),
+        chain_config(task=REWARDS[index]),
         folder / f"f{index}",
         folder / "p",
         constructor=fakes.ChainPool,
     )
     result = results[index]
     adapted = {k: v for k, v in result.adapted.items() if k != "summary"}
-    assert tuned["task"] == {"name": TASKS[index], **adapted}
+    assert tuned["task"] == {"name": REWARDS[index], **adapted}
     first, last = tuned["evaluations"]
     assert first["eval_return_mean"] == result.played.returns.mean()
     assert first["eval_score_mean"] == result.played.score_returns.mean()
-    # After fine-tuning: the task's own returns, and the game's beside them.
+    # After fine-tuning: the function's own returns, and the game's beside them.
     assert last["eval_return_mean"] == tuned["return_mean"]
     assert last["eval_score_mean"] == np.mean(tuned["score_returns"])
 
 
-def test_each_task_has_a_return_of_its_own_and_random_play_beside_it(chain):
+def test_each_reward_has_a_return_of_its_own_and_random_play_beside_it(chain):
     _, results = chain
     score, survival, left = results
     np.testing.assert_array_equal(score.played.returns, score.played.score_returns)
@@ -213,14 +218,14 @@ def test_each_task_has_a_return_of_its_own_and_random_play_beside_it(chain):
     np.testing.assert_array_equal(
         survival.played.returns, survival.played.lengths - over
     )
-    # The same random games, whatever the task that is counted in them.
+    # The same random games, whatever is counted in them.
     for result in results:
         np.testing.assert_array_equal(result.random.score_returns, score.random.returns)
     assert left.adapted["num_nonzero"] > 0
     assert left.random.returns.max() > 0
 
 
-def test_a_run_of_another_task_needs_its_function_before_anything_else(tmp_path):
+def test_a_run_of_another_reward_needs_its_function_before_anything_else(tmp_path):
     finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
     with pytest.raises(ValueError, match="cannot be imported"):
         finetune(chain_config(task="gone:f"), tmp_path / "f", None)

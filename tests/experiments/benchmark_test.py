@@ -1,4 +1,4 @@
-"""Tests of experiments.benchmark: its arithmetic, and every row in its smallest size."""
+"""Tests of the benchmark: its arithmetic, and every row in its smallest size."""
 
 import io
 import json

@@ -126,8 +126,8 @@ def test_returns_follow_greedy_actions_through_what_was_met(num_steps):
 
 @pytest.mark.parametrize("name", agent.AGENTS)
 def test_heads_learn_the_successor_features_of_their_tasks(name):
-    # In a corridor whose every move is soon met, the heads must come to value iteration,
-    # those of the agent that only explores too.
+    # In a corridor all moves are soon met: the heads must come to value iteration, also
+    # those of the agent that only explores.
     world = maze.parse_maze(CORRIDOR)
     skill_weight, entropy_weight = agent.AGENTS[name]
     config = agent.AgentConfig(

@@ -18,7 +18,7 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
-from aps_jax.train import loop, snapshots, stages
+from aps_jax.train import loop, stages
 from experiments import (
     common_flags,
     evaluate,
@@ -208,7 +208,7 @@ def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
 ):
     """On the real Pong: pretrain at once, then the stages that start from a seed."""
     monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
-    monkeypatch.setattr(snapshots, "_NUM_STATES", 16)
+    monkeypatch.setattr(loop, "_EMBEDDED_STATES", 16)
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, **TINY)
         pretrain.main(["pretrain"])
@@ -268,7 +268,7 @@ def fake_pretrain(config, workdir, *, progress, stop):
 
 
 def test_every_option_is_a_flag_of_its_type():
-    for name, (_, field) in config_lib.option_fields().items():
+    for name, field in config_lib.all_option_fields().items():
         flag = flags.FLAGS[name]
         assert flag.help.endswith("."), name
         if name != "preset":
@@ -281,10 +281,10 @@ def test_every_option_is_a_flag_of_its_type():
 
 
 def test_flags_change_the_preset_and_nothing_else():
-    set_flags(preset="cpu", batch_size=64, game="Breakout", agent="apt")
+    set_flags(preset="cpu", batch_size=64, game="Breakout", agent="entropy")
     config = common_flags.config_from_flags()
     expected = config_lib.replace_options(
-        config_lib.preset_config("cpu"), batch_size=64, game="Breakout", agent="apt"
+        config_lib.preset_config("cpu", "entropy"), batch_size=64, game="Breakout"
     )
     assert config == expected
     assert config.learner.skill_weight == 0.0
@@ -295,7 +295,7 @@ def test_flags_change_the_run_that_is_taken_over():
     set_flags(finetune_epsilon=0.5)
     config = common_flags.config_from_flags(base)
     assert config.game == "Freeway" and config.preset == "cpu"
-    assert config.finetune.finetune_epsilon == 0.5
+    assert config.learner.finetune_epsilon == 0.5
     set_flags(preset="gpu")
     with pytest.raises(ValueError, match="--preset cannot be given here"):
         common_flags.config_from_flags(base)
@@ -314,7 +314,7 @@ WORDS = st.sampled_from(["", "Pong", "pong", "aps", "small", "split", "true", "2
 
 def given_values(name):
     """Draws what might be typed for an option, right or wrong."""
-    _, field = config_lib.option_fields()[name]
+    field = config_lib.all_option_fields()[name]
     values = {bool: WORDS, int: WHOLE_NUMBERS, float: NUMBERS, str: WORDS}[field.type]
     if field.metadata["choices"] is not None:
         values = st.one_of(values, st.sampled_from(field.metadata["choices"]))
@@ -324,7 +324,7 @@ def given_values(name):
 @hypothesis.settings(derandomize=True, deadline=None, max_examples=120, database=None)
 @hypothesis.given(
     words=st.lists(
-        st.sampled_from(sorted(config_lib.option_fields())).flatmap(given_values),
+        st.sampled_from(sorted(config_lib.all_option_fields())).flatmap(given_values),
         min_size=1,
         max_size=3,
     ),
@@ -343,12 +343,13 @@ def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
             return
     assert config_lib.from_dict(config_lib.to_dict(config)) == config
     loop.stream_key(config.seed, loop.Stream.EVALUATE)
-    schedule = loop.Schedule(
-        start=config.pretrain.warmup_agent_steps,
-        samples_per_step=config.pretrain.samples_per_step,
-        batch_size=config.learner.batch_size,
-    )
-    assert schedule.num_due(2**31) >= schedule.num_due(10) >= 0
+    agent = config.make_agent(num_actions=2)
+    plans = [loop.finetune_plan(config, agent)]
+    if config.has_pretraining:
+        plans.append(loop.pretrain_plan(config, agent))
+    for plan in plans:
+        schedule = plan.schedule()
+        assert schedule.num_due(2**31) >= schedule.num_due(10) >= 0
 
 
 def test_a_game_that_raises_ends_a_script_with_code_1(monkeypatch, capsys):

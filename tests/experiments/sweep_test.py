@@ -56,7 +56,7 @@ def test_a_dry_run_prints_a_command_for_each_game_agent_and_seed(tmp_path, capsy
         capsys,
         "--games=atari26",
         "--seeds=5",
-        "--agents=aps,visr,apt",
+        "--agents=aps,visr,entropy",
         "--preset=cpu",
         "--batch_size=64",
         f"--workdir={tmp_path / 'a b'}",
@@ -104,7 +104,7 @@ def test_stages_alone_share_the_folders_of_the_main_job(stage, tmp_path, capsys)
     "words, message",
     [
         (["--games=Pnog"], "Unknown game 'Pnog'"),
-        (["--agents=aps,dqn"], "--agents must be some of aps, visr, apt, got"),
+        (["--agents=aps,apt"], "--agents must be some of aps, visr, entropy, dqn, got"),
         (["--seeds=a"], "--seeds must be a number, or numbers, got"),
         (["--seeds=0"], "--seeds=0 asks for no seed"),
         (["--seed=3"], "--seed cannot be given to a sweep: give --seeds"),
@@ -303,7 +303,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
     monkeypatch.setattr(sweep, "_start", record)
     monkeypatch.setattr(sweep.time, "sleep", pause)
     with flagsaver.flagsaver(preset="cpu"), pytest.raises(interrupts.Interrupted):
-        sweep._run_local([job], sweep.rich.console.Console(quiet=True))
+        sweep._run_local([job])
     assert [process.returncode for process in started] == [75]
 
 

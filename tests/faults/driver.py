@@ -31,7 +31,6 @@ OPTIONS = {
     "checkpoint_agent_steps": 40,
     "finetune_agent_steps": 120,
     "infer_agent_steps": 60,
-    "infer_episodes": 1000,
     # Draws random numbers, whose state must be resumed too.
     "sticky": 0.25,
 }

@@ -289,8 +289,9 @@ def test_few_samples_already_give_a_direction(num, intercept):
 
 
 def test_few_rewards_find_a_task_of_many_features():
-    # Fewer samples than features, and half of the rewards' variance is noise. The cosine
-    # of a random task has mean 0 and standard deviation 0.16, here of 20 tasks 0.035.
+    # Fewer samples than features, and half of the rewards' variance is noise. The
+    # cosine of a random task has mean 0 and standard deviation 0.16, here of 20 tasks
+    # 0.035.
     cosines = []
     for seed in range(20):
         rng = np.random.default_rng(seed)

@@ -31,7 +31,6 @@ def make_config(**options):
         "checkpoint_agent_steps": 100_000,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         **options,
     }
     return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
@@ -67,33 +66,35 @@ def test_pretraining_saves_at_the_step_of_the_request(tmp_path, number):
     assert columns["agent_steps"] == [80.0, 160.0, 240.0]
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A pretraining, and the result of a fine-tuning of it that nobody interrupted."""
+    root = tmp_path_factory.mktemp("whole")
+    stages.pretrain(make_config(), root / "init", constructor=fakes.ChainPool)
+    return root / "init", stages.finetune(
+        make_config(), root / "whole", root / "init", constructor=fakes.ChainPool
+    )
+
+
 # Steps of 4 environments: 15 infer, then each evaluation plays games of 20 at most on 2.
 @pytest.mark.parametrize("num_steps", [9, 18, 45])
-def test_finetuning_goes_on_from_any_phase(tmp_path, num_steps):
+def test_finetuning_goes_on_from_any_phase(tmp_path, whole, num_steps):
     """While it infers (9), evaluates zero-shot (18) and learns or evaluates (45)."""
-    config = make_config()
-    whole = stages.finetune(
-        config, tmp_path / "whole", None, constructor=fakes.ChainPool
-    )
+    init, whole = whole
+    config, folder = make_config(), tmp_path / "parts"
     with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
         stages.finetune(
-            config,
-            tmp_path / "parts",
-            None,
-            constructor=signalled(num_steps),
-            stop=stop,
+            config, folder, init, constructor=signalled(num_steps), stop=stop
         )
-    assert not (tmp_path / "parts" / "result.json").exists()
-    resumed = stages.finetune(
-        config, tmp_path / "parts", None, constructor=fakes.ChainPool
-    )
+    assert not (folder / "result.json").exists()
+    resumed = stages.finetune(config, folder, init, constructor=fakes.ChainPool)
     for name in ("updates", "finetune_agent_steps"):
         assert resumed[name] == whole[name]
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     if num_steps > 15:
         assert resumed["task"] == whole["task"]
         assert resumed["evaluations"][0] == whole["evaluations"][0]
-    rows = metrics.read_metrics(tmp_path / "parts" / "metrics.csv")["agent_steps"]
+    rows = metrics.read_metrics(folder / "metrics.csv")["agent_steps"]
     assert rows == [60.0, 80.0, 120.0]
 
 

@@ -161,7 +161,7 @@ def test_options_set_methods_apart(tmp_path):
 
 
 def test_options_say_themselves_whether_they_are_compared():
-    fields = config_lib.option_fields()
+    fields = config_lib.all_option_fields()
     assert finished_runs.compared_options({"seed": 1, "td_form": "split"}) == {
         "td_form": "split"
     }

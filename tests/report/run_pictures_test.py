@@ -14,8 +14,9 @@ from PIL import Image
 from aps_jax import config as config_lib
 from aps_jax.agents import aps as agent_lib
 from aps_jax.report import run_pictures
+from aps_jax.runs import snapshots
 from aps_jax.scores import scores
-from aps_jax.train import snapshots, stages
+from aps_jax.train import stages
 
 
 def video(color, length, height=20, width=30):
@@ -98,7 +99,7 @@ def test_the_plane_is_that_of_largest_variation():
     # Points vary by 3 along the third axis, by 2 along the first, else not at all.
     phi = np.array([[2, 5, 3], [2, 5, -3], [-2, 5, 3], [-2, 5, -3]], np.float32)
     np.testing.assert_allclose(
-        snapshots.plane_of(phi), [[0, 1], [0, 0], [1, 0]], atol=1e-12
+        run_pictures.plane_of(phi), [[0, 1], [0, 0], [1, 0]], atol=1e-12
     )
 
 
@@ -106,7 +107,7 @@ def test_points_of_the_sphere_lie_in_the_disc():
     rng = np.random.default_rng(0)
     phi = rng.normal(size=(50, 5))
     phi /= np.linalg.norm(phi, axis=1, keepdims=True)
-    plane = snapshots.plane_of(phi)
+    plane = run_pictures.plane_of(phi)
     np.testing.assert_allclose(plane.T @ plane, np.eye(2), atol=1e-12)
     assert np.linalg.norm(phi @ plane, axis=1).max() <= 1
     # Every other plane holds less of their variation.
@@ -117,7 +118,7 @@ def test_points_of_the_sphere_lie_in_the_disc():
 
 @pytest.mark.parametrize("phi", [np.ones((4, 3)), np.ones((1, 3)), np.ones((5, 1))])
 def test_features_that_are_all_the_same_have_a_plane_too(phi):
-    plane = snapshots.plane_of(phi)
+    plane = run_pictures.plane_of(phi)
     assert plane.shape == (phi.shape[1], 2) and np.isfinite(plane).all()
 
 

@@ -1,4 +1,4 @@
-"""Tests of aps_jax.runs.machine: what the allocator keeps, and machines without a home."""
+"""Tests of aps_jax.runs.machine: what the allocator keeps, and users without a home."""
 
 import pathlib
 
@@ -7,8 +7,8 @@ from scripts import run_python
 
 from aps_jax.runs import machine
 
-# 40 MiB is more than glibc ever keeps by itself: it gives blocks above 32 MiB back. 80 MiB
-# is more than it keeps for any thread whose arena is not the first.
+# 40 MiB is more than glibc ever keeps by itself: it gives blocks above 32 MiB back. 80
+# MiB is more than it keeps for any thread whose arena is not the first.
 _PROGRAM = """
 import concurrent.futures
 import resource
@@ -39,7 +39,7 @@ def test_what_an_update_frees_stays_with_the_process(mebibytes, in_thread):
         )
         return float(run_python("-c", program))
 
-    # Every page is touched: 10,240 of 4 KiB, fewer where the kernel hands out larger ones.
+    # Every page is touched: 10,240 of 4 KiB, or fewer of larger ones.
     assert faults(is_tuned=False) > 10
     assert faults(is_tuned=True) < 5
 

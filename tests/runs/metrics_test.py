@@ -1,4 +1,4 @@
-"""Tests of aps_jax.runs.metrics: rows of a run on disk, and as TensorBoard shows them."""
+"""Tests of aps_jax.runs.metrics: rows on disk, and as TensorBoard shows them."""
 
 import math
 import os
@@ -8,6 +8,8 @@ import shutil
 import pytest
 from faults import harness
 
+from aps_jax import agents
+from aps_jax import config as config_lib
 from aps_jax.runs import metrics
 
 COLUMNS = ("agent_steps", "frames", "loss_td")
@@ -34,7 +36,7 @@ def test_a_resumed_metrics_file_equals_an_uninterrupted_one(tmp_path):
 
 
 def test_rows_are_on_disk_as_soon_as_written_and_lack_nothing(tmp_path):
-    writer = metrics.MetricsWriter(tmp_path, COLUMNS, tensorboard=False)
+    writer = metrics.MetricsWriter(tmp_path, COLUMNS)
     writer.write({"agent_steps": 5})
     columns = metrics.read_metrics(tmp_path / "metrics.csv")
     assert columns["agent_steps"] == [5.0]
@@ -96,10 +98,16 @@ def test_events_are_written_for_tensorboard(tmp_path):
     assert b"loss_td" in events.read_bytes()
 
 
-def test_every_metric_is_declared_once():
-    names = [metric.name for metric in metrics.ALL]
-    assert len(set(names)) == len(names)
-    assert set(metrics.PRETRAIN_COLUMNS) | set(metrics.FINETUNE_COLUMNS) == set(names)
+@pytest.mark.parametrize("name", agents.AGENTS)
+def test_every_metric_is_declared_once(name):
+    agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+    learned = agent.finetune.learner.metrics
+    columns = metrics.finetune_columns(learned)
+    assert columns[0] == "agent_steps" and len(set(columns)) == len(columns)
+    assert {metric.name for metric in (*metrics.COUNTERS, *learned)} < set(columns)
+    if agent.pretrain is not None:
+        columns = metrics.pretrain_columns(agent.pretrain.learner.metrics)
+        assert columns[0] == "agent_steps" and len(set(columns)) == len(columns)
 
 
 def test_a_relative_folder_named_like_a_protocol_is_a_folder(tmp_path, monkeypatch):

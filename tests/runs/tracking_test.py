@@ -121,5 +121,6 @@ def test_without_a_key_one_line_says_so_before_anything_else(fake):
 
 
 def test_no_import_of_it_without_need():
-    program = "import sys\nfrom aps_jax.train import stages\nassert 'wandb' not in sys.modules"
+    program = "import sys; from aps_jax.train import stages; "
+    program += "assert 'wandb' not in sys.modules"
     subprocess.run([sys.executable, "-W", "ignore", "-c", program], check=True)

@@ -33,7 +33,6 @@ def make_config(**options):
         "checkpoint_agent_steps": 120,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
-        "infer_episodes": 1000,
         **options,
     }
     base = config_lib.preset_config("smoke", options.pop("agent", "aps"))
@@ -412,6 +411,31 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
 
+def test_an_unfinished_or_damaged_init_is_warned_of_and_named(run, tmp_path):
+    config = make_config(checkpoint_agent_steps=80, keep_checkpoints=9)
+    with pytest.raises(Stop):
+        stages.pretrain(config, tmp_path / "p", constructor=interrupted(50))
+    newest = tmp_path / "p" / "checkpoints" / "160" / "agent"
+    warnings = []
+    trained = stages.load_pretrained(tmp_path / "p", warn=warnings.append)
+    assert trained.step == 160
+    (text,) = warnings  # 640 of 960 frames.
+    assert "640" in text and "960" in text and str(tmp_path / "p") in text
+    damaged = max(newest.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
+    warnings.clear()
+    assert stages.load_pretrained(str(tmp_path / "p"), warn=warnings.append).step == 80
+    assert any("160" in text and "80" in text for text in warnings)
+    result = finetune(config, tmp_path / "f", tmp_path / "p")
+    assert result["init_agent_steps"] == 80 and result["pretrain_frames"] == 320
+
+
+def test_the_best_is_not_kept_where_it_would_be_chosen_by_a_hidden_reward(tmp_path):
+    with pytest.raises(ValueError, match="keep_best"):
+        pretrain(make_config(keep_best=True), tmp_path / "p")
+    assert not (tmp_path / "p").exists()
+
+
 def test_an_agent_that_does_not_fit_is_refused_with_both_sides(run, tmp_path):
     folder, _, _ = run
     for options, words in (
@@ -462,16 +486,6 @@ def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
     assert result["task"]["is_fallback"] and result["task"]["num_nonzero"] == 0
     np.testing.assert_allclose(np.linalg.norm(result["task"]["task"]), 1.0, rtol=1e-6)
     assert result["returns"] == [0.0, 0.0]
-
-
-def test_inference_ends_early_when_its_games_are_played(run, tmp_path):
-    # Chain games last at most 20 steps; 4 environments finish their first together.
-    folder, _, _ = run
-    result = finetune(
-        make_config(infer_episodes=4), tmp_path / "f", folder / "pretrain"
-    )
-    assert result["task"]["agent_steps"] <= 20 * 4 < 60 + 24
-    assert result["finetune_agent_steps"] == 120
 
 
 def test_evaluation_counts_the_first_game_of_each_environment(run):
