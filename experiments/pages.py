@@ -109,13 +109,17 @@ def metrics_tables() -> str:
         for stage, phase in phases.items():
             if phase is not None:
                 groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
-    return metrics.to_markdown(
-        {
-            "Progress, in every stage": metrics.COUNTERS,
-            **{"; ".join(who): group for group, who in groups.items()},
-            "Evaluations, in the rows after full games": metrics.EVALUATION,
-        }
-    )
+    sections = {
+        "Progress, in every stage": metrics.COUNTERS,
+        **{"; ".join(who): group for group, who in groups.items()},
+        "Evaluations, in the rows after full games": metrics.EVALUATION,
+    }
+    lines = []
+    for heading, group in sections.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # Page -> name of the part -> what makes it.
