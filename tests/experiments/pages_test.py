@@ -1,9 +1,12 @@
 """Tests that pages say what the code and the results say."""
 
+import re
+
 import pytest
 from absl.testing import flagsaver
 
-from aps_jax.runs import metrics
+from aps_jax import agents
+from aps_jax import config as config_lib
 from experiments import pages
 
 
@@ -13,21 +16,20 @@ def test_made_parts_are_up_to_date(page):
     assert pages.updated(page) == text, "run python -m experiments.pages"
 
 
-def test_each_metric_is_explained_once_under_its_heading():
+@pytest.mark.parametrize("name", agents.AGENTS)
+def test_each_metric_of_an_agent_is_explained_under_its_heading(name):
     text = (pages.ROOT / "docs" / "metrics.md").read_text(encoding="utf-8")
-    for heading, group in metrics.GROUPS.items():
-        section = text.split(f"## {heading}\n")[1].split("\n## ")[0]
-        for metric in group:
-            assert text.count(f"| `{metric.name}` |") == 1
-            assert f"| `{metric.name}` | {metric.unit} | {metric.meaning} |" in section
-    assert len({metric.name for metric in metrics.ALL}) == len(metrics.ALL)
-
-
-def test_all_stages_use_the_same_names():
-    declared = {metric.name for metric in metrics.ALL}
-    both = set(metrics.PRETRAIN_COLUMNS) & set(metrics.FINETUNE_COLUMNS)
-    assert set(metrics.PRETRAIN_COLUMNS) | set(metrics.FINETUNE_COLUMNS) == declared
-    assert both == {m.name for m in metrics.COUNTERS + metrics.LEARNING}
+    sections = dict(part.split("\n", 1) for part in text.split("\n## ")[1:])
+    agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+    for stage, phase in (
+        ("pretraining", agent.pretrain),
+        ("learning from reward", agent.finetune),
+    ):
+        headings = [h for h in sections if f"{name}, {stage}" in h.split("; ")]
+        assert len(headings) == (phase is not None)
+        for heading in headings:
+            explained = re.findall(r"^\| `(\w+)` \|", sections[heading], re.MULTILINE)
+            assert explained == [metric.name for metric in phase.learner.metrics]
 
 
 @pytest.fixture
