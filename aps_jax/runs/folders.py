@@ -215,21 +215,13 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def lock_warning(folder: PathLike) -> str | None:
-    """Returns a warning if the file system of a folder has no locks, else None.
-
-    Raises:
-      OSError: Nothing can be written to the folder.
-    """
+    """Returns a warning if the file system of a writable folder has no locks."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return _try_lock(file, folder)
 
 
 def _try_lock(file: IO[Any], folder: PathLike) -> str | None:
-    """Locks a file; returns a warning if its file system has no locks.
-
-    Raises:
-      BlockingIOError: Another process holds the lock.
-    """
+    """Locks a file, or raises a `BlockingIOError`; returns `lock_warning`'s warning."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -265,10 +257,7 @@ class RunLock:
         self._file.close()
 
     def ensure(self) -> bool:
-        """Makes the folder anew if it was deleted, and takes it again.
-
-        Returns:
-          Whether it had to.
+        """Makes the folder anew if it was deleted, and takes it; returns if it had to.
 
         Raises:
           OSError: It cannot be made.
@@ -317,10 +306,7 @@ class RunLock:
 
 
 def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
-    """Reads which run a folder holds.
-
-    Returns:
-      All that `config.json` says, and the config in it.
+    """Returns all that a run's `config.json` says, and the config in it.
 
     Raises:
       ValueError: It is no run's folder, with what is there instead.
