@@ -11,7 +11,7 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -244,27 +244,26 @@ def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[s
 
 
 def is_preflight(
-    config: config_lib.Config,
-    workdir: pathlib.Path,
-    *stage_names: str,
-    num_seeds: int = 1,
+    runs: Mapping[pathlib.Path, config_lib.Config], *stage_names: str
 ) -> bool:
     """Does what `--preflight` asks for; returns whether it was asked for.
 
     Args:
-      config: The run's values.
-      workdir: Its folder.
-      *stage_names: Its stages, `pretrain` or `finetune`.
-      num_seeds: Seeds that pretrain at once, and fine-tune one after another.
+      runs: From `runs_from_flags`.
+      *stage_names: Their stages, `pretrain` or `finetune`.
     """
     if not _PREFLIGHT.value:
         return False
+    for workdir, config in runs.items():
+        folders.holds_run(workdir, {"config": config_lib.to_dict(config)})
+    workdir, config = next(iter(runs.items()))
+    counts_all = is_at_once() or "pretrain" not in stage_names
     checks = preflight.run_checks(
         config,
         workdir,
         stage_names,
         seconds=_PREFLIGHT_SECONDS.value,
-        num_seeds=num_seeds,
+        num_seeds=len(runs) if counts_all else 1,
     )
     preflight.print_table(checks)
     failed = [check.name for check in checks if check.verdict == "failed"]

@@ -147,11 +147,36 @@ def open_run(
         if metadata.get(name) is not None:
             path = pathlib.Path(metadata[name]).resolve()
             metadata |= {name: str(path), f"{name}_id": _run_id(path)}
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"{workdir} is a file; a run needs a folder of its own.")
+    if holds_run(workdir, metadata):
+        return True
+    identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, **metadata}
+    origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, identity | origin)
+    except OSError as error:
+        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
+    return False
+
+
+def holds_run(workdir: pathlib.Path, wanted: dict[str, Any]) -> bool:
+    """Returns whether a folder holds a run already, or is free for one.
+
+    Args:
+      workdir: The folder, which need not exist.
+      wanted: What the run's `config.json` must say.
+
+    Raises:
+      ValueError: It holds another run or something else, or cannot be a folder.
+    """
+    there = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; a run needs a folder of its own.")
     path = workdir / CONFIG_NAME
     if path.exists():
-        if differences := _differences(read_json(path), metadata):
+        found = read_json(path)
+        found = {name: found[name] for name in wanted if name in found}
+        if differences := _differences(found, wanted):
             raise ValueError(
                 f"{workdir} holds another run ({'; '.join(differences)}). Give another "
                 "--workdir, or the same flags to continue that run."
@@ -164,13 +189,6 @@ def open_run(
             f"{workdir} is not empty and holds no {CONFIG_NAME}: not a run's folder. "
             "Give another --workdir."
         )
-    identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, **metadata}
-    origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity | origin)
-    except OSError as error:
-        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
     return False
 
 

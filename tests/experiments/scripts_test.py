@@ -524,6 +524,18 @@ WRONG = {
         ["evaluate", "--checkpoint=gs://bucket/x", "--workdir={new}"],
         r"gs://bucket/x is a URL",
     ),
+    "a preflight of a file": (
+        ["pretrain", "--preflight", "--preset=smoke", "--workdir={full}/notes.txt/x"],
+        r"notes.txt is a file; a run needs a folder",
+    ),
+    "a preflight of a folder of something else": (
+        ["run_aps", "--preflight", "--preset=smoke", "--workdir={full}"],
+        r"is not empty and holds no config.json",
+    ),
+    "no seconds for a preflight": (
+        ["run_aps", "--preflight", "--preflight_seconds=0", "--workdir={new}"],
+        r"flag --preflight_seconds=0: ",
+    ),
     "an unknown arm": (
         ["run_aps", "--arms=random", "--workdir={new}"],
         r"--arms must be some of pretrained, scratch, got \['random'\]",
