@@ -11,7 +11,7 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -167,22 +167,14 @@ def config_from_flags(
 
 
 def workdir_from_flags() -> pathlib.Path:
-    """Returns the run's folder.
-
-    Raises:
-      ValueError: `--workdir` was not given, or is a URL.
-    """
+    """Returns the run's folder, which the user must give."""
     if not _WORKDIR.value:
         raise ValueError("--workdir=DIR is needed: the folder of this run.")
     return folders.as_path(_WORKDIR.value)
 
 
 def seeds_of_runs() -> list[int] | None:
-    """Returns the seeds of `--seeds` or `--num_seeds`; None if neither was given.
-
-    Raises:
-      ValueError: Both were given, or they name no seed.
-    """
+    """Returns the seeds of `--seeds` or `--num_seeds`; None if neither was given."""
     words, num = _SEEDS.value, _NUM_SEEDS.value
     if num is not None:
         if words is not None:
@@ -217,9 +209,6 @@ def runs_from_flags(
     """Returns the runs that the flags of seeds ask for, by folder.
 
     Without such a flag it is `config` in `workdir`; else each seed has a folder in it.
-
-    Raises:
-      ValueError: As `seeds_of_runs`, or they cannot be trained at once.
     """
     seeds = seeds_of_runs()
     if seeds is None:
@@ -239,11 +228,7 @@ def is_at_once() -> bool:
 
 
 def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[str]:
-    """Returns the arms of `--arms`, or `default`, that the agent can have.
-
-    Raises:
-      ValueError: There is no such arm, or the agent can have none of them.
-    """
+    """Returns those arms of `--arms`, or of `default`, that the agent can have."""
     arms = list(dict.fromkeys(default if _ARMS.value is None else _ARMS.value))
     if not arms or not set(arms) <= set(_KNOWN_ARMS):
         raise ValueError(
@@ -259,30 +244,26 @@ def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[s
 
 
 def is_preflight(
-    config: config_lib.Config,
-    workdir: pathlib.Path,
-    *stage_names: str,
-    num_seeds: int = 1,
+    runs: Mapping[pathlib.Path, config_lib.Config], *stage_names: str
 ) -> bool:
     """Does what `--preflight` asks for; returns whether it was asked for.
 
     Args:
-      config: The run's values.
-      workdir: Its folder.
-      *stage_names: Its stages, `pretrain` or `finetune`.
-      num_seeds: Seeds that pretrain at once, and fine-tune one after another.
-
-    Raises:
-      ValueError: The machine cannot do the run; the table says why.
+      runs: From `runs_from_flags`.
+      *stage_names: Their stages, `pretrain` or `finetune`.
     """
     if not _PREFLIGHT.value:
         return False
+    for workdir, config in runs.items():
+        folders.holds_run(workdir, {"config": config_lib.to_dict(config)})
+    workdir, config = next(iter(runs.items()))
+    counts_all = is_at_once() or "pretrain" not in stage_names
     checks = preflight.run_checks(
         config,
         workdir,
         stage_names,
         seconds=_PREFLIGHT_SECONDS.value,
-        num_seeds=num_seeds,
+        num_seeds=len(runs) if counts_all else 1,
     )
     preflight.print_table(checks)
     failed = [check.name for check in checks if check.verdict == "failed"]
@@ -292,11 +273,7 @@ def is_preflight(
 
 
 def reject_words(argv: Sequence[str]) -> None:
-    """Checks that the command line has flags alone; absl would let words pass.
-
-    Raises:
-      ValueError: It has other words.
-    """
+    """Raises a `ValueError` for words that are no flags; absl would let them pass."""
     if len(argv) > 1:
         raise ValueError(
             f"Unexpected words {' '.join(argv[1:])!r}: every value needs a flag, such "
@@ -336,12 +313,7 @@ _OWN = (
 
 
 def _connect(script: str, *, is_for_several: bool) -> None:
-    """Connects this process to the others of a run over several hosts, if it has any.
-
-    Raises:
-      ValueError: They cannot be reached, were started otherwise, or a script is none
-        that runs on several.
-    """
+    """Connects this process to the others of a run over several hosts, if any."""
     arguments = processes.distributed_arguments(
         _COORDINATOR_ADDRESS.value, _NUM_PROCESSES.value, _PROCESS_ID.value, os.environ
     )

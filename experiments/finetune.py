@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
     base = folders.read_run(first)[1] if first else None
     config = common_flags.config_from_flags(base)
     runs = common_flags.runs_from_flags(config, workdir)
-    if common_flags.is_preflight(config, workdir, stages.FINETUNE, num_seeds=len(runs)):
+    if common_flags.is_preflight(runs, stages.FINETUNE):
         return
     with common_flags.watched() as watched:
         for folder, one in runs.items():

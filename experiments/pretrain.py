@@ -22,13 +22,10 @@ def main(argv: Sequence[str]) -> None:
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
-    is_at_once = common_flags.is_at_once()
-    if common_flags.is_preflight(
-        config, workdir, stages.PRETRAIN, num_seeds=len(runs) if is_at_once else 1
-    ):
+    if common_flags.is_preflight(runs, stages.PRETRAIN):
         return
     with common_flags.watched() as watched:
-        if is_at_once:
+        if common_flags.is_at_once():
             results = stages.pretrain_seeds(runs, **watched)
         else:
             results = [

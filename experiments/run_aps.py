@@ -42,15 +42,12 @@ def main(argv: Sequence[str]) -> None:
     reward_functions.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
-    is_at_once = common_flags.is_at_once()
     names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
-    if common_flags.is_preflight(
-        config, workdir, *names, num_seeds=len(runs) if is_at_once else 1
-    ):
+    if common_flags.is_preflight(runs, *names):
         return
     devices.make_mesh(config.num_devices)  # What is refused leaves no folder behind.
     with common_flags.watched() as watched:
-        if is_at_once and "pretrained" in arms:
+        if common_flags.is_at_once() and "pretrained" in arms:
             for folder, one in runs.items():
                 folders.open_run(folder, stage="run_aps", config=one, arms=arms)
             stages.pretrain_seeds(

@@ -154,20 +154,18 @@ def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -
     """Writes `sweep.json`: how the runs of this folder were made, and where."""
     path = workdir / "sweep.json"
     before = folders.read_json(path) if path.exists() else {}
-    commands = dict.fromkeys(before.get("commands", []))
-    commands |= dict.fromkeys(
-        shlex.join(("python", *job.command[1:])) for job in jobs if job.is_done
-    )
-    commits = dict.fromkeys(before.get("git_commits", []))
-    if seconds > 1.0:
-        commits[folders.git_commit()] = None
+    done = [job.command for job in jobs if job.is_done]
+    commands = [shlex.join(("python", *words[1:])) for words in done]
+    commits = [folders.git_commit()] if seconds > 1.0 else []
     folders.write_json(
         path,
         {
             "schema": folders.SCHEMA,
             "kind": "aps_jax sweep",
-            "commands": list(commands),
-            "git_commits": list(commits),
+            "commands": list(dict.fromkeys([*before.get("commands", []), *commands])),
+            "git_commits": list(
+                dict.fromkeys([*before.get("git_commits", []), *commits])
+            ),
             "machine": describe_machine(),
             "versions": folders.versions(),
             "wall_seconds": round(before.get("wall_seconds", 0.0) + seconds, 1),

@@ -25,10 +25,7 @@ SHARDED = PartitionSpec(AXIS)  # along the leading axis
 
 
 def make_mesh(num_devices: int) -> Mesh:
-    """Takes the first devices of every process, as many of each.
-
-    Args:
-      num_devices: Of all processes together.
+    """Takes the first devices of every process, as many of each; `num_devices` in all.
 
     Raises:
       ValueError: There are not as many, or they cannot be shared out.

@@ -147,11 +147,36 @@ def open_run(
         if metadata.get(name) is not None:
             path = pathlib.Path(metadata[name]).resolve()
             metadata |= {name: str(path), f"{name}_id": _run_id(path)}
-    if workdir.exists() and not workdir.is_dir():
-        raise ValueError(f"{workdir} is a file; a run needs a folder of its own.")
+    if holds_run(workdir, metadata):
+        return True
+    identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, **metadata}
+    origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        write_json(path, identity | origin)
+    except OSError as error:
+        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
+    return False
+
+
+def holds_run(workdir: pathlib.Path, wanted: dict[str, Any]) -> bool:
+    """Returns whether a folder holds a run already, or is free for one.
+
+    Args:
+      workdir: The folder, which need not exist.
+      wanted: What the run's `config.json` must say.
+
+    Raises:
+      ValueError: It holds another run or something else, or cannot be a folder.
+    """
+    there = next(p for p in (workdir, *workdir.absolute().parents) if p.exists())
+    if not there.is_dir():
+        raise ValueError(f"{there} is a file; a run needs a folder of its own.")
     path = workdir / CONFIG_NAME
     if path.exists():
-        if differences := _differences(read_json(path), metadata):
+        found = read_json(path)
+        found = {name: found[name] for name in wanted if name in found}
+        if differences := _differences(found, wanted):
             raise ValueError(
                 f"{workdir} holds another run ({'; '.join(differences)}). Give another "
                 "--workdir, or the same flags to continue that run."
@@ -164,13 +189,6 @@ def open_run(
             f"{workdir} is not empty and holds no {CONFIG_NAME}: not a run's folder. "
             "Give another --workdir."
         )
-    identity = {"schema": SCHEMA, "run_id": uuid.uuid4().hex, **metadata}
-    origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
-    try:
-        workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity | origin)
-    except OSError as error:
-        raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
     return False
 
 
@@ -215,21 +233,13 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def lock_warning(folder: PathLike) -> str | None:
-    """Returns a warning if the file system of a folder has no locks, else None.
-
-    Raises:
-      OSError: Nothing can be written to the folder.
-    """
+    """Returns a warning if the file system of a writable folder has no locks."""
     with tempfile.TemporaryFile(dir=folder) as file:
         return _try_lock(file, folder)
 
 
 def _try_lock(file: IO[Any], folder: PathLike) -> str | None:
-    """Locks a file; returns a warning if its file system has no locks.
-
-    Raises:
-      BlockingIOError: Another process holds the lock.
-    """
+    """Locks a file, or raises a `BlockingIOError`; returns `lock_warning`'s warning."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
@@ -265,10 +275,7 @@ class RunLock:
         self._file.close()
 
     def ensure(self) -> bool:
-        """Makes the folder anew if it was deleted, and takes it again.
-
-        Returns:
-          Whether it had to.
+        """Makes the folder anew if it was deleted, and takes it; returns if it had to.
 
         Raises:
           OSError: It cannot be made.
@@ -317,10 +324,7 @@ class RunLock:
 
 
 def read_run(workdir: PathLike) -> tuple[dict[str, Any], config_lib.Config]:
-    """Reads which run a folder holds.
-
-    Returns:
-      All that `config.json` says, and the config in it.
+    """Returns all that a run's `config.json` says, and the config in it.
 
     Raises:
       ValueError: It is no run's folder, with what is there instead.

@@ -175,14 +175,14 @@ def check_memory(
     option: str,
     num_seeds: int = 1,
 ) -> None:
-    """Checks that what a stage needs, as `needed_bytes` estimates it, fits into memory.
+    """Checks that what a stage needs fits into memory.
 
     Args:
-      replay_bytes: As for `needed_bytes`; so are all others but one.
-      num_devices: Devices.
-      is_copied: Whether checkpoints hold the replay.
+      replay_bytes: As for `needed_bytes`; so are all others but `option`.
+      num_devices: Devices that share it.
+      is_copied: Whether checkpoints hold it.
       option: The flag that sets the size of the replay, for the message.
-      num_seeds: Seeds.
+      num_seeds: Seeds at once.
 
     Raises:
       ValueError: It does not fit, with the estimate and what is free.
@@ -215,9 +215,7 @@ def check_memory(
 def check_cores(env_threads: int, warn: Warn) -> None:
     """Warns if there are more emulator threads than cores in the control group.
 
-    Args:
-      env_threads: Threads that step the emulators; 0 for one per core of the affinity.
-      warn: Called with the sentence.
+    With 0 threads there is one for each core of the affinity.
     """
     cores, threads = usable_cores(), env_threads or _affinity()
     if threads > math.ceil(cores):
@@ -228,11 +226,7 @@ def check_cores(env_threads: int, warn: Warn) -> None:
 
 
 def check_writable(workdir: str | os.PathLike[str]) -> None:
-    """Checks that a folder can be written, by writing to it.
-
-    Raises:
-      ValueError: It cannot, with the reason.
-    """
+    """Raises a `ValueError` with the reason if a folder cannot be written."""
     try:
         with tempfile.NamedTemporaryFile(dir=workdir, prefix="probe_") as file:
             file.write(bytes(2**20))
@@ -323,11 +317,7 @@ def tune_allocator() -> None:
 
 
 def check_accelerator() -> None:
-    """Checks that JAX sees a GPU or TPU.
-
-    Raises:
-      ValueError: It sees CPUs alone.
-    """
+    """Raises a `ValueError` if JAX sees CPUs alone."""
     if jax.default_backend() == "cpu":
         raise ValueError(
             "--require_accelerator was given, but JAX sees no GPU or TPU, only "

@@ -88,17 +88,16 @@ class MetricsWriter:
         kept_rows: int = 0,
         wandb_run: Any = None,
     ):
-        """Opens the files.
+        """Opens the files in an existing folder.
 
         Args:
-          folder: The stage's folder, which exists.
+          folder: The stage's folder.
           columns: Names of the columns; the first is `agent_steps`.
           kept_rows: Rows of the file on disk to keep: those a checkpoint knows of.
           wandb_run: From `tracking.start_wandb`, if rows go to W&B too.
 
         Raises:
           ValueError: The file on disk has other columns.
-          OSError: The folder cannot be written.
         """
         self._columns = list(columns)
         self._folder = folder
@@ -132,12 +131,7 @@ class MetricsWriter:
         return [row for row in lines[1:] if row.count(",") == commas][:kept_rows]
 
     def write(self, row: Mapping[str, Any]) -> None:
-        """Writes one row; a column that `row` lacks is NaN.
-
-        Raises:
-          ValueError: `row` has a name that is no column.
-          OSError: The row is not on disk; it is kept, and written with the next.
-        """
+        """Writes one row; a column that `row` lacks is NaN. Raises as `sync`."""
         unknown = set(row) - set(self._columns)
         if unknown:
             raise ValueError(f"No such columns: {sorted(unknown)}.")
@@ -149,11 +143,7 @@ class MetricsWriter:
             self._wandb_run.log(_known(row))  # W&B's own step never goes back.
 
     def sync(self) -> None:
-        """Brings to disk what is not there yet.
-
-        Raises:
-          OSError: It could not; what is missing is kept for the next call.
-        """
+        """Brings to disk what is not there yet; an `OSError` leaves it for later."""
         is_whole = self._path.exists() and self._path.stat().st_size == self._size
         if not is_whole:  # After a failure, or where somebody changed or deleted it.
             folders.write_text(

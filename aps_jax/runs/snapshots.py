@@ -29,9 +29,6 @@ def write_snapshot(
       workdir: Folder of the pretraining, which exists.
       agent_steps: When it was drawn.
       visited: Each `[N, D]` float16, from `loop.make_embed`.
-
-    Raises:
-      OSError: It cannot be written.
     """
     if not visited:
         return

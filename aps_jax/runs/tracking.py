@@ -15,11 +15,7 @@ _STEP = "agent_steps"  # the horizontal axis of all other metrics
 
 
 def check_wandb() -> None:
-    """Checks that rows can go to Weights & Biases, before anything long begins.
-
-    Raises:
-      ValueError: It is not installed, has no key, or does not take the key.
-    """
+    """Raises a `ValueError` if W&B is not installed, or has no key that it takes."""
     if importlib.util.find_spec("wandb") is None:
         raise ValueError(
             "--wandb needs the package wandb: pip install 'aps_jax[wandb]'. "
@@ -42,10 +38,7 @@ def start_wandb(config: config_lib.Config, workdir: pathlib.Path) -> Any:
     Its curves are over agent steps. W&B's own step never goes back, so that it would
     drop the rows that a resumed stage writes again.
 
-    Args:
-      config: The run's values, which W&B shows beside its curves.
-      workdir: Folder of the stage; its full path makes the run's id, so that a resumed
-        stage continues its curves.
+    The folder's full path makes the run's id, so that a resumed stage continues them.
 
     Returns:
       W&B's run, with `log` and `finish`.

@@ -3,6 +3,7 @@
 import json
 import pathlib
 import re
+import shutil
 import subprocess
 import sys
 import weakref
@@ -18,6 +19,7 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
+from aps_jax.runs import folders
 from aps_jax.train import loop, stages
 from experiments import (
     common_flags,
@@ -80,6 +82,7 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     again = json.loads((tmp_path / "eval" / "result.json").read_text())
     # The same agent on the same games: the same scores.
     assert again["returns"] == result["returns"]
+    assert again["checkpoint_step"] == result["finetune_agent_steps"] == 80
     assert (tmp_path / "eval" / "game.gif").exists()
 
     with flagsaver.flagsaver():
@@ -87,6 +90,7 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
         set_flags(task="score, examples.tasks:pong_high", infer_agent_steps=40)
         evaluate.main(["evaluate"])
     zero = json.loads((tmp_path / "zero" / "result.json").read_text())
+    assert zero["checkpoint_step"] == 160 and zero["pretrain_frames"] == 640
     score, high = zero["tasks"]
     assert high["name"] == "examples.tasks:pong_high"
     assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
@@ -104,6 +108,26 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
         evaluate.main(["evaluate"])
     with Image.open(tmp_path / "grid" / "tasks.gif") as image:
         assert image.size == (2 * 160, 2 * (210 + 14)) and image.n_frames > 10
+
+    # Of a damaged checkpoint and of an earlier one there is a warning.
+    checkpoints = workdir / "pretrain" / "checkpoints"
+    newest = checkpoints / "160"
+    shutil.copytree(newest, checkpoints / "200")
+    (checkpoints / "200" / "metadata.json").write_text("{}")
+    capsys.readouterr()
+    with flagsaver.flagsaver():
+        set_flags(workdir=str(tmp_path / "again"), checkpoint=str(workdir))
+        set_flags(task="score", infer_agent_steps=40)
+        evaluate.main(["evaluate"])
+    (line,) = [
+        line
+        for line in capsys.readouterr().err.splitlines()
+        if line.startswith("warning: ")
+    ]
+    assert str(checkpoints / "200") in line and "step 160" in line
+    again = json.loads((tmp_path / "again" / "result.json").read_text())
+    assert again["checkpoint_step"] == 160 and again["tasks"][0] == score
+    shutil.rmtree(checkpoints / "200")
 
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "ft"), init=str(workdir), evaluations=1)
@@ -257,6 +281,43 @@ def test_the_main_job_pretrains_its_seeds_at_once(tmp_path, monkeypatch):
     assert order == [{"seed_5/pretrain": 5, "seed_6/pretrain": 6}, 5, 6]
     # As `_run` will find it.
     assert (tmp_path / "seed_6" / "config.json").exists()
+
+
+def test_an_agent_without_pretraining_has_the_scratch_arm_alone(tmp_path, monkeypatch):
+    order = []
+    monkeypatch.setattr(stages, "pretrain", None)
+    monkeypatch.setattr(run_aps.summary, "print_results", lambda *_: None)
+    monkeypatch.setattr(
+        run_aps, "_run", lambda config, workdir, arms, **_: order.append(arms)
+    )
+    for arms in (None, ["pretrained", "scratch"]):
+        with flagsaver.flagsaver():
+            set_flags(workdir=str(tmp_path), agent="dqn", preset="smoke")
+            if arms is not None:
+                set_flags(arms=arms)
+            run_aps.main(["run_aps"])
+    assert order == [["scratch"]] * 2
+
+
+def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
+    tuned = []
+
+    def fake_finetune(config, workdir, init, **_):
+        tuned.append((workdir, init))
+        return {**fake_runs.result(), "human_normalized_score": None}
+
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    folders.open_run(
+        tmp_path / "p", stage="pretrain", config=config_lib.preset_config("smoke")
+    )
+    set_flags(workdir="~/f", init="~/p")
+    finetune.main(["finetune"])
+    set_flags(workdir="~/e", checkpoint="~/p", task="score")
+    with pytest.raises(ValueError, match=f"The run in {tmp_path}/p has no checkpoint"):
+        evaluate.main(["evaluate"])
+    assert tuned == [(tmp_path / "f", tmp_path / "p")]
+    assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
 def fake_pretrain(config, workdir, *, progress, stop):
@@ -438,6 +499,42 @@ WRONG = {
     "a task that cannot be imported": (
         ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
         r"module of the task 'gone:f' cannot be imported: ModuleNotFoundError",
+    ),
+    "an option of other agents": (
+        ["pretrain", "--agent=dqn", "--feature_dim=3", "--workdir={new}"],
+        r"Agent dqn has no option feature_dim; these have: aps, visr, entropy\.",
+    ),
+    "a pretraining of an agent without one": (
+        ["pretrain", "--agent=dqn", "--preset=smoke", "--workdir={new}"],
+        r"Agent dqn learns from reward alone",
+    ),
+    "a pretrained arm of an agent without one": (
+        ["run_aps", "--agent=dqn", "--arms=pretrained", "--workdir={new}"],
+        r"Agent dqn learns from reward alone: give --arms=scratch",
+    ),
+    "a folder in a bucket": (
+        ["pretrain", "--preset=smoke", "--workdir=gs://bucket/x"],
+        r"gs://bucket/x is a URL",
+    ),
+    "a pretraining in a bucket": (
+        ["finetune", "--init=s3://bucket/x", "--workdir={new}"],
+        r"s3://bucket/x is a URL",
+    ),
+    "a checkpoint in a bucket": (
+        ["evaluate", "--checkpoint=gs://bucket/x", "--workdir={new}"],
+        r"gs://bucket/x is a URL",
+    ),
+    "a preflight of a file": (
+        ["pretrain", "--preflight", "--preset=smoke", "--workdir={full}/notes.txt/x"],
+        r"notes.txt is a file; a run needs a folder",
+    ),
+    "a preflight of a folder of something else": (
+        ["run_aps", "--preflight", "--preset=smoke", "--workdir={full}"],
+        r"is not empty and holds no config.json",
+    ),
+    "no seconds for a preflight": (
+        ["run_aps", "--preflight", "--preflight_seconds=0", "--workdir={new}"],
+        r"flag --preflight_seconds=0: ",
     ),
     "an unknown arm": (
         ["run_aps", "--arms=random", "--workdir={new}"],

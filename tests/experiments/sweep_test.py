@@ -76,6 +76,21 @@ def test_a_dry_run_prints_a_command_for_each_game_agent_and_seed(tmp_path, capsy
     assert not (tmp_path / "a b").exists()
 
 
+def test_an_agent_without_pretraining_is_swept_from_scratch(tmp_path, capsys):
+    words = ["--agents=aps,dqn", "--preset=cpu", f"--workdir={tmp_path}"]
+    aps, dqn = commands(capsys, *words)
+    assert "--arms=pretrained,scratch" in aps and "--agent=aps" in aps
+    assert "--arms=scratch" in dqn and "--agent=dqn" in dqn
+    assert dqn[3] == f"--workdir={tmp_path}/Pong/dqn/seed_0"
+    _, dqn = commands(capsys, *words, "--stage=scratch")
+    assert dqn[3] == f"--workdir={tmp_path}/Pong/dqn/seed_0/scratch"
+    for more in ("--stage=pretrain", "--stage=finetune", "--arms=pretrained"):
+        with pytest.raises(ValueError, match="Agent dqn learns from reward alone"):
+            run_sweep(*words, more)
+    with pytest.raises(ValueError, match="dqn has no option feature_dim; these have"):
+        run_sweep(*words, "--feature_dim=3")
+
+
 STAGES = {
     "pretrain": ["pretrain", "pretrain", "--preset=cpu"],
     "scratch": ["finetune", "scratch", "--preset=cpu"],
@@ -319,6 +334,7 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         "sys.argv[1:] = sys.argv[3:]\n"
         "common_flags.run(sweep.main, short=())\n"
     )
+    places = [ROOT, ROOT / "tests", ROOT / "tests/experiments"]
     done = subprocess.run(
         [
             *(sys.executable, "-c", program, str(tmp_path), kind),
@@ -328,12 +344,7 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         capture_output=True,
         text=True,
         check=False,
-        env={
-            **os.environ,
-            "PYTHONPATH": os.pathsep.join(
-                str(ROOT / folder) for folder in ("", "tests", "tests/experiments")
-            ),
-        },
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, places))},
     )
     assert done.returncode == 0, done.stderr
     assert f"finished: {kind} 0" in done.stdout

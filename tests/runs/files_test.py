@@ -509,6 +509,7 @@ def test_curves_are_drawn_from_metrics_files(tmp_path):
         (tmp_path / name).mkdir()
         writer = metrics.MetricsWriter(tmp_path / name, columns)
         writer.write(dict.fromkeys(columns, 1.0) | {"agent_steps": 5})
+        writer.close()
     run_pictures.save_learning_curves(
         tmp_path / "curves.png",
         title="aps on Pong",

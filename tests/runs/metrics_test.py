@@ -43,6 +43,7 @@ def test_rows_are_on_disk_as_soon_as_written_and_lack_nothing(tmp_path):
     assert math.isnan(columns["loss_td"][0])
     with pytest.raises(ValueError, match="No such columns: .*'speed'"):
         writer.write({"agent_steps": 6, "speed": 1.0})
+    writer.close()
 
 
 def test_rows_that_could_not_be_written_come_with_the_next(tmp_path):
