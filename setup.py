@@ -28,7 +28,7 @@ setuptools.setup(
         "dev": [
             "distrax>=0.1.9",
             "hypothesis>=6.170",
-            "mypy>=2.0",
+            "mypy>=2.4",
             "pytest-xdist>=3.8",
             "ruff>=0.17",
             "scipy>=1.17",
