@@ -51,7 +51,7 @@ def main(argv: Sequence[str]) -> None:
             for folder, one in runs.items():
                 folders.open_run(folder, stage="run_aps", config=one, arms=arms)
             stages.pretrain_seeds(
-                {folder / "pretrain": one for folder, one in runs.items()},
+                {folder / "pretrain": _unranked(one) for folder, one in runs.items()},
                 **watched,
             )
         for folder, one in runs.items():
@@ -76,7 +76,9 @@ def _run(
     )
     results: dict[str, dict[str, Any]] = {}
 
-    def run(stage: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    def run(
+        stage: Callable[..., dict[str, Any]], config: config_lib.Config, *given: Any
+    ) -> dict[str, Any]:
         # Libraries that a stage is the first to import keep frames in cycles, and those
         # hold its replay: it must not be there beside the next one's.
         gc.collect()
@@ -84,10 +86,12 @@ def _run(
 
     if "pretrained" in arms:
         init = workdir / "pretrain"
-        run(stages.pretrain, init)
-        results["pretrained"] = run(stages.finetune, workdir / "pretrained", init)
+        run(stages.pretrain, _unranked(config), init)
+        results["pretrained"] = run(
+            stages.finetune, config, workdir / "pretrained", init
+        )
     if "scratch" in arms:
-        results["scratch"] = run(stages.finetune, workdir / "scratch", None)
+        results["scratch"] = run(stages.finetune, config, workdir / "scratch", None)
 
     def write() -> None:
         folders.write_json(
@@ -98,6 +102,11 @@ def _run(
 
     processes.broadcast_from_primary(write)
     return results
+
+
+def _unranked(config: config_lib.Config) -> config_lib.Config:
+    """Returns the config of pretraining, which must not choose by the game's score."""
+    return config_lib.replace_options(config, keep_best=False)
 
 
 def _draw(

@@ -43,7 +43,10 @@ CONFIG = config_lib.replace_options(
     feature_learning_rate=1e-5,
 )
 DQN = config_lib.replace_options(
-    config_lib.preset_config("smoke", "dqn"), game="Chain", target_period=10
+    config_lib.preset_config("smoke", "dqn"),
+    game="Chain",
+    target_period=10,
+    learning_rate=1e-5,  # As that of the features: rounding is not amplified.
 )
 KEY = jax.random.key(3)
 

@@ -18,6 +18,6 @@ def test_a_run_killed_while_saving_and_stopped_while_tuning_is_the_same(tmp_path
     process.send(signal.SIGTERM)
     assert process.end() == harness.EXIT_CODE
     assert "SIGTERM noticed" in process.log
-    assert harness.numbers(workdir / "finetune")
+    assert harness.steps(workdir / "finetune")
     harness.finish(workdir)
     harness.assert_same_end(workdir, whole)
