@@ -153,7 +153,7 @@ def open_run(
     origin = {"versions": versions(), "git_commit": git_commit(), "command": sys.argv}
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        write_json(path, identity | origin)
+        write_json(workdir / CONFIG_NAME, identity | origin)
     except OSError as error:
         raise ValueError(f"Cannot write to {workdir}: {error.strerror}.") from error
     return False
