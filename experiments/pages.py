@@ -103,17 +103,18 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
 def metrics_tables() -> str:
     """Returns the metrics of all agents, each group once, under its agents."""
-    groups: dict[tuple[Metric, ...], list[str]] = {}
+    groups: dict[tuple[str, tuple[Metric, ...]], list[str]] = {}
     for name in agents.AGENTS:
         agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
-        phases = {"pretraining": agent.pretrain, "learning from reward": agent.finetune}
+        phases = {"Pretraining": agent.pretrain, "Learning from reward": agent.finetune}
         for stage, phase in phases.items():
             if phase is not None:
-                groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
+                group = (stage, phase.learner.metrics)
+                groups.setdefault(group, []).append(name)
     return metrics.to_markdown(
         {
             "Progress, in every stage": metrics.COUNTERS,
-            **{"; ".join(who): group for group, who in groups.items()},
+            **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
             "Evaluations, in the rows after full games": metrics.EVALUATION,
         }
     )
