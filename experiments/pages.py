@@ -69,9 +69,10 @@ def results_table() -> str:
 
 
 def maze_table() -> str:
-    """Returns the maze's tables, without the arm that was measured wrongly."""
+    """Returns the maze's tables."""
     result = folders.read_json(ROOT / "results/maze/maze.json")
-    result["agents"] = [agent for agent in result["agents"] if agent != "entropy"]
+    if result["schema"] < 3:  # Its psi of this arm learned nothing.
+        result["agents"].remove("entropy")
     return grid.format_table({**result, "table": grid.summarise(result)})
 
 
@@ -101,25 +102,22 @@ def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
 
 
 def metrics_tables() -> str:
-    """Returns all agents' metrics, each group once, under those who declare it."""
-    groups: dict[tuple[Metric, ...], list[str]] = {}
+    """Returns the metrics of all agents, each group once, under its agents."""
+    groups: dict[tuple[str, tuple[Metric, ...]], list[str]] = {}
     for name in agents.AGENTS:
         agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
-        phases = {"pretraining": agent.pretrain, "learning from reward": agent.finetune}
+        phases = {"Pretraining": agent.pretrain, "Learning from reward": agent.finetune}
         for stage, phase in phases.items():
             if phase is not None:
-                groups.setdefault(phase.learner.metrics, []).append(f"{name}, {stage}")
-    sections = {
-        "Progress, in every stage": metrics.COUNTERS,
-        **{"; ".join(who): group for group, who in groups.items()},
-        "Evaluations, in the rows after full games": metrics.EVALUATION,
-    }
-    lines = []
-    for heading, group in sections.items():
-        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
-        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
-        lines.append("")
-    return "\n".join(lines)
+                group = (stage, phase.learner.metrics)
+                groups.setdefault(group, []).append(name)
+    return metrics.to_markdown(
+        {
+            "Progress, in every stage": metrics.COUNTERS,
+            **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
+            "Evaluations, in the rows after full games": metrics.EVALUATION,
+        }
+    )
 
 
 # Page -> name of the part -> what makes it.

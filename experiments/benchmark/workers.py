@@ -20,6 +20,7 @@ from typing import IO, Any
 import jax
 
 from aps_jax import config as config_lib
+from aps_jax.agents import aps
 from experiments.benchmark import setup
 from experiments.benchmark.setup import Size
 from experiments.benchmark.table import Row, Turns, at_least, at_most, take_turns
@@ -37,12 +38,12 @@ def config_of(case: str, config: config_lib.Config) -> config_lib.Config:
     """Returns the config of a case for the devices that a config names."""
     if case == "global":
         return config
-    sizes = {
-        "num_envs": config.pretrain.num_envs,
-        "replay_size": config.pretrain.replay_size,
-        **config.learner.sharded_sizes(),
-    }
-    grown = {name: config.num_devices * size for name, size in sizes.items()}
+    count, learner = config.num_devices, config.learner
+    sizes = {"batch_size": learner.batch_size, "num_envs": config.pretrain.num_envs}
+    sizes |= {"replay_size": config.pretrain.replay_size}
+    if isinstance(learner, aps.Config):
+        sizes["num_particles"] = learner.num_particles
+    grown = {name: count * size for name, size in sizes.items()}
     return config_lib.replace_options(config, **grown)
 
 

@@ -608,34 +608,64 @@ def test_an_untrained_agent_learns_in_the_unit_of_the_reward():
     np.testing.assert_allclose(
         adapted.stats.reward_scale, config.learner.value_unit, rtol=1e-6
     )
+    # Adam's epsilon is in that unit too, and in psi's for a pretrained agent.
+    assert adapted.stats.unit == 1.0
+    np.testing.assert_allclose(state.stats.unit, config.learner.value_unit)
 
 
 # Acting.
 
 
 def make_observation(rng, num_envs):
+    """First observations of an episode."""
     return base.Observation(
         rng.integers(0, 256, (num_envs, 84, 84, 4), dtype=np.uint8),
-        np.zeros(num_envs, bool),
+        np.ones(num_envs, bool),
     )
 
 
-def test_a_task_is_held_for_its_steps_then_drawn_anew():
+def test_tasks_are_held_and_redrawn_at_other_steps_in_each_environment():
     agent = make_agent(make_config(task_steps=3))
     policy = agent.pretrain.policy
     state, memory = agent.init(jax.random.key(0)), policy.init(4)
     act, rng = jax.jit(policy.act), np.random.default_rng(0)
     drawn = []
-    for key in jax.random.split(jax.random.key(5), 9):
-        memory, decision = act(state, memory, make_observation(rng, 4), key)
+    for time, key in enumerate(jax.random.split(jax.random.key(5), 9)):
+        # A new episode begins in environment 1 at step 4.
+        is_first = np.array([False, time == 4, False, False])
+        observation = make_observation(rng, 4)._replace(is_first=is_first)
+        memory, decision = act(state, memory, observation, key)
         np.testing.assert_array_equal(decision.extras["task"], memory.task)
         drawn.append(np.asarray(memory.task))
     drawn = np.stack(drawn)  # [9, 4, D]
     np.testing.assert_allclose(np.linalg.norm(drawn, axis=-1), 1.0, rtol=1e-6)
-    for block in range(3):
-        held = drawn[3 * block : 3 * block + 3]
-        np.testing.assert_array_equal(held, np.repeat(held[:1], 3, axis=0))
-    assert len(np.unique(drawn[::3].reshape(-1, DIM), axis=0)) == 12
+    changed_at = [
+        [t for t in range(9) if t == 0 or np.any(drawn[t, e] != drawn[t - 1, e])]
+        for e in range(4)
+    ]
+    # Held for 3 steps each; environments 2 and 3 begin 1 and 2 steps ahead.
+    assert changed_at == [[0, 3, 6], [0, 3, 4, 7], [0, 2, 5, 8], [0, 1, 4, 7]]
+
+
+def test_the_tasks_of_policy_improvement_are_held_for_a_game():
+    agent = make_agent(make_config(gpi_tasks=3))
+    policy = agent.play_adapted(0.0)
+    state = agent.init(jax.random.key(0))
+    task = jnp.float32([0.6, 0.8])
+    state = state._replace(stats=state.stats._replace(task=task))
+    act, rng = jax.jit(policy.act), np.random.default_rng(0)
+    memory, held = policy.init(2), []
+    for time, key in enumerate(jax.random.split(jax.random.key(5), 4)):
+        is_first = np.array([time == 0, time in (0, 2)])
+        observation = make_observation(rng, 2)._replace(is_first=is_first)
+        memory, _ = act(state, memory, observation, key)
+        held.append(np.asarray(memory.candidates))
+    first, second = np.stack(held, axis=1)  # each [time, 1 + 3, D]
+    np.testing.assert_array_equal(first, np.repeat(first[:1], 4, axis=0))
+    np.testing.assert_array_equal(second[0], second[1])
+    np.testing.assert_array_equal(second[2], second[3])
+    assert np.any(second[1] != second[2])
+    np.testing.assert_allclose(first[0, 0], task, rtol=1e-6)  # Its own is one of them.
 
 
 def test_the_inferred_task_is_followed_and_a_skill_is_kept():
@@ -652,8 +682,9 @@ def test_the_inferred_task_is_followed_and_a_skill_is_kept():
         np.testing.assert_array_equal(decision.extras["task"], [w, w])
     policy = agent.play_skills(0.0)
     memory, drawn = policy.init(2), []
-    for key in keys:
-        memory, decision = policy.act(state, memory, make_observation(rng, 2), key)
+    for time, key in enumerate(keys):
+        observation = make_observation(rng, 2)._replace(is_first=np.full(2, time == 0))
+        memory, decision = policy.act(state, memory, observation, key)
         drawn.append(np.asarray(decision.extras["task"]))
     np.testing.assert_array_equal(np.stack(drawn), np.stack(drawn[:1] * 4))
     assert np.any(drawn[0][0] != drawn[0][1])

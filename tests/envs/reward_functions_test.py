@@ -147,7 +147,7 @@ def test_a_reward_that_is_not_finite_stops_the_play():
     with np.errstate(invalid="ignore"):
         pool = pool_of("reward_functions_test:not_finite", step(**FIRST), step())
         pool.reset()
-        with pytest.raises(ValueError, match="reward that is not finite"):
+        with pytest.raises(ValueError, match="a number that is not finite"):
             pool.recv()
 
 
