@@ -111,13 +111,17 @@ def metrics_tables() -> str:
             if phase is not None:
                 group = (stage, phase.learner.metrics)
                 groups.setdefault(group, []).append(name)
-    return metrics.to_markdown(
-        {
-            "Progress, in every stage": metrics.COUNTERS,
-            **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
-            "Evaluations, in the rows after full games": metrics.EVALUATION,
-        }
-    )
+    sections = {
+        "Progress, in every stage": metrics.COUNTERS,
+        **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
+        "Evaluations, in the rows after full games": metrics.EVALUATION,
+    }
+    lines = []
+    for heading, group in sections.items():
+        lines += [f"## {heading}", "", "| metric | unit | meaning |", "|---|---|---|"]
+        lines += [f"| `{m.name}` | {m.unit} | {m.meaning} |" for m in group]
+        lines.append("")
+    return "\n".join(lines)
 
 
 # Page -> name of the part -> what makes it.
