@@ -68,9 +68,11 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     assert result["game"] == "Pong" and result["stage"] == "run_aps"
     assert list(result["arms"]) == ["pretrained", "scratch"]
     assert result["arms"]["scratch"]["init"] is None
-    # The score beside random and human ones, the protocol, and where things are.
-    for words in ("-20.7", "14.6", "2 full games", "small: it shows that the machine"):
+    # The score, the protocol, and where things are. Games of 200 frames are other games
+    # than those of random and human scores.
+    for words in ("2 full games", "small: it shows that the machine"):
         assert words in said
+    assert "-20.7" not in said and result["human_normalized_score"] is None
     assert "Did pretraining help?" in said and "single seeds, so" in said
     for name in ("result.json", "curves.png", "game.gif", "features.png"):
         assert str(workdir / name) in said.replace("\n", "")
@@ -180,6 +182,17 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
         "Pong aps over aps scratch +3.0 [+2.0, +4.0] 1.00 [1.00, 1.00]"
     )
     assert "with 3 seeds, 95 % intervals are too narrow" in said
+
+
+def test_results_are_shown_beside_random_and_human_scores(capsys):
+    result = {**fake_runs.result([-3.0, 0.0]), "human_normalized_score": 0.5453}
+    result["evaluations"] = [{"eval_return_mean": -20.5}, {"eval_return_mean": -1.5}]
+    config = config_lib.preset_config("cpu")
+    summary.print_results(config, {"pretrained": result})
+    said = capsys.readouterr().out
+    cells = [line.split() for line in said.splitlines()]
+    assert ["pretrained", "-1.5", "-3", "to", "0", "0.545", "-20.5"] in cells
+    assert ["random", "-20.7", "0"] in cells and ["human", "14.6", "1"] in cells
 
 
 def test_results_of_another_task_are_not_shown_as_scores(capsys):
@@ -587,7 +600,8 @@ def test_pure_modules_need_no_environment_and_no_flags():
         "            raise ImportError(name)\n"
         "sys.meta_path.insert(0, Block())\n"
         "import aps_jax\n"
-        "from aps_jax import losses, rewards, tasks, knn, sphere, networks\n"
+        "from aps_jax import losses, rewards, tasks, knn, networks\n"
+        "from aps_jax.ops import sphere\n"
         "assert 'envpool' not in sys.modules\n"
         "import jax\n"
         "assert not jax._src.xla_bridge._backends, 'importing started a device'\n"
