@@ -111,7 +111,7 @@ def metrics_tables() -> str:
             if phase is not None:
                 group = (stage, phase.learner.metrics)
                 groups.setdefault(group, []).append(name)
-    sections = {
+    sections: dict[str, Sequence[Metric]] = {
         "Progress, in every stage": metrics.COUNTERS,
         **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
         "Evaluations, in the rows after full games": metrics.EVALUATION,
