@@ -109,11 +109,10 @@ def metrics_tables() -> str:
         phases = {"Pretraining": agent.pretrain, "Learning from reward": agent.finetune}
         for stage, phase in phases.items():
             if phase is not None:
-                group = (stage, phase.learner.metrics)
-                groups.setdefault(group, []).append(name)
+                groups.setdefault((stage, phase.learner.metrics), []).append(name)
     sections: dict[str, Sequence[Metric]] = {
         "Progress, in every stage": metrics.COUNTERS,
-        **{f"{s}: {', '.join(who)}": group for (s, group), who in groups.items()},
+        **{f"{s}: {', '.join(who)}": learned for (s, learned), who in groups.items()},
         "Evaluations, in the rows after full games": metrics.EVALUATION,
     }
     lines = []
