@@ -31,7 +31,7 @@ worker() {
     --coordinator_address="${hosts[0]##*:}:8476" --num_processes="${#hosts[@]}" \
     --process_id="$(metadata agent-worker-number)" --num_devices="$chips" \
     --batch_size=4096 --num_particles=4096 --num_envs=512 \
-    --finetune_num_envs="$chips" \
+    --finetune_num_envs="$chips" --finetune_batch_size="$((4 * chips))" \
     --workdir="$shared/pong_on_tpu"
 }
 
