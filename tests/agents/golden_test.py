@@ -31,8 +31,8 @@ def measure(agent, folder):
         # Features of full rank in every batch, else rounding decides what is learned.
         feature_dim=3,
         num_particles=64,
-        # Greedy actions of these agents hang on rounding after some updates.
-        pretrain_epsilon=0.05 if agent == "aps" else 1.0,
+        # Greedy actions hang on rounding after some updates.
+        pretrain_epsilon=1.0,
         pretrain_frames=4 * 400,
         replay_size=240,
         warmup_agent_steps=80,
