@@ -511,7 +511,7 @@ WRONG = {
     ),
     "a task that cannot be imported": (
         ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
-        r"module of the task 'gone:f' cannot be imported: ModuleNotFoundError",
+        r"module of the reward 'gone:f' cannot be imported: ModuleNotFoundError",
     ),
     "an option of other agents": (
         ["pretrain", "--agent=dqn", "--feature_dim=3", "--workdir={new}"],
