@@ -41,6 +41,7 @@ CONFIG = config_lib.replace_options(
     # At ten times the rate, the usual one, updates amplify each other's rounding: the
     # losses of 60 updates agree to 1e-6, and those after them to 1e-4.
     feature_learning_rate=1e-5,
+    finetune_learning_rate=1e-5,
 )
 DQN = config_lib.replace_options(
     config_lib.preset_config("smoke", "dqn"),
