@@ -33,6 +33,7 @@ def make_config(**options):
         "checkpoint_agent_steps": 120,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
+        "pretrain_epsilon": 0.5,  # Else it stays where it starts, all states alike.
         **options,
     }
     base = config_lib.preset_config("smoke", options.pop("agent", "aps"))
