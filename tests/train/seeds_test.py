@@ -188,9 +188,10 @@ def test_its_folder_looks_like_any_other(runs, seed):
         np.testing.assert_allclose(first, expected_first, rtol=1e-5, atol=1e-6)
         np.testing.assert_allclose(rows[name], expected_rows[name], rtol=1e-2)
     for path in sorted((alone / "features").iterdir()):
-        there = np.load(among / "features" / path.name)
-        # Numbers of 16 bits.
-        np.testing.assert_allclose(there, np.load(path), atol=2e-3)
+        with np.load(among / "features" / path.name) as there, np.load(path) as here:
+            assert set(there) == set(here) == {"phi", "task"}
+            for name in here:  # Numbers of 16 bits.
+                np.testing.assert_allclose(there[name], here[name], atol=2e-3)
 
 
 def test_the_seeds_are_not_one(runs):
@@ -231,7 +232,7 @@ def test_a_damaged_checkpoint_is_told_and_the_next_try_goes_back(
 def test_seeds_far_apart_are_not_taken_back(runs, tmp_path):
     unfinished(runs, tmp_path)
     shutil.rmtree(tmp_path / "seed_6" / "checkpoints")
-    words = "seeds 4, 5, 6 stand at agent steps 240, 240, 0, too far apart.*--seeds"
+    words = "seeds 4, 5, 6 are at agent steps 240, 240, 0, too far apart.*--seeds"
     with pytest.raises(ValueError, match=words):
         pretrain_seeds(configs_of(tmp_path))
     assert (tmp_path / "seed_4" / "checkpoints" / "240").exists()
