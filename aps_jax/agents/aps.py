@@ -19,7 +19,7 @@ import optax
 from aps_jax.agents import base
 from aps_jax.agents.base import AgentState, Batch, Observation, take_states
 from aps_jax.networks import modules
-from aps_jax.ops import acting, knn, losses, returns, rewards, sphere, tasks, whitening
+from aps_jax.ops import acting, knn, losses, rewards, sphere, tasks, whitening
 from aps_jax.ops.returns import masked_mean
 from aps_jax.options import option
 from aps_jax.replay import frames
@@ -520,34 +520,11 @@ def _make_gpi(config: Config, networks: Networks) -> Chooser:
 # -------------------------------------------------------------------------- learning
 
 
-def _sum_steps(values: jax.Array, targets: returns.Targets) -> tuple[jax.Array, Any]:
-    """Sums what states reach over each target's steps.
-
-    Args:
-      values: `[B, T - 1, ...]` float, of the windows' states from the second on.
-      targets: `[B, m, ...]`.
-
-    Returns:
-      `[B, m, ...]` discounted sums, and `[B, m]` the discount of what follows.
-    """
-    steps = take_states(values, targets.rewarded - 1)  # [B, m, n, ...]
-    weight = targets.weight.reshape(*targets.weight.shape, *(1,) * (steps.ndim - 3))
-    return jax.vmap(jax.vmap(losses.n_step_cumulant))(steps * weight, targets.discount)
-
-
 def _make_pretrain_learner(
     config: Config, networks: Networks, optimizer: optax.GradientTransformation
 ) -> base.Learner:
     """Makes the reward-free update (APS, Alg. 1)."""
     m = config.window_targets
-    lay_out = jax.vmap(
-        functools.partial(
-            returns.window_targets,
-            num_targets=m,
-            n_steps=config.n_steps,
-            discount=config.discount,
-        )
-    )
 
     def loss(
         params: Mapping[str, Params], state: AgentState, batch: Batch, moments: Any
@@ -556,7 +533,7 @@ def _make_pretrain_learner(
         windows = batch.windows
         task = windows.extras["task"]
         w = task[:, :m]
-        targets = lay_out(windows.is_first, windows.terminated, task)
+        targets = base.window_targets(config, windows, windows.terminated, task)
         used = targets.weight * targets.is_valid[..., None]  # [B, m, n]
         is_used = jax.vmap(  # [B, T - 1], whether a target sums the state
             lambda i, x: jnp.zeros(config.window_states - 1, bool).at[i].max(x > 0)
@@ -582,8 +559,8 @@ def _make_pretrain_learner(
         distances, distance_scale, r_entropy = entropy_rewards(
             state.stats.distance_scale, batch, moments, reached.h, is_used
         )
-        phi_t, discount_t = _sum_steps(config.value_unit * reached.phi, targets)
-        r_t, _ = _sum_steps(config.value_unit * r_entropy, targets)
+        phi_t, discount_t = base.sum_steps(config.value_unit * reached.phi, targets)
+        r_t, _ = base.sum_steps(config.value_unit * r_entropy, targets)
 
         # Each state also for another window's task: does what to do depend on it?
         both = jnp.stack([w, jnp.roll(w, 1, axis=0)], axis=2)
@@ -761,25 +738,14 @@ def _make_finetune_learner(
     norm of the inferred w as the scale, that is the unit of the pretrained psi.
     """
     m = config.window_targets
-    lay_out = jax.vmap(
-        functools.partial(
-            returns.window_targets,
-            num_targets=m,
-            n_steps=config.n_steps,
-            discount=config.discount,
-        )
-    )
 
     def loss(
         params: Mapping[str, Params], state: AgentState, windows: Window
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        is_terminal = windows.terminated
-        if config.cut_at_life_loss:
-            is_terminal |= windows.life_lost
-        targets = lay_out(windows.is_first, is_terminal)
+        targets = base.reward_targets(config, windows)
         reward = base.clip_rewards(windows.reward, config.reward_clip)
         unit = config.value_unit / state.stats.reward_scale
-        r_t, discount_t = _sum_steps(unit * reward[:, 1:], targets)
+        r_t, discount_t = base.sum_steps(unit * reward[:, 1:], targets)
         a_tm1 = windows.action[:, :m]
         w = jnp.broadcast_to(
             state.stats.task[None, None, :], (*a_tm1.shape, config.feature_dim)

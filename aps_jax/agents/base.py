@@ -5,6 +5,7 @@ An agent sees plain, global arrays. It knows no device, file, flag or stage. Let
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
@@ -15,6 +16,7 @@ import optax
 
 from aps_jax import options
 from aps_jax.networks import modules
+from aps_jax.ops import losses, returns
 from aps_jax.options import option
 from aps_jax.replay.buffer import Extras, Window
 from aps_jax.types import STACK_SIZE, Array, Metric, Params, PRNGKey
@@ -319,6 +321,44 @@ def apply_gradients(
 def take_states(x: jax.Array, indices: jax.Array) -> jax.Array:
     """Picks states of each window: `[B, T, ...]`, `[B, ...]` int -> `[B, ..., ...]`."""
     return jax.vmap(lambda of_window, i: of_window[i])(x, indices)
+
+
+def window_targets(
+    config: Config, windows: Window, is_terminal: jax.Array, task: Any = None
+) -> returns.Targets:
+    """Lays out the TD targets `[B, m]` of windows; see `returns.window_targets`."""
+    lay_out = functools.partial(
+        returns.window_targets,
+        num_targets=config.window_targets,
+        n_steps=config.n_steps,
+        discount=config.discount,
+    )
+    return jax.vmap(lay_out)(windows.is_first, is_terminal, task)
+
+
+def reward_targets(config: Config, windows: Window) -> returns.Targets:
+    """Lays out targets of the game's reward, which a lost life may end."""
+    is_terminal = windows.terminated
+    if config.cut_at_life_loss:
+        is_terminal |= windows.life_lost
+    return window_targets(config, windows, is_terminal)
+
+
+def sum_steps(
+    values: jax.Array, targets: returns.Targets
+) -> tuple[jax.Array, jax.Array]:
+    """Sums what states reach over each target's steps.
+
+    Args:
+      values: `[B, T - 1, ...]` float, of the windows' states from the second on.
+      targets: `[B, m, ...]`.
+
+    Returns:
+      `[B, m, ...]` discounted sums, and `[B, m]` the discount of what follows.
+    """
+    steps = take_states(values, targets.rewarded - 1)  # [B, m, n, ...]
+    weight = targets.weight.reshape(*targets.weight.shape, *(1,) * (steps.ndim - 3))
+    return jax.vmap(jax.vmap(losses.n_step_cumulant))(steps * weight, targets.discount)
 
 
 def from_reward_alone(

@@ -5,7 +5,6 @@ targets of a window.
 """
 
 import dataclasses
-import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +16,7 @@ import rlax
 from aps_jax.agents import base
 from aps_jax.agents.base import AgentState, Batch, Decision, Observation, take_states
 from aps_jax.networks import modules
-from aps_jax.ops import acting, losses, returns
+from aps_jax.ops import acting
 from aps_jax.ops.returns import masked_mean
 from aps_jax.replay import frames
 from aps_jax.replay.buffer import Window
@@ -52,28 +51,12 @@ def make(config: Config, num_actions: int) -> base.Agent:
 
         return base.Policy(lambda num_envs: (), act)
 
-    lay_out = jax.vmap(
-        functools.partial(
-            returns.window_targets,
-            num_targets=m,
-            n_steps=config.n_steps,
-            discount=config.discount,
-        )
-    )
-
     def loss(
         params: Mapping[str, Params], target_params: Params, windows: Window
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        is_terminal = windows.terminated
-        if config.cut_at_life_loss:
-            is_terminal |= windows.life_lost
-        targets = lay_out(windows.is_first, is_terminal)
-        reward = take_states(
-            base.clip_rewards(windows.reward, config.reward_clip), targets.rewarded
-        )
-        r_t, discount_t = jax.vmap(jax.vmap(losses.n_step_cumulant))(
-            reward * targets.weight, targets.discount
-        )
+        targets = base.reward_targets(config, windows)
+        reward = base.clip_rewards(windows.reward, config.reward_clip)
+        r_t, discount_t = base.sum_steps(reward[:, 1:], targets)
         s_t = take_states(windows.observation, targets.bootstrap)
         q_tm1 = network.apply(params["values"], windows.observation[:, :m])
         q_t, a_tm1 = network.apply(target_params, s_t), windows.action[:, :m]
