@@ -352,7 +352,7 @@ def _print_if_killed(text: str | None) -> None:
 
     JAX aborts a process that loses another, with a page that does not say what to do
     and no chance for Python to (`test_a_process_that_hangs_ends_the_others` and
-    `test_processes_that_never_come_are_told_of` in tests/faults/lost_process_test.py). A
+    `test_processes_that_never_come_are_told_of` in `tests/faults`). A
     shell waits for the end of this process, and prints the last line that it was given.
     """
     global _watcher
