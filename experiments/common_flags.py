@@ -11,7 +11,7 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -21,8 +21,7 @@ from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import console, folders, machine, progress, tracking
-from aps_jax.train import loop, preflight
-from aps_jax.train import seeds as seeds_lib
+from aps_jax.train import loop, preflight, recorders
 
 _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Folder of this run: made, or continued if it is this very run."
@@ -198,32 +197,29 @@ def seeds_of_runs() -> list[int] | None:
     return list(range(numbers[0]))
 
 
-def seed_folder(folder: pathlib.Path, seed: int) -> pathlib.Path:
-    """Returns where in a folder of several seeds one of them is."""
-    return folder / f"seed_{seed}"
-
-
 def runs_from_flags(
     config: config_lib.Config, workdir: pathlib.Path
-) -> dict[pathlib.Path, config_lib.Config]:
-    """Returns the runs that the flags of seeds ask for, by folder.
+) -> list[recorders.Runs]:
+    """Returns the runs that the flags of seeds ask for, one after another.
 
     Without such a flag it is `config` in `workdir`; else each seed has a folder in it.
     """
     seeds = seeds_of_runs()
     if seeds is None:
-        return {workdir: config}
-    runs = {
-        seed_folder(workdir, seed): config_lib.replace_options(config, seed=seed)
+        return [recorders.make_runs(config, workdir)]
+    if is_at_once() and len(seeds) > 1:
+        return [recorders.make_runs(config, workdir, seeds)]
+    return [
+        recorders.make_runs(
+            config_lib.replace_options(config, seed=seed),
+            recorders.seed_folder(workdir, seed),
+        )
         for seed in seeds
-    }
-    if is_at_once():
-        seeds_lib.check_configs(list(runs.values()))
-    return runs
+    ]
 
 
 def is_at_once() -> bool:
-    """Returns whether the seeds pretrain at once."""
+    """Returns whether the seeds learn at once."""
     return _NUM_SEEDS.value is not None
 
 
@@ -243,27 +239,20 @@ def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[s
     return ["scratch"]
 
 
-def is_preflight(
-    runs: Mapping[pathlib.Path, config_lib.Config], *stage_names: str
-) -> bool:
+def is_preflight(all_runs: Sequence[recorders.Runs], *stage_names: str) -> bool:
     """Does what `--preflight` asks for; returns whether it was asked for.
 
     Args:
-      runs: From `runs_from_flags`.
+      all_runs: From `runs_from_flags`; the first is tried.
       *stage_names: Their stages, `pretrain` or `finetune`.
     """
     if not _PREFLIGHT.value:
         return False
-    for workdir, config in runs.items():
-        folders.holds_run(workdir, {"config": config_lib.to_dict(config)})
-    workdir, config = next(iter(runs.items()))
-    counts_all = is_at_once() or "pretrain" not in stage_names
+    for runs in all_runs:
+        for folder, config in runs.configs.items():
+            folders.holds_run(folder, {"config": config_lib.to_dict(config)})
     checks = preflight.run_checks(
-        config,
-        workdir,
-        stage_names,
-        seconds=_PREFLIGHT_SECONDS.value,
-        num_seeds=len(runs) if counts_all else 1,
+        all_runs[0], stage_names, seconds=_PREFLIGHT_SECONDS.value
     )
     preflight.print_table(checks)
     failed = [check.name for check in checks if check.verdict == "failed"]

@@ -183,7 +183,7 @@ def _record_tasks(
     with common_flags.watched() as watched:
         played = evaluation.evaluate(
             config,
-            evaluation.Player(config, play(config.evaluation.eval_epsilon)),
+            evaluation.Player(play(config.evaluation.eval_epsilon)),
             trained.state,
             record_games=count,
             record_agent_steps=evaluation.VIDEO_AGENT_STEPS // 3,

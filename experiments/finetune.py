@@ -5,7 +5,8 @@ r"""Fine-tunes on a game's reward: the second stage alone, pretrained or from sc
 
 With --init the game, the network and every value come from that folder; flags that are
 given change them. Without it an untrained agent has the same budget: the baseline.
-With --num_seeds or --seeds, seed K starts from INIT/seed_K, one after another.
+With --num_seeds (at once) or --seeds (one after another) seed K starts from
+INIT/seed_K.
 """
 
 import pathlib
@@ -14,7 +15,7 @@ from collections.abc import Sequence
 from absl import flags
 
 from aps_jax.runs import folders
-from aps_jax.train import stages
+from aps_jax.train import recorders, stages
 from experiments import common_flags, summary
 
 _INIT = flags.DEFINE_string(
@@ -30,17 +31,19 @@ def main(argv: Sequence[str]) -> None:
     first = _init_of(seeds[0] if seeds else None)
     base = folders.read_run(first)[1] if first else None
     config = common_flags.config_from_flags(base)
-    runs = common_flags.runs_from_flags(config, workdir)
-    if common_flags.is_preflight(runs, stages.FINETUNE):
+    all_runs = common_flags.runs_from_flags(config, workdir)
+    if common_flags.is_preflight(all_runs, stages.FINETUNE):
         return
+    arm = "pretrained" if _INIT.value else "scratch"
     with common_flags.watched() as watched:
-        for folder, one in runs.items():
-            init = _init_of(one.seed if seeds else None)
-            result = stages.finetune(one, folder, init, **watched)
-            if seeds:
-                print(f"Seed {one.seed}:")
-            arm = "scratch" if init is None else "pretrained"
-            summary.print_results(one, {arm: result})
+        for runs in all_runs:
+            found = [_init_of(seed if seeds else None) for seed in runs.seeds]
+            inits = [init for init in found if init is not None] or None
+            results = stages.finetune_runs(runs, inits, **watched)
+            for one, result in zip(runs.configs.values(), results, strict=True):
+                if seeds:
+                    print(f"Seed {one.seed}:")
+                summary.print_results(one, {arm: result})
 
 
 def _init_of(seed: int | None) -> pathlib.Path | None:
@@ -49,7 +52,7 @@ def _init_of(seed: int | None) -> pathlib.Path | None:
         return None
     folder = folders.as_path(_INIT.value)
     if seed is not None:
-        folder = common_flags.seed_folder(folder, seed)
+        folder = recorders.seed_folder(folder, seed)
     return folders.find_stage(folder, stages.PRETRAIN)
 
 

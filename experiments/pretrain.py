@@ -21,22 +21,19 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     workdir = common_flags.workdir_from_flags()
-    runs = common_flags.runs_from_flags(config, workdir)
-    if common_flags.is_preflight(runs, stages.PRETRAIN):
+    all_runs = common_flags.runs_from_flags(config, workdir)
+    if common_flags.is_preflight(all_runs, stages.PRETRAIN):
         return
     with common_flags.watched() as watched:
-        if common_flags.is_at_once():
-            results = stages.pretrain_seeds(runs, **watched)
-        else:
-            results = [
-                stages.pretrain(one, folder, **watched) for folder, one in runs.items()
-            ]
-    for folder, result in zip(runs, results, strict=True):
-        print(
-            f"Pretrained on {result['game']} for {result['pretrain_frames']:,} frames "
-            "without reward.\nNext: python -m experiments.finetune "
-            f"{shlex.quote(f'--init={folder}')} --workdir=DIR"
-        )
+        for runs in all_runs:
+            results = stages.pretrain_runs(runs, **watched)
+            for folder, result in zip(runs.configs, results, strict=True):
+                print(
+                    f"Pretrained on {result['game']} for "
+                    f"{result['pretrain_frames']:,} frames without reward.\n"
+                    "Next: python -m experiments.finetune "
+                    f"{shlex.quote(f'--init={folder}')} --workdir=DIR"
+                )
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ over seeds. The same command continues a run that was interrupted.
 
 import gc
 import pathlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from aps_jax import config as config_lib
@@ -21,7 +21,7 @@ from aps_jax.envs import atari, reward_functions
 from aps_jax.parallel import devices, processes
 from aps_jax.report import report, run_pictures, tables
 from aps_jax.runs import folders, metrics, snapshots
-from aps_jax.train import evaluation, stages
+from aps_jax.train import evaluation, recorders, stages
 from experiments import common_flags, summary
 
 _SHORT = (*common_flags.SHORT, "arms", "seeds", "num_seeds")
@@ -41,72 +41,68 @@ def main(argv: Sequence[str]) -> None:
     arms = common_flags.arms_from_flags(config, ["pretrained"])
     reward_functions.load(config.finetune.task)
     workdir = common_flags.workdir_from_flags()
-    runs = common_flags.runs_from_flags(config, workdir)
+    all_runs = common_flags.runs_from_flags(config, workdir)
     names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
-    if common_flags.is_preflight(runs, *names):
+    if common_flags.is_preflight(all_runs, *names):
         return
     devices.make_mesh(config.num_devices)  # What is refused leaves no folder behind.
     with common_flags.watched() as watched:
-        if common_flags.is_at_once() and "pretrained" in arms:
-            for folder, one in runs.items():
-                folders.open_run(folder, stage="run_aps", config=one, arms=arms)
-            stages.pretrain_seeds(
-                {folder / "pretrain": _unranked(one) for folder, one in runs.items()},
-                **watched,
-            )
-        for folder, one in runs.items():
-            results = _run(one, folder, arms, **watched)
-            if folder != workdir:
-                print(f"Seed {one.seed}:")
-            summary.print_results(one, results)
-            for what, name in _LEFT.items():
-                if (folder / name).exists():
-                    print(f"{what}: {folder / name}")
+        for runs in all_runs:
+            _run(runs, arms, **watched)
     is_gain_known = len(arms) == 2 and config.finetune.task == "score"
     if is_gain_known and processes.is_primary():
-        tables.show_gain(report.report(list(runs)))
+        folders_of_seeds = [folder for runs in all_runs for folder in runs.configs]
+        tables.show_gain(report.report(folders_of_seeds))
 
 
-def _run(
-    config: config_lib.Config, workdir: pathlib.Path, arms: list[str], **watched: Any
-) -> dict[str, dict[str, Any]]:
-    """Runs all arms of one seed; returns the result of each."""
-    processes.broadcast_from_primary(
-        lambda: folders.open_run(workdir, stage="run_aps", config=config, arms=arms)
-    )
-    results: dict[str, dict[str, Any]] = {}
+def _run(runs: recorders.Runs, arms: list[str], **watched: Any) -> None:
+    """Runs all arms of one seed, or of many at once, and shows what came of each."""
 
-    def run(
-        stage: Callable[..., dict[str, Any]], config: config_lib.Config, *given: Any
-    ) -> dict[str, Any]:
+    def claim() -> None:
+        for folder, one in runs.configs.items():
+            folders.open_run(folder, stage="run_aps", config=one, arms=arms)
+
+    processes.broadcast_from_primary(claim)
+    results: dict[str, list[dict[str, Any]]] = {}
+
+    def of_stage(name: str, **options: Any) -> recorders.Runs:
         # Libraries that a stage is the first to import keep frames in cycles, and those
         # hold its replay: it must not be there beside the next one's.
         gc.collect()
-        return stage(config, *given, **watched)
+        return recorders.Runs(
+            runs.workdir / name,
+            {
+                folder / name: config_lib.replace_options(one, **options)
+                for folder, one in runs.configs.items()
+            },
+        )
 
     if "pretrained" in arms:
-        init = workdir / "pretrain"
-        run(stages.pretrain, _unranked(config), init)
-        results["pretrained"] = run(
-            stages.finetune, config, workdir / "pretrained", init
+        # Pretraining must not choose by the game's score.
+        pretraining = of_stage("pretrain", keep_best=False)
+        stages.pretrain_runs(pretraining, **watched)
+        results["pretrained"] = stages.finetune_runs(
+            of_stage("pretrained"), list(pretraining.configs), **watched
         )
     if "scratch" in arms:
-        results["scratch"] = run(stages.finetune, config, workdir / "scratch", None)
+        results["scratch"] = stages.finetune_runs(of_stage("scratch"), None, **watched)
+    for place, (folder, one) in enumerate(runs.configs.items()):
+        own = {arm: found[place] for arm, found in results.items()}
 
-    def write() -> None:
-        folders.write_json(
-            workdir / folders.RESULT_NAME,
-            {**results[arms[0]], "stage": "run_aps", "arms": results},
-        )
-        _draw(config, workdir, list(results), **watched)
+        def write(folder=folder, one=one, own=own) -> None:
+            folders.write_json(
+                folder / folders.RESULT_NAME,
+                {**own[arms[0]], "stage": "run_aps", "arms": own},
+            )
+            _draw(one, folder, list(own), **watched)
 
-    processes.broadcast_from_primary(write)
-    return results
-
-
-def _unranked(config: config_lib.Config) -> config_lib.Config:
-    """Returns the config of pretraining, which must not choose by the game's score."""
-    return config_lib.replace_options(config, keep_best=False)
+        processes.broadcast_from_primary(write)
+        if folder.name.startswith("seed_"):
+            print(f"Seed {one.seed}:")
+        summary.print_results(one, own)
+        for what, name in _LEFT.items():
+            if (folder / name).exists():
+                print(f"{what}: {folder / name}")
 
 
 def _draw(

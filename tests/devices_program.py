@@ -161,6 +161,7 @@ def acted(num_devices):
         ),
         sums=devices.device_put(loop.init_sums(["loss_td"]), mesh),
         act=act,
+        seeds=(0,),
         mesh=mesh,
     )
     session.step()

@@ -41,24 +41,22 @@ def from_lists(values: dict[str, list[float]]) -> Evaluation:
 
 
 class Player:
-    """A policy to be evaluated, compiled once for all its evaluations."""
+    """A policy to be evaluated, compiled once for all evaluations and seeds."""
 
-    def __init__(self, config: config_lib.Config, policy: base.Policy):
-        """Binds a policy to the evaluation stream of a run.
+    def __init__(self, policy: base.Policy):
+        """Compiles a policy from `Agent.play` or one of its siblings.
 
         Args:
-          config: The run's values.
-          policy: From `Agent.play` or one of its siblings.
+          policy: The policy.
         """
-        key = loop.stream_key(config.seed, loop.Stream.EVALUATE)
         self.init = jax.jit(
             lambda num_games: loop.init_actor(policy, num_games), static_argnums=0
         )
 
-        def act(state, actor, timestep):
+        def act(key, state, actor, timestep):
             return loop.act_once(policy, key, state, actor, timestep)
 
-        self.act = jax.jit(act, donate_argnums=1)
+        self.act = jax.jit(act, donate_argnums=2)
 
 
 def make_player(
@@ -72,7 +70,7 @@ def make_player(
       adapted: Whether it has adapted and not yet learned from reward.
     """
     play = agent.play_adapted if adapted else agent.play
-    return Player(config, play(config.evaluation.eval_epsilon))
+    return Player(play(config.evaluation.eval_epsilon))
 
 
 def evaluate(
@@ -109,6 +107,7 @@ def evaluate(
       An `Evaluation`.
     """
     num_games = config.evaluation.eval_episodes
+    key = devices.device_put(loop.stream_key(config.seed, loop.Stream.EVALUATE))
     actor = devices.device_put(player.init(num_games))
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
@@ -130,7 +129,9 @@ def evaluate(
                     is_taking = True
             if only_record and not is_taking:
                 break
-            actor, decision = player.act(state, actor, devices.device_put(timestep))
+            actor, decision = player.act(
+                key, state, actor, devices.device_put(timestep)
+            )
             if extras is None:
                 extras = jax.device_get(dict(decision.extras))
             action = jax.device_get(decision.action)

@@ -5,6 +5,9 @@ and returns, so the device learns while the CPU cores emulate. Where the cores a
 device, `recv` comes before the updates: both at once would only take turns. Keys are
 derived from the seed by `fold_in` with a stream and a step, so a resumed run continues
 the same streams. The loop knows no agent: see `agents.base`. Letters: `E` environments.
+
+Many seeds at once share one session, one pool and one device: every state has a leading
+axis of seeds, over which the same steps are mapped (`map_seeds`).
 """
 
 import contextlib
@@ -12,6 +15,7 @@ import dataclasses
 import enum
 import functools
 import math
+import operator
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
@@ -47,6 +51,54 @@ class Stream(enum.IntEnum):
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
     """Returns the key of one random stream of a run."""
     return jax.random.fold_in(jax.random.key(seed), int(stream))
+
+
+def map_seeds(
+    make: Callable[[types.PRNGKey], Callable[..., Any]],
+    seeds: Sequence[int],
+    stream: Stream,
+    *,
+    in_axes: Any = 0,
+) -> Callable[..., Any]:
+    """Makes a step of one seed, or maps it over many (`jax.vmap`).
+
+    Args:
+      make: Makes the step from a seed's key.
+      seeds: `S` seeds.
+      stream: Of which the keys are.
+      in_axes: Of the arguments, as `jax.vmap` takes them.
+
+    Returns:
+      The step; for many seeds arguments and results have a leading axis `[S]`.
+    """
+    if len(seeds) == 1:
+        return make(stream_key(seeds[0], stream))
+    keys = jnp.stack([stream_key(seed, stream) for seed in seeds])
+
+    def all_steps(*args: Any) -> Any:
+        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
+        return jax.vmap(lambda key, args: make(key)(*args), in_axes=(0, axes))(
+            keys, args
+        )
+
+    return all_steps
+
+
+def stack_seeds(parts: Sequence[Any], mesh: devices.Mesh = None) -> Any:
+    """Puts what is each seed's on the devices, many under a leading axis `[S]`."""
+    if len(parts) == 1:
+        return devices.device_put(parts[0], mesh)
+    return devices.device_put(
+        jax.jit(lambda *trees: jax.tree.map(lambda *x: jnp.stack(x), *trees))(*parts)
+    )
+
+
+@jax.jit
+def _take(stacked: Any, index: jax.Array) -> Any:
+    """Copies what is one seed's out of a pytree `[S, ...]`."""
+    return jax.tree.map(
+        lambda x: jax.lax.dynamic_index_in_dim(x, index, keepdims=False), stacked
+    )
 
 
 class Pool(Protocol):
@@ -92,20 +144,12 @@ class NonFinite(FloatingPointError):
 
     Attributes:
       batch: What it was computed from, as arrays by name.
-      seed: Whose it was, where a session has many seeds.
     """
 
-    def __init__(
-        self,
-        message: str,
-        batch: dict[str, np.ndarray],
-        *,
-        seed: int | None = None,
-    ):
+    def __init__(self, message: str, batch: dict[str, np.ndarray]):
         """Keeps the batch beside the message."""
         super().__init__(message)
         self.batch = batch
-        self.seed = seed
 
 
 @contextlib.contextmanager
@@ -257,15 +301,23 @@ def init_rollout(
     num_envs: int,
     replay_size: int,
     mesh: devices.Mesh = None,
+    num_seeds: int = 1,
 ) -> RolloutState:
     """Allocates a stage's rollout, the replay included, each part on its device."""
+    if num_seeds > 1:
+        agent_state = jax.eval_shape(_take, agent_state, np.int32(0))
     extras = replayed_extras(policy, agent_state)
 
     def init() -> RolloutState:
-        return RolloutState(
+        rollout = RolloutState(
             actor=init_actor(policy, num_envs),
             replay=buffer_lib.init(extras, num_envs=num_envs, size=replay_size),
             episodes=atari.init_episode_stats(num_envs),
+        )
+        if num_seeds == 1:
+            return rollout
+        return jax.tree.map(
+            lambda x: jnp.broadcast_to(x, (num_seeds, *x.shape)), rollout
         )
 
     return jax.jit(init, out_shardings=devices.shardings(mesh, ROLLOUT_SPECS))()
@@ -428,6 +480,11 @@ def init_sums(names: Sequence[str]) -> sums_lib.RunningSums:
     return sums_lib.init_sums(names, place)
 
 
+def no_sums(names: Sequence[str], num_seeds: int, mesh: devices.Mesh = None) -> Any:
+    """Returns the sums of every seed on the devices, of no update."""
+    return stack_seeds([init_sums(names)] * num_seeds, mesh)
+
+
 def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
     """Makes the update: draw, learn, sum the metrics; jit it by `jit_learn`.
 
@@ -537,9 +594,10 @@ class Session:
     rollout: RolloutState
     sums: sums_lib.RunningSums
     act: Act
+    seeds: tuple[int, ...]  # whose states these are; of many each state is `[S, ...]`
     learn: Learn | None = None  # None while nothing is learned
     schedule: Schedule | None = None
-    draw: Draw | None = None  # what `learn` draws
+    draws: tuple[Draw, ...] = ()  # what `learn` draws, by seed
     calibrate: Callable[..., base.AgentState] | None = None  # before the agent is saved
     mesh: devices.Mesh = None  # on which all states lie
     iteration: int = 0
@@ -553,13 +611,25 @@ class Session:
 
     @property
     def num_envs(self) -> int:
-        """Environments of all processes together."""
-        return self.pool.num_envs * devices.num_processes(self.mesh)
+        """Environments of all processes together, of each seed."""
+        own = self.pool.num_envs // len(self.seeds)
+        return own * devices.num_processes(self.mesh)
 
     @property
     def agent_steps(self) -> int:
-        """Agent steps of all environments together (a reset frame counts as one)."""
+        """Agent steps of all of a seed's environments (a reset frame counts as one)."""
         return self.iteration * self.num_envs
+
+    def parts(self, tree: Any) -> list[Any]:
+        """Returns what is each seed's of a pytree of host arrays or templates."""
+        if len(self.seeds) == 1:
+            return [tree]
+        places = range(len(self.seeds))
+        return [jax.tree.map(operator.itemgetter(i), tree) for i in places]
+
+    def part(self, tree: Any, place: int) -> Any:
+        """Copies what is one seed's out of a pytree on the device."""
+        return tree if len(self.seeds) == 1 else _take(tree, np.int32(place))
 
     def step(self) -> None:
         """Makes one agent step in every environment and enqueues the updates due.
@@ -572,9 +642,13 @@ class Session:
         if self.timestep is None:
             with environment_errors():
                 self.timestep = self.pool.reset()
-        timestep = devices.device_put(self.timestep, self.mesh, devices.SHARDED)
+        shown = self.timestep
+        if len(self.seeds) > 1:  # The pool has the seeds one after the other.
+            axes = (len(self.seeds), self.num_envs)
+            shown = jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), shown)
+        timestep = devices.device_put(shown, self.mesh, devices.SHARDED)
         self.rollout, action = self.act(self.state, self.rollout, timestep)
-        sent = devices.local_rows(action)
+        sent = devices.local_rows(action).reshape(-1)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
         try:
@@ -607,14 +681,18 @@ class Session:
     def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
         """Raises a `NonFinite` that names the environment if a reward is not finite."""
         if not np.isfinite(timestep.reward).all():
-            (indices,) = np.nonzero(~np.isfinite(timestep.reward))
+            first = int(np.argmin(np.isfinite(timestep.reward)))
+            seed, index = divmod(first, self.num_envs)
             message = (
-                f"The game's reward of environment {indices[0]} is "
-                f"{timestep.reward[indices[0]]} at agent step {self.agent_steps}."
+                f"{self._of_seed(seed)}The game's reward of environment {index} is "
+                f"{timestep.reward[first]} at agent step {self.agent_steps}."
             )
             if devices.num_processes(self.mesh) > 1:  # The others know nothing of it.
                 raise EnvironmentFailure(message)
             raise NonFinite(message, {"action": action, **timestep._asdict()})
+
+    def _of_seed(self, place: int) -> str:
+        return f"Seed {self.seeds[place]}: " if len(self.seeds) > 1 else ""
 
     def prepare_save(self) -> None:
         """Brings the agent's statistics up to date, once it has begun to learn."""
@@ -647,59 +725,73 @@ class Session:
           NonFinite: One was not, with its number, the metrics that were not finite, the
             parameters that are not now, and its batch.
         """
-        bad = jax.device_get(self.sums.bad)
-        update = int(bad.update)
-        if update < 0:
+        parts = self.parts(jax.device_get(self.sums.bad))
+        found = [place for place, bad in enumerate(parts) if bad.update >= 0]
+        if not found:
             return
+        place, bad = found[0], parts[found[0]]
         names = [name for name, is_bad in bad.names.items() if is_bad]
+        state = self.part(self.state, place)
         params = [
             jax.tree_util.keystr(path, simple=True, separator="/")
-            for path, leaf in jax.tree_util.tree_leaves_with_path(self.state.params)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)
             if not bool(jnp.all(jnp.isfinite(leaf)))
         ]
         message = (
-            f"Not finite in update {update}, noticed at agent step "
-            f"{self.agent_steps}: {', '.join(names)}."
+            f"{self._of_seed(place)}Not finite in update {bad.update}, noticed at "
+            f"agent step {self.agent_steps}: {', '.join(names)}."
         )
         if params:
             few = ", ".join(params[:3])
             rest = f" and {len(params) - 3} more" if len(params) > 3 else ""
             message += f" Parameters that are not finite by now: {few}{rest}."
-        raise NonFinite(message, self._batch_of(update, bad))
+        raise NonFinite(message, self._batch_of(place, state, bad))
 
-    def _batch_of(self, update: int, bad: sums_lib.FirstBad) -> dict[str, np.ndarray]:
-        """Draws the batch of an update again, as arrays by name."""
-        if self.draw is None:
+    def _batch_of(
+        self, place: int, state: base.AgentState, bad: sums_lib.FirstBad
+    ) -> dict[str, np.ndarray]:
+        """Draws the batch of a seed's update again, as arrays by name."""
+        if not self.draws:
             return {}
         # The replay as it stood then; the newest rows may be of later steps.
-        then = self.rollout.replay._replace(**devices.device_put(bad.extras, self.mesh))
-        number = devices.device_put(np.int32(update), self.mesh)
-        drawn = devices.fetch(jax.jit(self.draw)(self.state, then, number), self.mesh)
+        replay = self.part(self.rollout.replay, place)
+        then = replay._replace(**devices.device_put(bad.extras, self.mesh))
+        number = devices.device_put(np.int32(bad.update), self.mesh)
+        draw = jax.jit(self.draws[place])
+        drawn = devices.fetch(draw(state, then, number), self.mesh)
         return {
             jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value)
             for path, value in jax.tree_util.tree_leaves_with_path(drawn)
         }
 
-    def row(self) -> dict[str, float]:
-        """Reads a row of metrics, empties the sums, and checks that all is finite.
+    def rows(self) -> list[dict[str, float]]:
+        """Reads a row of metrics of each seed, and empties the sums.
 
         Raises:
           NonFinite: As `check_finite`.
         """
         self.check_finite()
-        episodes = devices.fetch(self.rollout.episodes, self.mesh)
-        values = sums_lib.means(self.sums)
-        self.sums = devices.device_put(init_sums(list(values)), self.mesh)
+        num_updates = int(np.max(jax.device_get(self.state.num_updates)))
+        rows = []
+        for episodes, sums in zip(
+            self.parts(devices.fetch(self.rollout.episodes, self.mesh)),
+            self.parts(jax.device_get(self.sums)),
+            strict=True,
+        ):
+            rows.append(
+                {
+                    "agent_steps": self.agent_steps,
+                    "frames": self.agent_steps * types.FRAME_SKIP,
+                    "updates": num_updates,
+                    "episodes": int(episodes.num_episodes.sum()),
+                    "episode_return": _mean_known(episodes.last_return),
+                    "episode_length": _mean_known(episodes.last_length),
+                    **sums_lib.means(sums),
+                }
+            )
+        self.sums = no_sums(list(self.sums.totals), len(self.seeds), self.mesh)
         self._flag = None
-        return {
-            "agent_steps": self.agent_steps,
-            "frames": self.agent_steps * types.FRAME_SKIP,
-            "updates": int(jax.device_get(self.state.num_updates)),
-            "episodes": int(episodes.num_episodes.sum()),
-            "episode_return": _mean_known(episodes.last_return),
-            "episode_length": _mean_known(episodes.last_length),
-            **values,
-        }
+        return rows
 
 
 def _mean_known(values: np.ndarray) -> float:
@@ -791,19 +883,28 @@ def start(
     state: base.AgentState,
     *,
     mesh: devices.Mesh = None,
+    seeds: Sequence[int] = (),
 ) -> Session:
     """Makes a new session of a stage.
 
     Args:
       config: The run's values.
       plan: The stage's.
-      pool: Environments, not yet reset.
-      state: The agent at the start, on the mesh.
+      pool: Environments, not yet reset; those of many seeds one after the other.
+      state: The agent at the start, on the mesh; of many seeds from `stack_seeds`.
       mesh: The devices that share the work.
+      seeds: By default the config's alone.
     """
+    seeds = tuple(seeds) or (config.seed,)
     policy, learner = plan.phase
-    learn_key = stream_key(config.seed, plan.learn_stream)
-    draw = make_draw(learner, learn_key, reward_free=plan.reward_free, mesh=mesh)
+    make_draw_of = functools.partial(
+        make_draw, learner, reward_free=plan.reward_free, mesh=mesh
+    )
+
+    def make_learn_of(key: types.PRNGKey) -> Learn:
+        return make_learn(learner, make_draw_of(key), key)
+
+    act = map_seeds(functools.partial(make_act, policy), seeds, plan.act_stream)
     return Session(
         pool=pool,
         state=state,
@@ -813,12 +914,16 @@ def start(
             num_envs=plan.num_envs,
             replay_size=plan.replay_size,
             mesh=mesh,
+            num_seeds=len(seeds),
         ),
-        sums=devices.device_put(init_sums(names_of(learner.metrics)), mesh),
-        act=jit_act(make_act(policy, stream_key(config.seed, plan.act_stream)), mesh),
-        learn=jit_learn(make_learn(learner, draw, learn_key), mesh),
+        sums=no_sums(names_of(learner.metrics), len(seeds), mesh),
+        act=jit_act(act, mesh),
+        seeds=seeds,
+        learn=jit_learn(map_seeds(make_learn_of, seeds, plan.learn_stream), mesh),
         schedule=plan.schedule(),
-        draw=draw,
+        draws=tuple(
+            make_draw_of(stream_key(seed, plan.learn_stream)) for seed in seeds
+        ),
         mesh=mesh,
     )
 
@@ -830,13 +935,13 @@ def init_state(
     return devices.device_put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
 
 
-def play_rollouts(session: Session) -> base.Rollouts:
-    """Returns all that a session has played, for an agent to adapt to.
+def play_rollouts(session: Session, place: int = 0) -> base.Rollouts:
+    """Returns all that the seed at a place has played, for an agent to adapt to.
 
     Every process gets the same; the replay must hold the whole session.
     """
     steps, mesh = session.iteration, session.mesh
-    replay = session.rollout.replay
+    replay = session.part(session.rollout.replay, place)
 
     @jax.jit
     def rewards_of(replay: buffer_lib.Buffer) -> tuple[types.Array, types.Array]:

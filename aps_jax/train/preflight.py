@@ -15,7 +15,7 @@ from aps_jax import config as config_lib
 from aps_jax.envs import atari
 from aps_jax.parallel import devices, processes
 from aps_jax.runs import console, folders, machine
-from aps_jax.train import loop, seeds, stages
+from aps_jax.train import loop, recorders, stages
 from aps_jax.types import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
@@ -31,32 +31,29 @@ class Check(NamedTuple):
 
 
 def run_checks(
-    config: config_lib.Config,
-    workdir: pathlib.Path,
+    runs: recorders.Runs,
     stage_names: Sequence[str],
     *,
     seconds: float,
     constructor: loop.MakePool = atari.AtariPool,
-    num_seeds: int = 1,
 ) -> list[Check]:
     """Checks the machine and measures the rate of each stage.
 
     Args:
-      config: The run's values.
-      workdir: The run's folder, which need not exist and is not made.
+      runs: One run, or many seeds at once; the folders need not exist, and are not
+        made.
       stage_names: `pretrain`, `finetune` or both.
       seconds: How long the rate of each stage is measured, after it has compiled.
       constructor: Makes the environments.
-      num_seeds: Seeds that pretrain at once, and fine-tune one after another.
 
     Returns:
       A `Check` for each line of the table; one that failed would end the run.
     """
+    config, workdir, num_seeds = runs.config, runs.workdir, len(runs.seeds)
     checks = [_devices(config), _cores(config)]
     if config.num_devices > 1:
         checks += [_share(config, name) for name in stage_names]
-    at_once = {stages.PRETRAIN: num_seeds}
-    checks += [_memory(config, name, at_once.get(name, 1)) for name in stage_names]
+    checks += [_memory(config, name, num_seeds) for name in stage_names]
     place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
     try:
         machine.check_writable(place)
@@ -74,7 +71,7 @@ def run_checks(
     if any(check.verdict == "failed" for check in checks):
         return checks
     for name in stage_names:
-        checks.append(_rate(config, name, seconds, constructor, num_seeds))
+        checks.append(_rate(runs, name, seconds, constructor))
     return checks
 
 
@@ -177,19 +174,13 @@ def _disk(
 
 
 def _rate(
-    config: config_lib.Config,
-    name: str,
-    seconds: float,
-    constructor: loop.MakePool,
-    num_seeds: int,
+    runs: recorders.Runs, name: str, seconds: float, constructor: loop.MakePool
 ) -> Check:
-    is_pretraining = name == stages.PRETRAIN
-    frames_per_second = measure_rate(
-        config, name, seconds, constructor, num_seeds if is_pretraining else 1
-    )
-    frames = num_seeds * (
+    config = runs.config
+    frames_per_second = measure_rate(runs, name, seconds, constructor)
+    frames = len(runs.seeds) * (
         config.pretrain.pretrain_frames
-        if is_pretraining
+        if name == stages.PRETRAIN
         else config.finetune.finetune_agent_steps * FRAME_SKIP
     )
     hours = frames / frames_per_second / 3600
@@ -203,11 +194,10 @@ def _rate(
 
 
 def measure_rate(
-    config: config_lib.Config,
+    runs: recorders.Runs,
     name: str,
     seconds: float,
     constructor: loop.MakePool = atari.AtariPool,
-    num_seeds: int = 1,
 ) -> float:
     """Runs a stage's loop for some seconds, from nothing and saving nothing.
 
@@ -215,29 +205,31 @@ def measure_rate(
     but the warm-up.
 
     Returns:
-      Emulator frames per second, of all seeds together that pretrain at once.
+      Emulator frames per second, of all seeds together that learn at once.
     """
+    config, seeds = runs.config, runs.seeds
     mesh = devices.make_mesh(config.num_devices)
     plan = _plan(config, name)
-    run_seeds = range(config.seed, config.seed + num_seeds)
     pool = loop.make_pool(
-        config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=run_seeds
+        config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=seeds
     )
-    session: loop.Session
     try:
-        if num_seeds > 1:
-            session, _ = seeds.start_pretraining(config, run_seeds, pool)
-        else:
-            agent = config.make_agent(pool.num_actions)
-            state = loop.init_state(agent, config.seed, mesh)
-            if name == stages.FINETUNE:
-                key = loop.stream_key(config.seed, loop.Stream.ADAPT)
-                state, _ = agent.adapt(key, agent.start_finetune(state), None)
-                state = devices.device_put(state, mesh)
-            plan = _plan(config, name, pool.num_actions)
-            session = loop.start(config, plan, pool, state, mesh=mesh)
+        agent = config.make_agent(pool.num_actions)
+        states = [loop.init_state(agent, seed, mesh) for seed in seeds]
+        if name == stages.FINETUNE:
+            states = [
+                agent.adapt(
+                    loop.stream_key(seed, loop.Stream.ADAPT),
+                    agent.start_finetune(state),
+                    None,
+                )[0]
+                for seed, state in zip(seeds, states, strict=True)
+            ]
+        plan = _plan(config, name, pool.num_actions)
+        state = loop.stack_seeds(states, mesh)
+        session = loop.start(config, plan, pool, state, mesh=mesh, seeds=seeds)
         session.schedule = plan._replace(warmup_agent_steps=0).schedule()
-        return num_seeds * _play(session, seconds)
+        return len(seeds) * _play(session, seconds)
     finally:
         pool.close()
 

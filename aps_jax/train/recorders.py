@@ -4,8 +4,8 @@ import contextlib
 import math
 import pathlib
 import time
-from collections.abc import Callable, Sequence
-from typing import Any, Self
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple, Self
 
 import jax
 import numpy as np
@@ -15,11 +15,87 @@ from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import checkpoints, folders, machine, metrics, snapshots, tracking
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import loop
-from aps_jax.train import seeds as seeds_lib
 from aps_jax.types import FRAME_SKIP
 
 _STOP_EVERY = 8  # iterations after which several processes agree on whether to stop
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
+# Errors that all processes raise at the same step.
+_AGREED = (interrupts.Interrupted, loop.NonFinite)
+
+
+class Runs(NamedTuple):
+    """One run, or many seeds of it at once.
+
+    Many seeds share a folder for lock and checkpoints. Each has a folder of its own for
+    rows and result, and for its agent once the stage is finished.
+    """
+
+    workdir: pathlib.Path  # of lock and checkpoints
+    configs: Mapping[pathlib.Path, config_lib.Config]  # by the folder of each seed
+
+    @property
+    def config(self) -> config_lib.Config:
+        """The values of all, with the first seed."""
+        return next(iter(self.configs.values()))
+
+    @property
+    def seeds(self) -> list[int]:
+        """The seeds, in the order of the states' leading axis."""
+        return [config.seed for config in self.configs.values()]
+
+    @property
+    def shared_seeds(self) -> list[int] | None:
+        """The seeds of many at once, as their `config.json` names them."""
+        return self.seeds if len(self.configs) > 1 else None
+
+
+def seed_folder(folder: pathlib.Path, seed: int) -> pathlib.Path:
+    """Returns where in a folder of several seeds one of them is."""
+    return folder / f"seed_{seed}"
+
+
+def make_runs(
+    config: config_lib.Config,
+    workdir: folders.PathLike,
+    seeds: Sequence[int] = (),
+) -> Runs:
+    """Describes the runs of a stage.
+
+    Args:
+      config: The values of all.
+      workdir: Folder of one run; of many seeds each has a folder in it.
+      seeds: Seeds at once; the config's alone by default.
+
+    Raises:
+      ValueError: Many seeds ask for what one device or one process cannot do for many.
+    """
+    workdir = folders.as_path(workdir)
+    if len(seeds) < 2:
+        return Runs(workdir, {workdir: config})
+    if len(set(seeds)) < len(seeds):
+        raise ValueError(f"Seeds at once must differ, got {list(seeds)}.")
+    problems = {
+        "num_devices": (config.num_devices > 1, "they share one device"),
+        "wandb": (config.report.wandb, "it takes one run of a process at a time"),
+        "keep_best": (config.report.keep_best, "they share their checkpoints"),
+    }
+    for option, (is_given, why) in problems.items():
+        if is_given:
+            raise ValueError(
+                f"Many seeds at once cannot have --{option}, since {why}: leave it "
+                "out, or give --seeds for --num_seeds."
+            )
+    if processes.num_processes() > 1:
+        raise ValueError(
+            "Many seeds at once are for one process: give --seeds for --num_seeds."
+        )
+    return Runs(
+        workdir,
+        {
+            seed_folder(workdir, seed): config_lib.replace_options(config, seed=seed)
+            for seed in seeds
+        },
+    )
 
 
 class Recorder:
@@ -27,48 +103,49 @@ class Recorder:
 
     A disk that cannot be written is no reason to end a stage that runs: it is warned of
     and tried again with every row.
+
+    Attributes:
+      facts: JSON values that a checkpoint keeps beside the arrays.
+      last_rows: The newest row of metrics of each seed.
     """
 
     def __init__(
         self,
-        workdir: pathlib.Path,
+        runs: Runs,
         columns: tuple[str, ...],
         session: loop.Session,
-        config: config_lib.Config,
         lock: folders.RunLock | None,
         warn: Callable[[str], None],
         stop: interrupts.StopRequests | None,
     ):
-        report = config.report
-        self._stop = stop
-        self._warn = warn
-        self._lock = lock
-        self._config = config
-        self._workdir = workdir
-        self._columns = columns
-        self._session = session
-        self._has_replay = report.checkpoint_replay
-        self.report = report
-        self._origin: dict[str, Any] = {
-            "config": config_lib.to_dict(config),
-            "versions": folders.versions(),
-            "git_commit": folders.git_commit(),
-            "num_actions": session.pool.num_actions,
-        }
+        """Prepares to record a session; `resume` opens the files.
+
+        Args:
+          runs: Whose session it is.
+          columns: Of `metrics.csv`.
+          session: Not stepped yet.
+          lock: On the folder, in the first process.
+          warn: Is told what goes wrong and does not end the stage.
+          stop: Requests to stop.
+        """
+        self._runs, self._columns, self._session = runs, columns, session
+        self._lock, self._warn, self._stop = lock, warn, stop
+        self._workdir = runs.workdir
+        self._report = runs.config.report
         self._checkpointer = checkpoints.Checkpointer(
-            workdir / folders.CHECKPOINTS_NAME,
+            self._workdir / folders.CHECKPOINTS_NAME,
             policy=checkpoints.Policy(
-                keep_last=report.keep_checkpoints,
-                keep_every=-(-report.keep_every_frames // FRAME_SKIP),
-                keep_best=report.keep_best,
+                keep_last=self._report.keep_checkpoints,
+                keep_every=-(-self._report.keep_every_frames // FRAME_SKIP),
+                keep_best=self._report.keep_best,
             ),
             warn=warn,
         )
         self._saved: int | None = None  # number of the newest checkpoint
         self._is_behind = False  # whether one that was due is not on disk
-        self._writer: metrics.MetricsWriter | None = None  # of the first process
+        self._writers: list[metrics.MetricsWriter] = []  # of the first process
         self.facts: dict[str, Any] = {}
-        self.last_row: dict[str, float] = {}
+        self.last_rows: list[dict[str, Any]] = [{} for _ in runs.seeds]
 
     def __enter__(self) -> Self:
         return self
@@ -82,44 +159,16 @@ class Recorder:
             return
         try:
             if error is None:
-                self.settle()
+                patiently(self._settle, self._warn, self._stop)
+                self._export()
+            elif isinstance(error, loop.NonFinite):
+                self._dump(error)
             elif isinstance(error, interrupts.Interrupted | loop.EnvironmentFailure):
                 self._save_at_the_end(error)
-            elif isinstance(error, loop.NonFinite):
-                self.dump(error)
         finally:
-            self.close()
-
-    def settle(self) -> None:
-        """Brings the last checkpoint to disk, however long it is full."""
-        _patiently(self._settle, self._warn, self._stop)
-
-    def close(self) -> None:
-        """Ends what writes."""
-        if self._writer is not None:
-            self._writer.close()
-        self._checkpointer.close()
-
-    @property
-    def num_seeds(self) -> int:
-        """How many runs are recorded."""
-        return 1
-
-    def check_disk(self, num_seeds: int = 1) -> None:
-        """Checks that there is room for the checkpoints of so many runs like this.
-
-        Raises:
-          ValueError: The folder cannot be written, or has not room for a checkpoint.
-        """
-        parts, ring = self._parts(), self._session.rollout.replay
-        machine.check_disk(
-            self._workdir,
-            fixed_bytes=num_seeds
-            * (_num_bytes(parts["agent"]) + _num_bytes(parts["loop"])),
-            replay_bytes=num_seeds * _num_bytes(ring) if self._has_replay else 0,
-            kept=self._origin["config"]["report"]["keep_checkpoints"],
-            warn=self._warn,
-        )
+            for writer in self._writers:
+                writer.close()
+            self._checkpointer.close()
 
     def resume(self) -> dict[str, Any]:
         """Takes the session to the newest checkpoint, if there is one.
@@ -131,70 +180,54 @@ class Recorder:
           ValueError: The folder cannot be written, has not room for a checkpoint, or
             holds one of another agent.
         """
-        processes.broadcast_from_primary(self.check_disk)
-        return self.restore()
-
-    def restore(self) -> dict[str, Any]:
-        """Does what `resume` does, in a folder with room enough."""
+        processes.broadcast_from_primary(self._check_disk)
         session = self._session
-        parts = self._parts()
         templates = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-            {**parts, "replay": session.rollout.replay},
+            {**self._items(), "replay": session.rollout.replay},
         )
-        if processes.broadcast_from_primary(self.numbers):
+        if processes.broadcast_from_primary(self._has_checkpoint):
             # Not both at once: the one on disk needs the place.
             session.free_replay()
-        del parts
         found = self._checkpointer.restore_newest(
             templates, optional=("replay",), set_damaged_aside=True
         )
         if found is not None:
             self._restore(found.metadata, found.items, templates["replay"])
         if processes.is_primary():
-            self._writer = metrics.MetricsWriter(
-                self._workdir,
-                self._columns,
-                kept_rows=self.facts.get("num_rows", 0),
-                wandb_run=(
-                    tracking.start_wandb(self._config, self._workdir)
-                    if self._config.report.wandb
-                    else None
-                ),
-            )
+            kept = self.facts.get("num_rows", [0] * len(self._runs.seeds))
+            self._writers = [
+                metrics.MetricsWriter(
+                    folder,
+                    self._columns,
+                    kept_rows=num_rows,
+                    wandb_run=(
+                        tracking.start_wandb(config, folder)
+                        if config.report.wandb
+                        else None
+                    ),
+                )
+                for (folder, config), num_rows in zip(
+                    self._runs.configs.items(), kept, strict=True
+                )
+            ]
         return self.facts
 
-    def numbers(self) -> list[int]:
-        """Tidies up, and returns the agent steps of the checkpoints, oldest first."""
+    def _check_disk(self) -> None:
+        items, ring = self._items(), self._session.rollout.replay
+        machine.check_disk(
+            self._workdir,
+            fixed_bytes=_num_bytes(items),
+            replay_bytes=_num_bytes(ring) if self._report.checkpoint_replay else 0,
+            kept=self._report.keep_checkpoints,
+            warn=self._warn,
+        )
+
+    def _has_checkpoint(self) -> bool:
         self._checkpointer.clean()
-        return self._checkpointer.steps()
+        return bool(self._checkpointer.steps())
 
-    def go_back(self, number: int) -> None:
-        """Deletes what is newer than a checkpoint that the run goes back to."""
-        newer = [there for there in self.numbers() if there > number]
-        if newer:
-            self._warn(
-                f"goes back to agent step {number:,}, where all seeds have one; "
-                f"that of {newer[-1]:,} is deleted."
-            )
-            self._checkpointer.delete(newer)
-
-    @property
-    def is_save_due(self) -> bool:
-        """Whether a checkpoint belongs to the last step."""
-        session = self._session
-        return loop.is_due(
-            self.report.checkpoint_agent_steps, session.agent_steps, session.num_envs
-        )
-
-    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
-        """Returns whether a row of metrics belongs to the last step."""
-        session = self._session
-        return loop.is_due(
-            values.report_agent_steps, session.agent_steps, session.num_envs
-        )
-
-    def _parts(self) -> dict[str, Any]:
+    def _items(self) -> dict[str, Any]:
         session = self._session
         rollout = session.rollout
         return {
@@ -203,19 +236,18 @@ class Recorder:
         }
 
     def _restore(
-        self, facts: dict[str, Any], parts: dict[str, Any], replay: Any
+        self, facts: dict[str, Any], items: dict[str, Any], replay: Any
     ) -> None:
         session = self._session
-        self.facts = facts
-        session.state = parts["agent"]
-        actor, episodes, session.sums = parts["loop"]
+        self.facts, self.last_rows = facts, facts["last_rows"]
+        session.state = items["agent"]
+        actor, episodes, session.sums = items["loop"]
         session.iteration = facts["agent_steps"] // session.num_envs
         self._saved = session.agent_steps
-        self.last_row = facts["last_row"]
-        if "replay" not in parts:
-            parts["replay"] = _zeros(replay)
+        if "replay" not in items:
+            items["replay"] = _zeros(replay)
             facts["replay_since"] = session.agent_steps
-        session.rollout = loop.RolloutState(actor, parts["replay"], episodes)
+        session.rollout = loop.RolloutState(actor, items["replay"], episodes)
         if isinstance(session.pool, loop.ResumablePool) and facts["environment"]:
             session.timestep = session.pool.set_state(facts["environment"])
         else:
@@ -247,65 +279,60 @@ class Recorder:
                 f"agent steps, at {session.learn_from:,}."
             )
 
-    def record(
-        self,
-        values: config_lib.ReportConfig,
-        *,
-        is_last: bool,
-        progress: progress_lib.Silent,
-    ) -> None:
+    def is_row_due(self) -> bool:
+        """Returns whether a row of metrics belongs to the last step."""
+        return self._is_due(self._report.report_agent_steps)
+
+    def _is_due(self, every: int) -> bool:
+        session = self._session
+        return loop.is_due(every, session.agent_steps, session.num_envs)
+
+    def record(self, *, is_last: bool, progress: progress_lib.Silent) -> None:
         """Writes a row and a checkpoint where they are due, and shows progress.
 
         Raises:
           interrupts.Interrupted: A stop was requested.
         """
-        self.write_due(values, is_last=is_last)
-        frames = self._session.agent_steps * FRAME_SKIP
-        progress.tick(frames, self.last_row.get("episode_return"))
-        is_asked = processes.num_processes() == 1 or (
-            self._session.iteration % _STOP_EVERY == 0
-        )
-        if self._stop is not None and is_asked and not is_last:
-            _check_stop(self._stop)
-
-    def write_due(self, values: config_lib.ReportConfig, *, is_last: bool) -> None:
-        """Writes a row and a checkpoint where they are due."""
-        is_row = self.is_row_due(values) or is_last
+        session = self._session
+        is_row = self.is_row_due() or is_last
         if is_row:
-            self.write(self._session.row())
+            self.write(session.rows())
             self._is_behind = processes.broadcast_from_primary(lambda: self._is_behind)
         failure = self._checkpointer.failure()
         if failure is not None:
             self._complain(failure)
-        if self.is_save_due or is_last or (is_row and self._is_behind):
+        is_save_due = self._is_due(self._report.checkpoint_agent_steps)
+        if is_save_due or is_last or (is_row and self._is_behind):
             self.save()
+        found = [row.get("episode_return") for row in self.last_rows]
+        known = [x for x in found if x is not None]
+        progress.tick(
+            session.agent_steps * FRAME_SKIP * len(session.seeds),
+            float(np.mean(known)) if known else None,
+        )
+        is_asked = processes.num_processes() == 1 or (
+            session.iteration % _STOP_EVERY == 0
+        )
+        if self._stop is not None and is_asked and not is_last:
+            _check_stop(self._stop)
 
     def write_snapshot(self, visited: dict[str, np.ndarray]) -> None:
         """Writes where the features are, or warns: pictures are no reason to end."""
         if not processes.is_primary():
             return
         steps = self._session.agent_steps
-        try:
-            snapshots.write_snapshot(self._workdir, steps, visited)
-        except OSError as error:
-            self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
+        parts = self._session.parts(visited)
+        for folder, part in zip(self._runs.configs, parts, strict=True):
+            try:
+                snapshots.write_snapshot(folder, steps, part)
+            except OSError as error:
+                self._warn(f"no feature snapshot at agent step {steps:,}: {error}.")
 
-    def _complain(self, error: Exception) -> None:
-        """Warns that something could not be written."""
-        self._is_behind = True
-        numbers = self._checkpointer.steps()
-        last = f"of agent step {numbers[-1]:,}" if numbers else "missing yet"
-        self._warn(
-            f"cannot write to {self._workdir} at agent step "
-            f"{self._session.agent_steps:,} ({error}). The stage goes on and tries "
-            f"again; the last good checkpoint is {last}."
-        )
-
-    def write(self, row: dict[str, float]) -> None:
-        """Writes one row of metrics."""
-        self.last_row = loop.without_nan(row)
-        is_evaluation = "eval_return_mean" in row
-        score = row["eval_return_mean" if is_evaluation else "episode_return"]
+    def write(self, rows: Sequence[dict[str, float]]) -> None:
+        """Writes one row of metrics of each seed."""
+        self.last_rows = [loop.without_nan(row) for row in rows]
+        is_evaluation = "eval_return_mean" in rows[0]
+        score = rows[0]["eval_return_mean" if is_evaluation else "episode_return"]
         is_better_known = self.facts.get("is_evaluated") and not is_evaluation
         if not (math.isnan(score) or is_better_known):
             self.facts["score"] = score
@@ -314,11 +341,11 @@ class Recorder:
         if processes.is_primary():
             try:
                 self._ensure_folder()
-                assert self._writer is not None
-                self._writer.write(row)
+                for writer, row in zip(self._writers, rows, strict=True):
+                    writer.write(row)
             except (OSError, ValueError) as error:
                 self._complain(error)
-        if is_evaluation and self._config.report.keep_best:
+        if is_evaluation and self._report.keep_best:
             self._saved = None  # One of this step may lack the score.
             self.save()
 
@@ -326,6 +353,21 @@ class Recorder:
         """Makes the folder anew if somebody deleted it."""
         if self._lock is not None and self._lock.ensure():
             self._warn(f"{self._workdir} was deleted, and has been made anew.")
+        for folder in self._runs.configs:
+            folder.mkdir(parents=True, exist_ok=True)
+
+    def _complain(self, error: Exception) -> None:
+        """Warns that something could not be written."""
+        self._is_behind = True
+        self._warn(
+            f"cannot write to {self._workdir} at agent step "
+            f"{self._session.agent_steps:,} ({error}). The stage goes on and tries "
+            f"again; the last good checkpoint {self._last_good()}."
+        )
+
+    def _last_good(self) -> str:
+        numbers = self._checkpointer.steps()
+        return f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
 
     def save(self) -> None:
         """Begins to write a checkpoint of the session, unless there is one of it.
@@ -344,35 +386,43 @@ class Recorder:
             and self.facts["scored_agent_steps"] != session.agent_steps
         ):
             self.facts["score"] = None  # Full games say nothing of a later agent.
-        if self._writer is not None:
-            self.facts["num_rows"] = self._writer.num_rows
-        self.facts["last_row"] = self.last_row
+        if self._writers:
+            self.facts["num_rows"] = [writer.num_rows for writer in self._writers]
+        self.facts["last_rows"] = self.last_rows
         self.facts["environment"] = (
             session.pool.get_state()
             if isinstance(session.pool, loop.ResumablePool)
             and session.timestep is not None
             else None
         )
-        parts = self._parts()
-        if self._has_replay:
-            parts["replay"] = session.rollout.replay
+        items = self._items()
+        if self._report.checkpoint_replay:
+            items["replay"] = session.rollout.replay
         self._is_behind = False
         if not processes.broadcast_from_primary(self._sync):
             return
         try:
-            self._checkpointer.save(
-                session.agent_steps, parts, {**self.facts, **self._origin}
-            )
+            facts = {**self.facts, **self._origin(self._runs.config)}
+            self._checkpointer.save(session.agent_steps, items, facts)
             self._saved = session.agent_steps
         except (OSError, ValueError) as error:
             self._complain(error)
+
+    def _origin(self, config: config_lib.Config) -> dict[str, Any]:
+        """Returns what whoever loads a checkpoint wants to know of it."""
+        return {
+            "config": config_lib.to_dict(config),
+            "versions": folders.versions(),
+            "git_commit": folders.git_commit(),
+            "num_actions": self._session.pool.num_actions,
+        }
 
     def _sync(self) -> bool:
         """Flushes the rows, which a checkpoint counts; returns whether that worked."""
         try:
             self._ensure_folder()
-            assert self._writer is not None
-            self._writer.sync()
+            for writer in self._writers:
+                writer.sync()
         except (OSError, ValueError) as error:
             self._complain(error)
             return False
@@ -399,29 +449,46 @@ class Recorder:
             return str(error)
         return f"{self._workdir} cannot be written" if self._is_behind else None
 
-    def _save_at_the_end(self, error: BaseException) -> None:
-        """Saves what there is before an error ends the stage, and says so in it."""
-        if isinstance(error, loop.EnvironmentFailure):
-            # Its pool is in no state to go on from.
-            self._session.timestep = None
-        error.args = (f"{error}; {self.save_the_last()}",)
+    def _export(self) -> None:
+        """Leaves each of many seeds its agent in its own folder."""
+        if len(self._runs.seeds) == 1:
+            return
+        for place, (folder, config) in enumerate(self._runs.configs.items()):
+            facts = {**self.facts, **self._origin(config), "environment": None}
+            if "adapted" in facts:
+                facts["adapted"] = facts["adapted"][place : place + 1]
+            items = {"agent": self._session.part(self._session.state, place)}
+            own = checkpoints.Checkpointer(
+                folder / folders.CHECKPOINTS_NAME, warn=self._warn
+            )
 
-    def save_the_last(self) -> str:
-        """Saves what there is; returns what came of it.
+            def write(own=own, items=items, facts=facts) -> None:
+                own.save(self._session.agent_steps, items, facts)
+                own.wait_until_finished()
+
+            patiently(write, self._warn, self._stop)
+            own.close()
+
+    def _save_at_the_end(self, error: BaseException) -> None:
+        """Saves what there is before an error ends the stage, and says so in it.
 
         Raises:
           loop.NonFinite: Something is not finite; its batch was written instead.
         """
+        if isinstance(error, loop.EnvironmentFailure):
+            # Its pool is in no state to go on from.
+            self._session.timestep = None
         try:
             self._settle()
+            done = f"a checkpoint of agent step {self._session.agent_steps:,} was saved"
         except loop.NonFinite as bad:
-            self.dump(bad)
+            self._dump(bad)
             raise
         except OSError as failure:
-            return f"no checkpoint could be saved ({failure})"
-        return f"a checkpoint of agent step {self._session.agent_steps:,} was saved"
+            done = f"no checkpoint could be saved ({failure})"
+        error.args = (f"{error}; {done}",)
 
-    def dump(self, error: loop.NonFinite) -> None:
+    def _dump(self, error: loop.NonFinite) -> None:
         """Writes the batch of what is not finite, and says in the error where it is."""
         where = processes.broadcast_from_primary(lambda: self._write_batch(error.batch))
         error.args = (f"{error} {where}",)
@@ -436,173 +503,7 @@ class Recorder:
             where = f"The batch is in {path}."
         except OSError as failure:
             where = f"The batch could not be written ({failure})."
-        numbers = self._checkpointer.steps()
-        last = f"is of agent step {numbers[-1]:,}" if numbers else "does not exist"
-        return f"{where} The last good checkpoint {last}."
-
-
-# Errors that all processes raise at the same step.
-_AGREED = (interrupts.Interrupted, loop.NonFinite)
-
-
-class SeedsRecorder:
-    """Records the many seeds of one session, each in its own folder."""
-
-    def __init__(
-        self,
-        recorders: Sequence[Recorder],
-        session: seeds_lib.SeedsSession,
-        stop: interrupts.StopRequests | None,
-    ):
-        self._recorders = recorders
-        self._session = session
-        self._stop = stop
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace
-    ) -> None:
-        try:
-            if error is None:
-                for recorder in self._recorders:
-                    recorder.settle()
-            elif isinstance(
-                error,
-                interrupts.Interrupted | loop.EnvironmentFailure | loop.NonFinite,
-            ):
-                self._save_at_the_end(error)
-        finally:
-            for recorder in self._recorders:
-                recorder.close()
-
-    @property
-    def num_seeds(self) -> int:
-        """How many runs are recorded."""
-        return len(self._recorders)
-
-    def resume(self) -> None:
-        """Takes all seeds to the newest checkpoint that each of them has.
-
-        Raises:
-          ValueError: As `Recorder.resume`; or the seeds stand further apart than a
-            process that dies can leave them; or checkpoints are damaged, or differ in
-            whether they hold the replay.
-        """
-        self._recorders[0].check_disk(self.num_seeds)
-        self._meet()
-        for recorder in self._recorders:
-            recorder.restore()
-        # What each checkpoint is of, and since when its replay has been filled.
-        found = [
-            (r.facts.get("agent_steps", 0), r.facts.get("replay_since", 0))
-            for r in self._recorders
-        ]
-        if len(set(found)) > 1:
-            steps = ", ".join(f"{at:,}" for at, _ in found)
-            raise ValueError(
-                f"The seeds {self._names()} have no common checkpoint that is whole "
-                f"and of one kind (agent steps {steps}): the same command tries "
-                "again with older ones, and --seeds continues them one after another."
-            )
-
-    def _meet(self) -> None:
-        """Goes back to the newest checkpoint that all seeds have, where some have more.
-
-        Seeds write one after the other, so that a process that dies leaves some a
-        checkpoint ahead; the start of a run counts as one.
-        """
-        numbers = [{0, *recorder.numbers()} for recorder in self._recorders]
-        common = max(set.intersection(*numbers))
-        report, num_envs = self._recorders[0].report, self._session.num_envs
-        interval = -(-report.checkpoint_agent_steps // num_envs) * num_envs
-        if max(map(max, numbers)) - common > interval:
-            steps = ", ".join(f"{max(each):,}" for each in numbers)
-            raise ValueError(
-                f"The seeds {self._names()} are at agent steps {steps}, too far apart "
-                "to go on together: continue them one after another with --seeds."
-            )
-        for recorder in self._recorders:
-            recorder.go_back(common)
-
-    def _names(self) -> str:
-        return ", ".join(map(str, self._session.seeds))
-
-    def wait_for_refill(self, schedule: loop.Schedule, total: int) -> None:
-        """Puts learning off as `Recorder.wait_for_refill`, for all seeds alike."""
-        self._recorders[0].wait_for_refill(schedule, total)
-
-    def is_row_due(self, values: config_lib.ReportConfig) -> bool:
-        """Returns whether a row of metrics belongs to the last step."""
-        return self._recorders[0].is_row_due(values)
-
-    def write_snapshot(self, visited: dict[str, np.ndarray]) -> None:
-        """Writes where the features of each seed are."""
-        for index, recorder in enumerate(self._recorders):
-            recorder.write_snapshot({name: x[index] for name, x in visited.items()})
-
-    def record(
-        self,
-        values: config_lib.ReportConfig,
-        *,
-        is_last: bool,
-        progress: progress_lib.Silent,
-    ) -> None:
-        """Writes rows and checkpoints where they are due, and shows progress.
-
-        Raises:
-          interrupts.Interrupted: A stop was requested.
-          loop.NonFinite: A seed is not finite; the others have their rows.
-        """
-        bad: loop.NonFinite | None = None
-        if is_last or self._recorders[0].is_save_due:
-            self._session.prepare_save()
-        for recorder in self._recorders:
-            try:
-                recorder.write_due(values, is_last=is_last)
-            except loop.NonFinite as error:
-                bad = bad or error
-        if bad is not None:
-            raise bad
-        known = [
-            value
-            for recorder in self._recorders
-            if (value := recorder.last_row.get("episode_return")) is not None
-        ]
-        progress.tick(
-            self._session.agent_steps * FRAME_SKIP * self.num_seeds,
-            float(np.mean(known)) if known else None,
-        )
-        if self._stop is not None and not is_last:
-            self._stop.check()
-
-    def _save_at_the_end(self, error: BaseException) -> None:
-        """Saves what is finite of every seed before an error ends the stage.
-
-        Raises:
-          loop.NonFinite: A seed is not finite, where that was not the error.
-        """
-        if isinstance(error, loop.EnvironmentFailure):
-            self._session.timestep = None
-        self._session.prepare_save()
-        done: dict[str, list[str]] = {}
-        others: list[loop.NonFinite] = []
-        for seed, recorder in zip(self._session.seeds, self._recorders, strict=True):
-            if isinstance(error, loop.NonFinite) and error.seed == seed:
-                recorder.dump(error)
-                continue
-            try:
-                text = recorder.save_the_last()
-            except loop.NonFinite as bad:
-                text = str(bad)
-                others.append(bad)
-            done.setdefault(text, []).append(str(seed))
-        said = [f"seed {', '.join(whose)}: {text}" for text, whose in done.items()]
-        error.args = ("; ".join([str(error), *said]),)
-        if others and not isinstance(error, loop.NonFinite):
-            others[0].args = error.args
-            raise others[0]
+        return f"{where} The last good checkpoint {self._last_good()}."
 
 
 def _check_stop(stop: interrupts.StopRequests) -> None:
@@ -623,7 +524,7 @@ def _num_bytes(tree: Any) -> int:
     return sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
 
 
-def _patiently(
+def patiently(
     write: Callable[[], None],
     warn: Callable[[str], None],
     stop: interrupts.StopRequests | None,
@@ -642,20 +543,3 @@ def _patiently(
             if stop is not None:
                 _check_stop(stop)
             time.sleep(0.2)
-
-
-def write_result(
-    workdir: pathlib.Path,
-    result: dict[str, Any],
-    warn: Callable[[str], None],
-    stop: interrupts.StopRequests | None,
-) -> None:
-    """Writes what a stage leaves in `result.json`, however long the disk is full.
-
-    Raises:
-      interrupts.Interrupted: A stop was requested meanwhile.
-    """
-    path = workdir / folders.RESULT_NAME
-    processes.broadcast_from_primary(
-        lambda: _patiently(lambda: folders.write_json(path, result), warn, stop)
-    )

@@ -7,7 +7,7 @@ import contextlib
 import functools
 import pathlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -23,7 +23,6 @@ from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import evaluation, loop, recorders
-from aps_jax.train import seeds as seeds_lib
 from aps_jax.types import FRAME_SKIP
 
 PRETRAIN = "pretrain"
@@ -42,324 +41,241 @@ class Trained(NamedTuple):
 
 
 def pretrain(
-    config: config_lib.Config,
-    workdir: folders.PathLike,
-    *,
-    constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Silent = progress_lib.SILENT,
-    stop: interrupts.StopRequests | None = None,
+    config: config_lib.Config, workdir: folders.PathLike, **watched: Any
 ) -> dict[str, Any]:
-    """Pretrains an agent on a game whose reward it never sees.
-
-    The same call continues a run that was interrupted. It returns at once if the run
-    is finished.
+    """Pretrains an agent on a game whose reward it never sees: `pretrain_runs` of one.
 
     Args:
       config: The run's values.
       workdir: Folder of this stage; made if it does not exist.
+      **watched: As for `pretrain_runs`; so are the errors.
+
+    Returns:
+      What `result.json` holds. The newest checkpoint holds the agent.
+    """
+    return pretrain_runs(recorders.make_runs(config, workdir), **watched)[0]
+
+
+def pretrain_runs(
+    runs: recorders.Runs,
+    *,
+    constructor: loop.MakePool = atari.AtariPool,
+    progress: progress_lib.Silent = progress_lib.SILENT,
+    stop: interrupts.StopRequests | None = None,
+) -> list[dict[str, Any]]:
+    """Pretrains one agent or many seeds of it at once, without the game's reward.
+
+    The same call continues runs that were interrupted. It returns at once if they are
+    finished.
+
+    Args:
+      runs: From `recorders.make_runs`. Folders are made if they do not exist.
       constructor: Makes the environments, as `atari.AtariPool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
     Returns:
-      What `result.json` holds. The newest checkpoint holds the agent.
+      What the `result.json` of each seed holds.
 
     Raises:
-      ValueError: The folder holds another run, or the agent has no reward-free phase.
+      ValueError: A folder holds another run, or the agent has no reward-free phase.
       loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
         batch that it was computed from.
       loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
-    workdir = folders.as_path(workdir)
-    _check_has_pretraining(config)
-    facts = {"stage": PRETRAIN, "config": config}
-    result = _find_finished(workdir, **facts)
-    if result is not None:
-        return result
-    mesh, warn = _check_machine(config, progress, is_pretraining=True)
-    with contextlib.ExitStack() as held:
-        pool = loop.make_pool(
-            config,
-            config.pretrain.num_envs,
-            loop.Stream.PRETRAIN_ACT,
-            constructor,
-            mesh,
-        )
-        held.callback(pool.close)
-        lock = _open(held, workdir, warn, **facts)
-        agent = config.make_agent(pool.num_actions)
-        plan = loop.pretrain_plan(config, agent)
-        state = loop.init_state(agent, config.seed, mesh)
-        session = loop.start(config, plan, pool, state, mesh=mesh)
-        stream = functools.partial(loop.stream_key, config.seed)
-        session.calibrate = jax.jit(
-            loop.make_calibrate(agent, stream(loop.Stream.CALIBRATE), mesh),
-            donate_argnums=0,
-            out_shardings=devices.sharding(mesh),
-        )
-        embed = jax.jit(
-            loop.make_embed(agent, stream(loop.Stream.EMBED), mesh),
-            out_shardings=devices.sharding(mesh),
-        )
-        with recorders.Recorder(
-            workdir,
-            metrics.pretrain_columns(plan.phase.learner.metrics),
-            session,
-            config,
-            lock,
-            warn,
-            stop,
-        ) as recorder:
-            recorder.resume()
-            _explore(config, session, recorder, embed, progress)
-            result = _pretrain_result(config, session, recorder, started)
-        recorders.write_result(workdir, result, warn, stop)
-    return result
-
-
-def pretrain_seeds(
-    configs: Mapping[pathlib.Path, config_lib.Config],
-    *,
-    constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Silent = progress_lib.SILENT,
-    stop: interrupts.StopRequests | None = None,
-) -> list[dict[str, Any]]:
-    """Pretrains several seeds at once, on one device and with one pool (`seeds`).
-
-    Every folder is written as `pretrain` would write it, and can be continued or used
-    by itself. Seeds that are finished are left as they are; the others go on from the
-    newest checkpoint that all of them have.
-
-    Args:
-      configs: The runs' values by folder; they differ in the seed alone.
-      constructor: Makes the environments, as `atari.AtariPool`.
-      progress: Where to show progress, of all seeds together; nowhere by default.
-      stop: Requests to stop, which are looked at in every step.
-
-    Returns:
-      What each folder's `result.json` holds.
-
-    Raises:
-      ValueError: The configs differ in more than the seed or name several devices, a
-        folder holds another run, or the seeds stand too far apart.
-      loop.NonFinite: A loss or reward of one seed is not finite. Of that seed only the
-        batch is saved; a checkpoint of every other was saved.
-      loop.EnvironmentFailure: The environments raised; checkpoints were saved.
-      interrupts.Interrupted: A stop was requested; checkpoints were saved.
-    """
-    started = time.monotonic()
-    config = next(iter(configs.values()))
-    seeds_lib.check_configs(list(configs.values()))
-    _check_has_pretraining(config)
-    results = {
-        workdir: _find_finished(workdir, stage=PRETRAIN, config=one)
-        for workdir, one in configs.items()
-    }
-    left = {w: one for w, one in configs.items() if results[w] is None}
-    if not left:
-        return [result for result in results.values() if result is not None]
-    _, warn = _check_machine(
-        config, progress, is_pretraining=True, num_seeds=len(configs)
-    )
-    run_seeds = [one.seed for one in left.values()]
-    with contextlib.ExitStack() as held:
-        pool = loop.make_pool(
-            config,
-            config.pretrain.num_envs,
-            loop.Stream.PRETRAIN_ACT,
-            constructor,
-            run_seeds=run_seeds,
-        )
-        held.callback(pool.close)
-        locks = [
-            _open(held, workdir, warn, stage=PRETRAIN, config=one)
-            for workdir, one in left.items()
-        ]
-        session, embed = seeds_lib.start_pretraining(config, run_seeds, pool)
-        written = [
-            recorders.Recorder(
-                workdir,
-                metrics.pretrain_columns(session.metrics),
-                of_seed,
-                one,
-                lock,
-                functools.partial(_warn_of_seed, warn, one.seed),
-                stop,
-            )
-            for (workdir, one), of_seed, lock in zip(
-                left.items(), session.of_seeds(), locks, strict=True
-            )
-        ]
-        with recorders.SeedsRecorder(written, session, stop) as recorder:
-            recorder.resume()
-            _explore(config, session, recorder, embed, progress)
-            for (workdir, one), of_seed, its_recorder in zip(
-                left.items(), session.of_seeds(), written, strict=True
-            ):
-                results[workdir] = _pretrain_result(one, of_seed, its_recorder, started)
-        for workdir in left:
-            recorders.write_result(workdir, results[workdir] or {}, warn, stop)
-    return [result for result in results.values() if result is not None]
-
-
-def _check_has_pretraining(config: config_lib.Config) -> None:
-    """Raises a `ValueError` unless the agent can be pretrained without reward."""
+    config, seeds = runs.config, runs.seeds
     if config.report.keep_best:
         raise ValueError(
             "keep_best ranks checkpoints by the score, which a reward-free stage "
             "must not see: leave it out here, and give it to fine-tuning."
         )
     loop.pretrain_plan(config, config.make_agent(num_actions=2))
+    found = _find_finished(runs, stage=PRETRAIN)
+    if found is not None:
+        return found
+    mesh, warn = _check_machine(runs, progress, is_pretraining=True)
+    with contextlib.ExitStack() as held:
+        num_envs, stream = config.pretrain.num_envs, loop.Stream.PRETRAIN_ACT
+        pool = loop.make_pool(
+            config, num_envs, stream, constructor, mesh, run_seeds=seeds
+        )
+        held.callback(pool.close)
+        lock = _open(held, runs, warn, stage=PRETRAIN)
+        agent = config.make_agent(pool.num_actions)
+        plan = loop.pretrain_plan(config, agent)
+        states = [loop.init_state(agent, seed, mesh) for seed in seeds]
+        state = loop.stack_seeds(states, mesh)
+        session = loop.start(config, plan, pool, state, mesh=mesh, seeds=seeds)
+        del states, state
+        columns = metrics.pretrain_columns(plan.phase.learner.metrics)
+        with recorders.Recorder(runs, columns, session, lock, warn, stop) as recorder:
+            recorder.resume()
+            _explore(config, agent, session, recorder, progress)
+        results = [
+            {
+                **_describe(one, PRETRAIN),
+                "pretrain_frames": session.agent_steps * FRAME_SKIP,
+                "updates": int(last_row["updates"]),
+                "last_metrics": last_row,
+                **_rate(session.agent_steps, started),
+            }
+            for one, last_row in zip(
+                runs.configs.values(), recorder.last_rows, strict=True
+            )
+        ]
+        _write_results(runs, results, warn, stop)
+    return results
 
 
 def _check_machine(
-    config: config_lib.Config,
-    progress: progress_lib.Silent,
-    **of_stage: Any,
+    runs: recorders.Runs, progress: progress_lib.Silent, *, is_pretraining: bool
 ) -> tuple[devices.Mesh, Callable[[str], None]]:
     """Checks devices, memory and cores; returns the mesh and where warnings go."""
+    config = runs.config
     mesh = devices.make_mesh(config.num_devices)
-    check_memory(config, **of_stage)
-    warn = progress.warn
-    machine.check_cores(config.environment.env_threads, warn)
-    return mesh, warn
+    check_memory(config, is_pretraining=is_pretraining, num_seeds=len(runs.seeds))
+    machine.check_cores(config.environment.env_threads, progress.warn)
+    return mesh, progress.warn
 
 
 def _explore(
     config: config_lib.Config,
+    agent: base.Agent,
     session: loop.Session,
-    recorder: recorders.Recorder | recorders.SeedsRecorder,
-    embed: Callable[..., dict[str, jax.Array]],
+    recorder: recorders.Recorder,
     progress: progress_lib.Silent,
 ) -> None:
-    """Pretrains from where the session stands to the end, one seed or many."""
-    num_envs, schedule = session.num_envs, session.schedule
+    """Pretrains from where the session stands to the end."""
+    num_envs, mesh, seeds = session.num_envs, session.mesh, session.seeds
+    schedule = session.schedule
     assert schedule is not None
+    make_calibrate = functools.partial(loop.make_calibrate, agent, mesh=mesh)
+    session.calibrate = jax.jit(
+        loop.map_seeds(make_calibrate, seeds, loop.Stream.CALIBRATE),
+        donate_argnums=0,
+        out_shardings=devices.sharding(mesh),
+    )
+    make_embed = functools.partial(loop.make_embed, agent, mesh=mesh)
+    embed = jax.jit(
+        loop.map_seeds(make_embed, seeds, loop.Stream.EMBED, in_axes=(0, 0, None)),
+        out_shardings=devices.sharding(mesh),
+    )
     total = -(-config.pretrain.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
-    frames = num_envs * FRAME_SKIP * recorder.num_seeds
+    frames = num_envs * FRAME_SKIP * len(seeds)
     progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
         session.step()
         is_last = session.iteration == total
-        if session.agent_steps >= schedule.start and (
-            is_last or recorder.is_row_due(config.report)
-        ):
+        if session.agent_steps >= schedule.start and (is_last or recorder.is_row_due()):
             session.prepare_save()
-            steps = devices.device_put(np.int32(session.agent_steps), session.mesh)
+            steps = devices.device_put(np.int32(session.agent_steps), mesh)
             visited = embed(session.state, session.rollout.replay, steps)
             recorder.write_snapshot(jax.device_get(visited))
-        recorder.record(config.report, is_last=is_last, progress=progress)
-
-
-def _pretrain_result(
-    config: config_lib.Config,
-    session: loop.Session,
-    recorder: recorders.Recorder,
-    started: float,
-) -> dict[str, Any]:
-    return {
-        **_describe(config, PRETRAIN),
-        "pretrain_frames": session.agent_steps * FRAME_SKIP,
-        "updates": int(jax.device_get(session.state.num_updates)),
-        "last_metrics": recorder.last_row,
-        **_rate(session.agent_steps, started),
-    }
+        recorder.record(is_last=is_last, progress=progress)
 
 
 def finetune(
     config: config_lib.Config,
     workdir: folders.PathLike,
     init: folders.PathLike | None,
-    *,
-    constructor: loop.MakePool = atari.AtariPool,
-    progress: progress_lib.Silent = progress_lib.SILENT,
-    stop: interrupts.StopRequests | None = None,
+    **watched: Any,
 ) -> dict[str, Any]:
-    """Shows the reward: the agent adapts at once, then learns from it.
-
-    A pretrained agent first plays as it did while pretraining, and adapts to the
-    rewards of that play; what it played stays in the replay. An untrained agent learns
-    from its first steps. The same call continues a run that was interrupted.
+    """Shows the reward to one agent: `finetune_runs` of one.
 
     Args:
       config: The run's values.
       workdir: Folder of this stage; made if it does not exist.
       init: Folder of a pretraining whose agent is taken over whole; None starts from
         an untrained agent with the same budget.
+      **watched: As for `finetune_runs`; so are the errors.
+
+    Returns:
+      What `result.json` holds.
+    """
+    runs = recorders.make_runs(config, workdir)
+    return finetune_runs(runs, None if init is None else [init], **watched)[0]
+
+
+def finetune_runs(
+    runs: recorders.Runs,
+    inits: Sequence[folders.PathLike] | None,
+    *,
+    constructor: loop.MakePool = atari.AtariPool,
+    progress: progress_lib.Silent = progress_lib.SILENT,
+    stop: interrupts.StopRequests | None = None,
+) -> list[dict[str, Any]]:
+    """Shows the reward: one agent or many seeds adapt at once, then learn from it.
+
+    A pretrained agent first plays as it did while pretraining, and adapts to the
+    rewards of that play; what it played stays in the replay. An untrained agent learns
+    from its first steps. The same call continues runs that were interrupted.
+
+    Args:
+      runs: From `recorders.make_runs`. Folders are made if they do not exist.
+      inits: Folder of the pretraining that each seed takes over; None starts all from
+        untrained agents with the same budget.
       constructor: Makes the environments, as `atari.AtariPool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
     Returns:
-      What `result.json` holds.
+      What the `result.json` of each seed holds.
 
     Raises:
-      ValueError: The folder holds another run, or `init` does not fit.
+      ValueError: A folder holds another run, or one of `inits` does not fit.
       loop.NonFinite: A loss or reward is not finite; nothing is saved after it but the
         batch that it was computed from.
       loop.EnvironmentFailure: The environments raised; a checkpoint was saved.
       interrupts.Interrupted: A stop was requested; a checkpoint was saved.
     """
     started = time.monotonic()
-    workdir = folders.as_path(workdir)
-    init = None if init is None else folders.as_path(init)
+    config, seeds = runs.config, runs.seeds
+    paths = None if inits is None else [folders.as_path(init) for init in inits]
     constructor = reward_functions.constructor_for(config.finetune.task, constructor)
-    trained = None
-    if init is not None:
-        _check_fits_config(init, config)
-    facts = {
-        "stage": FINETUNE,
-        "config": config,
-        "init": None if init is None else str(init),
-    }
-    result = _find_finished(workdir, **facts)
-    if result is not None:
-        return result
-    mesh, warn = _check_machine(config, progress, is_pretraining=False)
+    for path in paths or ():
+        _check_fits_config(path, config)
+    found = _find_finished(runs, stage=FINETUNE, inits=paths)
+    if found is not None:
+        return found
+    mesh, warn = _check_machine(runs, progress, is_pretraining=False)
     values = config.finetune
     with contextlib.ExitStack() as held:
+        num_envs, stream = values.finetune_num_envs, loop.Stream.FINETUNE_ACT
         pool = loop.make_pool(
-            config,
-            values.finetune_num_envs,
-            loop.Stream.FINETUNE_ACT,
-            constructor,
-            mesh,
+            config, num_envs, stream, constructor, mesh, run_seeds=seeds
         )
         held.callback(pool.close)
         agent = config.make_agent(pool.num_actions)
-        if init is None:
-            state = loop.init_state(agent, config.seed, mesh)
+        origins: list[Trained] | None = None
+        if paths is not None:
+            origins = [load_pretrained(path, warn=warn) for path in paths]
+            for origin, path in zip(origins, paths, strict=True):
+                check_fits(origin, path, config, pool.num_actions)
+            states = [origin.state for origin in origins]
         else:
-            trained = load_pretrained(init, warn=warn)
-            check_fits(trained, init, config, pool.num_actions)
-            state = trained.state
-        lock = _open(held, workdir, warn, **facts)
-        state = devices.device_put(jax.jit(agent.start_finetune)(state), mesh)
+            states = [loop.init_state(agent, seed, mesh) for seed in seeds]
+        lock = _open(held, runs, warn, stage=FINETUNE, inits=paths)
+        start_finetune = jax.jit(agent.start_finetune)
+        state = loop.stack_seeds([start_finetune(state) for state in states], mesh)
         plan = loop.finetune_plan(config, agent)
-        session = loop.start(config, plan, pool, state, mesh=mesh)
-        with recorders.Recorder(
-            workdir,
-            metrics.finetune_columns(plan.phase.learner.metrics),
-            session,
-            config,
-            lock,
-            warn,
-            stop,
-        ) as recorder:
+        session = loop.start(config, plan, pool, state, mesh=mesh, seeds=seeds)
+        del states, state
+        columns = metrics.finetune_columns(plan.phase.learner.metrics)
+        with recorders.Recorder(runs, columns, session, lock, warn, stop) as recorder:
             if not recorder.resume().get("adapted"):
-                rollouts = None
-                if trained is not None:
-                    rollouts = roll_out(
+                if origins is not None:
+                    roll_out(
                         config, agent, session, recorder=recorder, progress=progress
                     )
-                session.state, adapted = adapt(config, agent, session, rollouts)
-                recorder.facts["adapted"] = adapted
-            adapted = recorder.facts["adapted"]
-            progress.say(adapted["summary"])
-            played, evaluations = _learn(
+                recorder.facts["adapted"] = _adapt_all(
+                    agent, session, is_pretrained=origins is not None
+                )
+            for adapted in recorder.facts["adapted"]:
+                progress.say(adapted["summary"])
+            played = _learn(
                 config,
                 agent,
                 session,
@@ -369,57 +285,107 @@ def finetune(
                 progress=progress,
                 stop=stop,
             )
-        result = {
-            **_describe(config, FINETUNE),
-            "pretrain_frames": (0 if trained is None else trained.step * FRAME_SKIP),
-            "init_agent_steps": None if trained is None else trained.step,
-            "finetune_agent_steps": session.agent_steps,
-            "init": None if init is None else str(init),
-            **_score(config, played),
-            "evaluations": evaluations,
-            "task": {
-                "name": values.task,
-                **{name: x for name, x in adapted.items() if name != "summary"},
-            },
-            "updates": int(jax.device_get(session.state.num_updates)),
-            **_rate(session.agent_steps, started),
-        }
-        recorders.write_result(workdir, result, warn, stop)
-    return result
+        results = []
+        for place, one in enumerate(runs.configs.values()):
+            adapted = recorder.facts["adapted"][place]
+            origin_step = origins[place].step if origins else None
+            results.append(
+                {
+                    **_describe(one, FINETUNE),
+                    "pretrain_frames": (origin_step or 0) * FRAME_SKIP,
+                    "init_agent_steps": origin_step,
+                    "finetune_agent_steps": session.agent_steps,
+                    "init": None if paths is None else str(paths[place]),
+                    **_score(one, played[place]),
+                    "evaluations": recorder.facts["evaluations"][place],
+                    "task": {
+                        "name": values.task,
+                        **{name: x for name, x in adapted.items() if name != "summary"},
+                    },
+                    "updates": int(recorder.last_rows[place]["updates"]),
+                    **_rate(session.agent_steps, started),
+                }
+            )
+        _write_results(runs, results, warn, stop)
+    return results
 
 
-def _find_finished(workdir: pathlib.Path, **facts: Any) -> dict[str, Any] | None:
-    """Returns the result of a finished run; asked before emulators start.
+def _facts_of(
+    runs: recorders.Runs, stage: str, inits: Sequence[pathlib.Path] | None
+) -> dict[pathlib.Path, dict[str, Any]]:
+    """Returns what the `config.json` of each folder of a stage says, by folder."""
+    shared: dict[str, Any] = {"stage": stage, "seeds": runs.shared_seeds}
+    found = {}
+    for place, (folder, config) in enumerate(runs.configs.items()):
+        init = None if inits is None else str(inits[place])
+        is_of_pretraining = stage == PRETRAIN
+        facts = {} if is_of_pretraining else {"init": init}
+        found[folder] = {**shared, "config": config, **facts}
+    if runs.shared_seeds:
+        found[runs.workdir] = {**shared, "config": runs.config, "is_shared": True}
+    return found
+
+
+def _find_finished(
+    runs: recorders.Runs, *, stage: str, inits: Sequence[pathlib.Path] | None = None
+) -> list[dict[str, Any]] | None:
+    """Returns the results of finished runs; asked before emulators start.
 
     Raises:
-      ValueError: The folder holds another run.
+      ValueError: A folder holds another run.
     """
 
-    def find() -> dict[str, Any] | None:
-        if not (workdir / folders.CONFIG_NAME).exists():
-            return None
-        folders.open_run(workdir, **facts)
-        return folders.find_result(workdir)
+    def find() -> list[dict[str, Any]] | None:
+        for folder, facts in _facts_of(runs, stage, inits).items():
+            if not (folder / folders.CONFIG_NAME).exists():
+                return None
+            folders.open_run(folder, **facts)
+        results = [folders.find_result(folder) for folder in runs.configs]
+        found = [result for result in results if result is not None]
+        return found if len(found) == len(results) else None
 
     return processes.broadcast_from_primary(find)
 
 
 def _open(
     held: contextlib.ExitStack,
-    workdir: folders.PathLike,
+    runs: recorders.Runs,
     warn: Callable[[str], None],
-    **facts: Any,
+    *,
+    stage: str,
+    inits: Sequence[pathlib.Path] | None = None,
 ) -> folders.RunLock | None:
-    """Claims the run's folder, and locks it in the first process.
+    """Claims the folders of runs, and locks that of the checkpoints.
 
     Raises:
       ValueError: As `folders.open_run`; or not all processes see the folder.
     """
-    processes.broadcast_from_primary(lambda: folders.open_run(workdir, **facts))
-    processes.check_shared(pathlib.Path(workdir))
+
+    def claim() -> None:
+        # The folder of many seeds holds theirs, so that it is claimed first.
+        for folder, facts in reversed(_facts_of(runs, stage, inits).items()):
+            folders.open_run(folder, **facts)
+
+    processes.broadcast_from_primary(claim)
+    processes.check_shared(runs.workdir)
     if not processes.is_primary():
         return None
-    return held.enter_context(folders.RunLock(workdir, warn=warn))
+    return held.enter_context(folders.RunLock(runs.workdir, warn=warn))
+
+
+def _write_results(
+    runs: recorders.Runs,
+    results: Sequence[dict[str, Any]],
+    warn: Callable[[str], None],
+    stop: interrupts.StopRequests | None,
+) -> None:
+    """Writes `result.json` of each seed, however long the disk is full."""
+
+    def write() -> None:
+        for folder, result in zip(runs.configs, results, strict=True):
+            folders.write_json(folder / folders.RESULT_NAME, result)
+
+    processes.broadcast_from_primary(lambda: recorders.patiently(write, warn, stop))
 
 
 def roll_out(
@@ -430,7 +396,7 @@ def roll_out(
     recorder: recorders.Recorder | None = None,
     progress: progress_lib.Silent = progress_lib.SILENT,
     check: Callable[[], None] | None = None,
-) -> base.Rollouts:
+) -> None:
     """Plays as in pretraining until the budget is used up.
 
     A fixed number of steps: the first games to end would be the short ones.
@@ -443,41 +409,52 @@ def roll_out(
       progress: Where to show progress; nowhere by default.
       check: Called in every step; may raise.
     """
-    values, mesh = config.finetune, session.mesh
-    key = loop.stream_key(config.seed, loop.Stream.INFER_ACT)
     policy = loop.pretrain_plan(config, agent).phase.policy
-    total = -(-values.infer_agent_steps // session.num_envs)
-    frames = session.num_envs * FRAME_SKIP
+    total = -(-config.finetune.infer_agent_steps // session.num_envs)
+    frames = session.num_envs * FRAME_SKIP * len(session.seeds)
     progress.start("infer", total=total * frames, done=session.iteration * frames)
     act, learn = session.act, session.learn
-    session.act, session.learn = loop.jit_act(loop.make_act(policy, key), mesh), None
+    make_act = functools.partial(loop.make_act, policy)
+    playing = loop.map_seeds(make_act, session.seeds, loop.Stream.INFER_ACT)
+    session.act, session.learn = loop.jit_act(playing, session.mesh), None
     while session.iteration < total:
         session.step()
         if recorder is not None:
-            recorder.record(config.report, is_last=False, progress=progress)
+            recorder.record(is_last=False, progress=progress)
         else:
             progress.tick(session.iteration * frames)
         if check is not None:
             check()
     session.act, session.learn = act, learn
-    return loop.play_rollouts(session)
 
 
 def adapt(
-    config: config_lib.Config,
     agent: base.Agent,
     session: loop.Session,
     rollouts: base.Rollouts | None,
+    place: int = 0,
 ) -> tuple[base.AgentState, dict[str, Any]]:
-    """Adapts an agent to the rewards of what a session has played.
+    """Adapts the agent of the seed at a place to the rewards of what was played.
 
     Returns:
       The new state, on the session's devices, and facts for `result.json`.
     """
-    key = loop.stream_key(config.seed, loop.Stream.ADAPT)
-    state, facts = agent.adapt(key, session.state, rollouts)
+    key = loop.stream_key(session.seeds[place], loop.Stream.ADAPT)
+    state, facts = agent.adapt(key, session.part(session.state, place), rollouts)
     facts["agent_steps"] = session.agent_steps
     return devices.device_put(state, session.mesh), facts
+
+
+def _adapt_all(
+    agent: base.Agent, session: loop.Session, *, is_pretrained: bool
+) -> list[dict[str, Any]]:
+    """Adapts every seed to what it has played; returns the facts of each."""
+    adapted = []
+    for place in range(len(session.seeds)):
+        rollouts = loop.play_rollouts(session, place) if is_pretrained else None
+        adapted.append(adapt(agent, session, rollouts, place))
+    session.state = loop.stack_seeds([state for state, _ in adapted], session.mesh)
+    return [facts for _, facts in adapted]
 
 
 def _learn(
@@ -490,55 +467,63 @@ def _learn(
     constructor: loop.MakePool,
     progress: progress_lib.Silent,
     stop: interrupts.StopRequests | None,
-) -> tuple[evaluation.Evaluation, list[dict[str, Any]]]:
-    """Learns from reward and evaluates on the way.
+) -> list[evaluation.Evaluation]:
+    """Learns from reward and evaluates on the way, of which `recorder.facts` tell.
 
     Returns:
-      The last evaluation, and a summary of each.
+      The last evaluation of each seed.
     """
-    num_envs = session.num_envs
-    adapted_at = recorder.facts["adapted"]["agent_steps"]
+    num_envs, seeds = session.num_envs, session.seeds
+    adapted_at = recorder.facts["adapted"][0]["agent_steps"]
     session.schedule = plan.schedule(adapted_at)
     first = -(-adapted_at // num_envs)
     total = -(-config.finetune.finetune_agent_steps // num_envs)
     recorder.wait_for_refill(session.schedule, total)
     points = _evaluation_points(config.evaluation, first, total, num_envs)
-    evaluations: list[dict[str, Any]] = recorder.facts.setdefault("evaluations", [])
+    evaluations = recorder.facts.setdefault("evaluations", [[] for _ in seeds])
+    configs = [config_lib.replace_options(config, seed=seed) for seed in seeds]
     player = evaluation.make_player(config, agent)
-    played: evaluation.Evaluation | None = None
+    played: list[evaluation.Evaluation] = []
 
     def evaluate_if_due() -> None:
         nonlocal played
-        is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations)
-        if session.iteration not in points or is_done:
+        is_done = any(e["agent_steps"] == session.agent_steps for e in evaluations[0])
+        # The last is played again where a run was killed after it: games are no facts.
+        is_skipped = is_done and session.iteration < total
+        if session.iteration not in points or is_skipped:
             return
-        state = devices.local(session.state)
-        # Before learning, what was pretrained may be used as a whole.
         chosen = player
+        # Before learning, what was pretrained may be used as a whole.
         if session.iteration == first:
             chosen = evaluation.make_player(config, agent, adapted=True)
 
-        def play() -> dict[str, list[float]]:
-            return evaluation.evaluate(  # On one device, of the first process.
-                config,
-                chosen,
-                state,
-                constructor=constructor,
-                progress=progress,
-                stop=stop,
-            ).to_lists()
+        def play() -> list[dict[str, list[float]]]:
+            return [
+                evaluation.evaluate(  # On one device, of the first process.
+                    one,
+                    chosen,
+                    devices.local(session.part(session.state, place)),
+                    constructor=constructor,
+                    progress=progress,
+                    stop=stop,
+                ).to_lists()
+                for place, one in enumerate(configs)
+            ]
 
-        played = evaluation.from_lists(processes.broadcast_from_primary(play))
-        summary = evaluation.summary(config, played)
-        evaluations.append(
-            {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
-        )
-        recorder.write({**session.row(), **summary})
-        progress.start(
-            FINETUNE,
-            total=total * num_envs * FRAME_SKIP,
-            done=session.agent_steps * FRAME_SKIP,
-        )
+        lists = processes.broadcast_from_primary(play)
+        played = [evaluation.from_lists(values) for values in lists]
+        if is_done:
+            return
+        rows = session.rows()
+        for place, one in enumerate(played):
+            summary = evaluation.summary(config, one)
+            evaluations[place].append(
+                {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
+            )
+            rows[place] |= summary
+        recorder.write(rows)
+        frames = num_envs * FRAME_SKIP * len(seeds)
+        progress.start(FINETUNE, total=total * frames, done=session.iteration * frames)
 
     evaluate_if_due()
     while session.iteration < total:
@@ -547,10 +532,9 @@ def _learn(
         if is_last:
             recorder.save()
         else:
-            recorder.record(config.report, is_last=False, progress=progress)
+            recorder.record(is_last=False, progress=progress)
         evaluate_if_due()
-    assert played is not None
-    return played, evaluations
+    return played
 
 
 def _evaluation_points(
@@ -568,10 +552,6 @@ def _evaluation_points(
     count = values.evaluations
     points = [first + (total - first) * i // max(count - 1, 1) for i in range(count)]
     return points if count > 1 else [total]
-
-
-def _warn_of_seed(warn: Callable[[str], None], seed: int, text: str) -> None:
-    warn(f"seed {seed}: {text}")
 
 
 def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, Any]:
@@ -647,7 +627,12 @@ def load_finetuned(
 def _load(
     folder: pathlib.Path, warn: Callable[[str], None], *, is_finetuned: bool
 ) -> Trained:
-    _, config = folders.read_run(folder)
+    described, config = folders.read_run(folder)
+    if described.get("is_shared"):
+        raise ValueError(
+            f"{folder} holds what the seeds {described['seeds']} share: name the "
+            "folder of one of them."
+        )
     checkpointer = checkpoints.Checkpointer(
         folder / folders.CHECKPOINTS_NAME, warn=warn
     )

@@ -91,13 +91,9 @@ def evaluate_rewards(
         plan = loop.finetune_plan(config, agent)
         state = devices.device_put(agent.start_finetune(trained.state))
         session = loop.start(config, plan, pool, state)
-        rollouts = stages.roll_out(
-            config,
-            agent,
-            session,
-            progress=progress,
-            check=None if stop is None else stop.check,
-        )
+        check = None if stop is None else stop.check
+        stages.roll_out(config, agent, session, progress=progress, check=check)
+        rollouts = loop.play_rollouts(session)
     finally:
         pool.close()
     rewards = np.stack(pool.rewards[: session.iteration])  # [T, K, E]
@@ -107,7 +103,7 @@ def evaluate_rewards(
     results = []
     for index, name in enumerate(names):
         seen = rollouts._replace(reward=rewards[:, index].reshape(-1))
-        adapted_state, adapted = stages.adapt(config, agent, session, seen)
+        adapted_state, adapted = stages.adapt(agent, session, seen)
         games: dict[str, Any] = {
             "constructor": reward_functions.constructor_for(name, constructor),
             "progress": progress,

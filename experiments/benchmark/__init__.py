@@ -42,8 +42,7 @@ _SIZE = flags.DEFINE_enum(
 _SERVE = flags.DEFINE_integer(
     "serve",
     None,
-    "Only serve another benchmark's process, pretraining so many seeds at once; 0 is a "
-    "single run.",
+    "Only serve another benchmark's process, pretraining so many seeds at once.",
 )
 
 

@@ -13,7 +13,7 @@ from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.envs import atari
 from aps_jax.parallel import devices
-from aps_jax.train import loop, seeds
+from aps_jax.train import loop
 
 FRAME_SKIP = types.FRAME_SKIP
 
@@ -132,13 +132,13 @@ class Setup:
     """
 
     def __init__(
-        self, config: config_lib.Config, *, num_seeds: int = 0, learns: bool = True
+        self, config: config_lib.Config, *, num_seeds: int = 1, learns: bool = True
     ):
         """Starts.
 
         Args:
           config: The run's values.
-          num_seeds: Seeds at once; 0 is a single run, without a seed axis.
+          num_seeds: Seeds at once.
           learns: Whether to play on to the first update.
         """
         self.num_envs = config.pretrain.num_envs
@@ -152,15 +152,16 @@ class Setup:
         pool = loop.make_pool(config, self.num_envs, stream, run_seeds=run_seeds)
         # Types are not followed into the loop: without learning its fields are None.
         self._session: Any
-        if num_seeds:
-            self._session, _ = seeds.start_pretraining(config, run_seeds, pool)
-        else:
-            mesh = devices.make_mesh(config.num_devices)
-            agent = config.make_agent(pool.num_actions)
-            plan = loop.pretrain_plan(config, agent)
-            state = loop.init_state(agent, config.seed, mesh)
-            self._learner = plan.phase.learner
-            self._session = loop.start(config, plan, pool, state, mesh=mesh)
+        mesh = devices.make_mesh(config.num_devices)
+        agent = config.make_agent(pool.num_actions)
+        plan = loop.pretrain_plan(config, agent)
+        self._learner = plan.phase.learner
+        state = loop.stack_seeds(
+            [loop.init_state(agent, seed, mesh) for seed in run_seeds], mesh
+        )
+        self._session = loop.start(
+            config, plan, pool, state, mesh=mesh, seeds=run_seeds
+        )
         self._learn_step, self._schedule = self._session.learn, self._session.schedule
         while learns and not self._schedule.num_due(self._session.agent_steps):
             self._session.step()
@@ -264,7 +265,7 @@ class Setup:
     def make_learn_from_batches(self, updates: int) -> Callable[[], None]:
         """Returns what makes updates of batches that are drawn already."""
         session, learner = self._session, self._learner
-        draw = jax.jit(session.draw)
+        draw = jax.jit(session.draws[0])
         # As many as there are updates: some batches take less time than others.
         drawn_from = session.state, session.rollout.replay
         batches = [draw(*drawn_from, np.int32(number)) for number in range(updates)]

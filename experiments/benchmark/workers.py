@@ -75,13 +75,13 @@ class Worker:
     """A process that does what it is asked to."""
 
     def __init__(
-        self, size: Size, num_seeds: int = 0, num_devices: int = 1, **options: Any
+        self, size: Size, num_seeds: int = 1, num_devices: int = 1, **options: Any
     ):
         """Starts it and waits for its first update.
 
         Args:
           size: Whose config it runs.
-          num_seeds: Seeds that it pretrains at once; 0 is a single run.
+          num_seeds: Seeds that it pretrains at once.
           num_devices: Devices that it sees; on a CPU they are virtual.
           **options: Its flags, over those of the size.
         """

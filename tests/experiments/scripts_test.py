@@ -152,19 +152,18 @@ def test_several_seeds_end_with_the_gain_and_its_interval(
         cycle += [cycle, replay]
         held.append(weakref.ref(replay))
 
-    def fake_finetune(config, workdir, init, *, progress, stop):
-        del progress, stop
+    def fake_finetune(runs, inits, **_):
         fill_replay()
         values = fake_runs.result(
-            [1.0 if init is None else 3.0 + config.seed] * 4,
-            seed=config.seed,
-            init=init and str(init),
+            [1.0 if inits is None else 3.0 + runs.config.seed] * 4,
+            seed=runs.config.seed,
+            init=inits and str(inits[0]),
         )
-        fake_runs.write(workdir, values)
-        return {**values, "human_normalized_score": None}
+        fake_runs.write(runs.workdir, values)
+        return [{**values, "human_normalized_score": None}]
 
-    monkeypatch.setattr(stages, "pretrain", fill_replay)
-    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(stages, "pretrain_runs", fill_replay)
+    monkeypatch.setattr(stages, "finetune_runs", fake_finetune)
     monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
     monkeypatch.setattr(
         run_aps.report.report,
@@ -234,7 +233,7 @@ def test_a_row_per_task_tells_all_of_it(capsys):
 
 
 def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(stages, "pretrain", fake_pretrain)
+    monkeypatch.setattr(stages, "pretrain_runs", fake_pretrain)
     set_flags(workdir=str(tmp_path / "p"), **TINY)
     pretrain.main(["pretrain"])
     assert f"--init={tmp_path / 'p'}" in capsys.readouterr().out
@@ -259,50 +258,52 @@ def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
 
     tuned = []
 
-    def fake_finetune(config, workdir, init, *, progress, stop):
-        del progress, stop
-        tuned.append((config.seed, workdir, init))
-        return {**fake_runs.result(), "human_normalized_score": None}
+    def fake_finetune(runs, inits, **_):
+        tuned.append((runs, inits))
+        return [{**fake_runs.result(), "human_normalized_score": None}] * 2
 
-    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(stages, "finetune_runs", fake_finetune)
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "f"), init=str(tmp_path / "p"))
         set_flags(seed=3, num_seeds=2)
         finetune.main(["finetune"])
-    assert tuned == [
-        (seed, tmp_path / "f" / f"seed_{seed}", tmp_path / "p" / f"seed_{seed}")
-        for seed in (3, 4)
-    ]
+    ((runs, inits),) = tuned
+    assert runs.workdir == tmp_path / "f" and runs.seeds == [3, 4]
+    assert list(runs.configs) == [tmp_path / "f" / f"seed_{seed}" for seed in (3, 4)]
+    assert inits == [tmp_path / "p" / f"seed_{seed}" for seed in (3, 4)]
 
 
-def test_the_main_job_pretrains_its_seeds_at_once(tmp_path, monkeypatch):
+def test_the_main_job_runs_its_seeds_at_once(tmp_path, monkeypatch):
     order = []
     monkeypatch.setattr(
-        stages,
-        "pretrain_seeds",
-        lambda configs, **_: order.append(
-            {str(w.relative_to(tmp_path)): one.seed for w, one in configs.items()}
-        ),
+        stages, "pretrain_runs", lambda runs, **_: order.append(("pretrain", runs))
     )
-    monkeypatch.setattr(run_aps.summary, "print_results", lambda *_: None)
-    monkeypatch.setattr(
-        run_aps, "_run", lambda config, workdir, arms, **_: order.append(config.seed)
-    )
+
+    def fake_finetune(runs, inits, **_):
+        order.append(("finetune", runs, inits))
+        return [{**fake_runs.result(), "human_normalized_score": None}] * 2
+
+    monkeypatch.setattr(stages, "finetune_runs", fake_finetune)
+    monkeypatch.setattr(run_aps, "_draw", lambda *_, **__: None)
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path), num_seeds=2, seed=5, **TINY)
         run_aps.main(["run_aps"])
-    assert order == [{"seed_5/pretrain": 5, "seed_6/pretrain": 6}, 5, 6]
-    # As `_run` will find it.
-    assert (tmp_path / "seed_6" / "config.json").exists()
+    (_, pretrained), (_, tuned, inits) = order
+    assert pretrained.workdir == tmp_path / "pretrain"
+    assert pretrained.seeds == tuned.seeds == [5, 6]
+    pretrained_folders = [tmp_path / f"seed_{seed}" / "pretrain" for seed in (5, 6)]
+    assert list(pretrained.configs) == inits == pretrained_folders
+    assert list(tuned.configs) == [
+        tmp_path / f"seed_{seed}" / "pretrained" for seed in (5, 6)
+    ]
+    result = json.loads((tmp_path / "seed_6" / "result.json").read_text())
+    assert result["stage"] == "run_aps" and list(result["arms"]) == ["pretrained"]
 
 
 def test_an_agent_without_pretraining_has_the_scratch_arm_alone(tmp_path, monkeypatch):
     order = []
-    monkeypatch.setattr(stages, "pretrain", None)
-    monkeypatch.setattr(run_aps.summary, "print_results", lambda *_: None)
-    monkeypatch.setattr(
-        run_aps, "_run", lambda config, workdir, arms, **_: order.append(arms)
-    )
+    monkeypatch.setattr(stages, "pretrain_runs", None)
+    monkeypatch.setattr(run_aps, "_run", lambda runs, arms, **_: order.append(arms))
     for arms in (None, ["pretrained", "scratch"]):
         with flagsaver.flagsaver():
             set_flags(workdir=str(tmp_path), agent="dqn", preset="smoke")
@@ -315,12 +316,12 @@ def test_an_agent_without_pretraining_has_the_scratch_arm_alone(tmp_path, monkey
 def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
     tuned = []
 
-    def fake_finetune(config, workdir, init, **_):
-        tuned.append((workdir, init))
-        return {**fake_runs.result(), "human_normalized_score": None}
+    def fake_finetune(runs, inits, **_):
+        tuned.append((runs.workdir, *inits))
+        return [{**fake_runs.result(), "human_normalized_score": None}]
 
     monkeypatch.setenv("HOME", str(tmp_path))
-    monkeypatch.setattr(stages, "finetune", fake_finetune)
+    monkeypatch.setattr(stages, "finetune_runs", fake_finetune)
     folders.open_run(
         tmp_path / "p", stage="pretrain", config=config_lib.preset_config("smoke")
     )
@@ -333,9 +334,9 @@ def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["p"]
 
 
-def fake_pretrain(config, workdir, *, progress, stop):
-    del workdir, progress, stop
-    return {"game": config.game, "pretrain_frames": config.pretrain.pretrain_frames}
+def fake_pretrain(runs, **_):
+    frames = runs.config.pretrain.pretrain_frames
+    return [{"game": runs.config.game, "pretrain_frames": frames}]
 
 
 # Flags.

@@ -23,7 +23,7 @@ from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.report import run_pictures
 from aps_jax.runs import checkpoints, folders, machine, metrics
-from aps_jax.train import preflight
+from aps_jax.train import preflight, recorders
 
 # Folders.
 
@@ -635,8 +635,7 @@ def test_preflight_measures_and_predicts(tmp_path, capsys):
         config_lib.preset_config("smoke"), game="Chain", pretrain_frames=7_200_000
     )
     checks = preflight.run_checks(
-        config,
-        tmp_path / "new" / "run",
+        recorders.make_runs(config, tmp_path / "new" / "run"),
         ["pretrain", "finetune"],
         seconds=0.05,
         constructor=fakes.ChainPool,
@@ -669,7 +668,8 @@ def test_preflight_says_what_would_end_the_run(tmp_path):
     config = config_lib.replace_options(
         config_lib.preset_config("smoke"), replay_size=2 * 10**9
     )
-    checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
+    runs = recorders.make_runs(config, tmp_path)
+    checks = preflight.run_checks(runs, ["pretrain"], seconds=1e9)
     failed = [check for check in checks if check.verdict == "failed"]
     assert failed[0].name == "memory, pretrain"
     assert "--replay_size" in failed[0].found
@@ -679,7 +679,8 @@ def test_preflight_says_what_would_end_the_run(tmp_path):
 
 def test_preflight_says_what_each_device_holds(tmp_path):
     config = config_lib.replace_options(config_lib.preset_config("gpu"), num_devices=8)
-    checks = preflight.run_checks(config, tmp_path, ["pretrain"], seconds=1e9)
+    runs = recorders.make_runs(config, tmp_path)
+    checks = preflight.run_checks(runs, ["pretrain"], seconds=1e9)
     found = {check.name: check for check in checks}
     # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,071 bytes each.
     assert found["each device, pretrain"].found == (

@@ -65,7 +65,8 @@ def make_session(config, *, learns=True):
         act=act,
         learn=learn if learns else None,
         schedule=SCHEDULE,
-        draw=draw,
+        draws=(draw,),
+        seeds=(0,),
     )
 
 
@@ -192,11 +193,11 @@ def test_a_row_averages_the_updates_since_the_one_before():
     session = make_session(make_config())
     for _ in range(20):
         session.step()
-    assert np.isnan(session.row()["loss_td"])
+    assert np.isnan(session.rows()[0]["loss_td"])
     singles = []
     for _ in range(4):
         session.step()
-        row = session.row()
+        (row,) = session.rows()
         singles.append(row["loss_td"])
         assert row["updates"] == len(singles)
     # The same four updates again, read at once.
@@ -223,7 +224,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     session = make_session(make_config())
     for _ in range(23):
         session.step()
-    session.row()
+    session.rows()
     session.step()  # Update 3 is as it should be.
     spoil(session)
     replay_then = jax.tree.map(np.array, session.rollout.replay)
@@ -232,13 +233,13 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
         if number == 0:  # What update 4 learned from.
             replay_then = jax.tree.map(np.array, session.rollout.replay)
     with pytest.raises(loop.NonFinite) as caught:
-        session.row()
+        session.rows()
     words = str(caught.value)
     assert "in update 4, noticed at agent step 81" in words
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/conv_0/bias" in words
-    windows, particles = session.draw(session.state, replay_then, np.int32(4))
+    windows, particles = session.draws[0](session.state, replay_then, np.int32(4))
     assert {name for name in caught.value.batch if name.startswith("windows.")} == {
         *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
         "windows.extras.task",
@@ -327,14 +328,14 @@ def test_the_loop_compiles_once_and_moves_nothing_unasked():
     session = make_session(make_config())
     for _ in range(25):
         session.step()
-    session.row()
+    session.rows()
     _, _, act, learn, _ = make_parts(make_config())
     sizes = act._cache_size(), learn._cache_size()
     with jax.transfer_guard("disallow"):
         for _ in range(300):
             session.step()
     assert (act._cache_size(), learn._cache_size()) == sizes
-    session.row()
+    session.rows()
     session.step()
     assert (act._cache_size(), learn._cache_size()) == sizes
 

@@ -1,9 +1,8 @@
-"""Tests of aps_jax.train.seeds: many at once do what each of them does alone."""
+"""Tests of many seeds at once: each of them does what it does alone."""
 
 import functools
 import json
 import pathlib
-import shutil
 
 import fakes
 import jax
@@ -13,12 +12,12 @@ import pytest
 from aps_jax import config as config_lib
 from aps_jax.parallel import interrupts
 from aps_jax.runs import checkpoints, machine, metrics
-from aps_jax.train import loop, preflight, seeds, stages
+from aps_jax.train import loop, preflight, recorders, stages
 
-SEEDS = (4, 5, 6)
+SEEDS = (4, 5)
 
-pretrain_seeds = functools.partial(stages.pretrain_seeds, constructor=fakes.ChainPool)
-pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+pretrain_runs = functools.partial(stages.pretrain_runs, constructor=fakes.ChainPool)
+finetune_runs = functools.partial(stages.finetune_runs, constructor=fakes.ChainPool)
 
 
 def make_config(**options):
@@ -42,13 +41,11 @@ def make_config(**options):
         "keep_checkpoints": 3,
         "finetune_agent_steps": 120,
         "infer_agent_steps": 60,
+        "evaluations": 2,
+        "eval_episodes": 2,
         **options,
     }
     return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
-
-
-def configs_of(folder, some=SEEDS, **options):
-    return {folder / f"seed_{seed}": make_config(seed=seed, **options) for seed in some}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,41 +63,56 @@ class StopAt:
     def __init__(self, looks):
         self._looks = looks
 
-    def check(self):
+    def is_requested(self):
         self._looks -= 1
-        if self._looks == 0:
-            raise interrupts.Interrupted("stopped as asked")
+        return self._looks == 0
+
+    def obey(self):
+        raise interrupts.Interrupted("stopped as asked")
+
+    def check(self):
+        """Lets games be played whole."""
 
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
-    """Three seeds at once, stopped after step 140 and continued, and each alone."""
+    """Two seeds at once, stopped and continued, and the second alone."""
     folder = tmp_path_factory.mktemp("runs")
+    config = make_config()
+    pretraining = recorders.make_runs(config, folder / "pretrain", SEEDS)
+    tuning = recorders.make_runs(config, folder / "finetune", SEEDS)
+    inits = list(pretraining.configs)
     with pytest.raises(interrupts.Interrupted) as caught:
-        pretrain_seeds(configs_of(folder / "at_once"), stop=StopAt(35))
+        pretrain_runs(pretraining, stop=StopAt(35))
     assert str(caught.value) == (
-        "stopped as asked; seed 4, 5, 6: a checkpoint of agent step 140 was saved"
+        "stopped as asked; a checkpoint of agent step 140 was saved"
     )
-    results = pretrain_seeds(configs_of(folder / "at_once"))
-    alone = configs_of(folder / "alone")
-    singles = [pretrain(config, workdir) for workdir, config in alone.items()]
-    return folder, results, singles
+    pretrained = pretrain_runs(pretraining)
+    at_once = {"pretrain": pretrained, "finetune": finetune_runs(tuning, inits)}
+    one = config_lib.replace_options(config, seed=SEEDS[1])
+    own = [recorders.make_runs(one, folder / "alone" / stage) for stage in at_once]
+    # Of the same agent, so that rounding in pretraining does not matter.
+    alone = (pretrain_runs(own[0]), finetune_runs(own[1], inits[1:]))
+    return folder, at_once, dict(zip(at_once, alone, strict=True))
 
 
-def newest(workdir):
+def newest(workdir, stage, seeds):
     """Returns number and facts of the newest checkpoint, and its arrays."""
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")
     config = config_lib.from_dict(
         json.loads((workdir / "config.json").read_text())["config"]
     )
-    pool = loop.make_pool(config, 4, loop.Stream.PRETRAIN_ACT, fakes.ChainPool)
-    agent = config.make_agent(pool.num_actions)
-    session = loop.start(
-        config,
-        loop.pretrain_plan(config, agent),
-        pool,
-        loop.init_state(agent, config.seed),
+    is_pretraining = stage == "pretrain"
+    make_plan = loop.pretrain_plan if is_pretraining else loop.finetune_plan
+    agent = config.make_agent(num_actions=3)
+    plan = make_plan(config, agent)
+    pool = loop.make_pool(
+        config, plan.num_envs, plan.act_stream, fakes.ChainPool, run_seeds=seeds
     )
+    start = agent.start_finetune if stage == "finetune" else lambda state: state
+    states = [start(loop.init_state(agent, seed)) for seed in seeds]
+    state = loop.stack_seeds(states)
+    session = loop.start(config, plan, pool, state, seeds=seeds)
     rollout = session.rollout
     templates = {
         "agent": session.state,
@@ -110,7 +122,7 @@ def newest(workdir):
     facts, parts, *_ = checkpointer.restore_newest(templates)
     numbers = checkpointer.steps()
     checkpointer.close()
-    return numbers, facts, jax.device_get(parts)
+    return numbers, facts, session.parts(jax.device_get(parts))
 
 
 def assert_equal(left, right, **tolerance):
@@ -132,117 +144,99 @@ def assert_learned_equal(left, right):
     )
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_a_seed_among_many_is_the_seed_alone(runs, seed):
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_a_seed_among_many_is_the_seed_alone(runs, stage):
     folder, _, _ = runs
-    among, alone = (folder / name / f"seed_{seed}" for name in ("at_once", "alone"))
-    numbers, facts, parts = newest(among)
-    expected_numbers, expected_facts, expected = newest(alone)
-    assert numbers == [120, 140, 240] and expected_numbers == [120, 240]
-    # What was played and stored is the same to the bit, with the state of the games.
-    assert facts["environment"] == expected_facts["environment"]
-    assert_equal(parts["replay"], expected["replay"])
-    actor, episodes, sums = parts["loop"]
+    is_free = stage == "pretrain"
+    numbers, facts, parts = newest(folder / stage, stage, SEEDS)
+    assert numbers[-1] == (240 if is_free else 120)
+    alone = folder / "alone" / stage
+    _, expected_facts, (expected,) = newest(alone, stage, SEEDS[1:])
+    # What was played and stored is the same to the bit.
+    assert_equal(parts[1]["replay"], expected["replay"])
+    actor, episodes, sums = parts[1]["loop"]
     expected_actor, expected_episodes, expected_sums = expected["loop"]
     assert_equal((actor, episodes), (expected_actor, expected_episodes))
-    assert int(sums.num_updates) == int(expected_sums.num_updates) == 0
+    assert int(sums.num_updates) == int(expected_sums.num_updates)
     # What was learned agrees to rounding.
-    assert int(parts["agent"].num_updates) == 11
-    assert_learned_equal(parts["agent"], expected["agent"])
-    for name in ("num_rows", "config", "versions", "agent_steps"):
-        assert facts[name] == expected_facts[name]
+    assert int(parts[1]["agent"].num_updates) == (11 if is_free else 3)
+    assert int(expected["agent"].num_updates) == (11 if is_free else 3)
+    assert_learned_equal(parts[1]["agent"], expected["agent"])
+    assert facts["agent_steps"] == expected_facts["agent_steps"]
+    assert facts["num_rows"][1:] == expected_facts["num_rows"]
 
 
-@pytest.mark.parametrize("seed", SEEDS)
-def test_its_folder_looks_like_any_other(runs, seed):
-    folder, _, _ = runs
-    among, alone = (folder / name / f"seed_{seed}" for name in ("at_once", "alone"))
-
-    def names(workdir):
-        paths = (path.relative_to(workdir).parts for path in workdir.rglob("*"))
-        return {
-            parts[:3]
-            for parts in paths
-            # Events are numbered by process, and 140 is where one run was stopped.
-            if not (parts[0].startswith("events") or parts[1:2] == ("140",))
-        }
-
-    def read(workdir, name):
-        values = json.loads((workdir / name).read_text())
-        for changing in ("run_id", "command", "wall_seconds", "frames_per_second"):
-            values.pop(changing, None)
-        return values
-
-    assert len(names(among)) > 20
-    assert names(among) == names(alone)
-    assert read(among, "config.json") == read(alone, "config.json")
-    result, expected = read(among, "result.json"), read(alone, "result.json")
-    last, expected_last = result.pop("last_metrics"), expected.pop("last_metrics")
-    assert result == expected
-    assert last.keys() == expected_last.keys()
+@pytest.mark.parametrize("stage", ["pretrain", "finetune"])
+def test_each_seed_has_rows_and_result_of_its_own(runs, stage):
+    folder, at_once, alone = runs
+    (expected,) = alone[stage]
+    result = at_once[stage][1]
+    assert [r["seed"] for r in at_once[stage]] == list(SEEDS)
+    assert result.keys() == expected.keys()
+    among = folder / stage / "seed_5"
+    assert json.loads((among / "result.json").read_text()) == result
     rows = metrics.read_metrics(among / "metrics.csv")
-    expected_rows = metrics.read_metrics(alone / "metrics.csv")
-    assert list(rows) == list(expected_rows) and len(rows["agent_steps"]) == 3
+    expected_rows = metrics.read_metrics(folder / "alone" / stage / "metrics.csv")
+    assert list(rows) == list(expected_rows)
+    for name in ("agent_steps", "updates", "episodes", "episode_return"):
+        np.testing.assert_array_equal(rows[name], expected_rows[name])
     for name in rows:
-        first, expected_first = rows[name][0], expected_rows[name][0]
-        np.testing.assert_allclose(first, expected_first, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(rows[name], expected_rows[name], rtol=1e-2)
-    for path in sorted((alone / "features").iterdir()):
-        with np.load(among / "features" / path.name) as there, np.load(path) as here:
+        np.testing.assert_allclose(
+            rows[name], expected_rows[name], rtol=1e-2, atol=1e-4, err_msg=name
+        )
+    if stage == "finetune":
+        for name in ("returns", "lengths", "updates", "init_agent_steps"):
+            assert result[name] == expected[name]
+        points = [[e["agent_steps"] for e in r["evaluations"]] for r in at_once[stage]]
+        assert points == [[60, 120]] * 2
+        for name in ("name", "num_samples", "num_nonzero", "agent_steps"):
+            assert result["task"][name] == expected["task"][name]
+
+
+def test_visited_states_are_drawn_of_each_seed(runs):
+    folder, _, _ = runs
+    alone = folder / "alone" / "pretrain" / "features"
+    among = folder / "pretrain" / "seed_5" / "features"
+    paths = sorted(alone.iterdir())
+    assert [p.name for p in paths] == [p.name for p in sorted(among.iterdir())]
+    for path in paths:
+        with np.load(among / path.name) as there, np.load(path) as here:
             assert set(there) == set(here) == {"phi", "task"}
             for name in here:  # Numbers of 16 bits.
                 np.testing.assert_allclose(there[name], here[name], atol=2e-3)
 
 
 def test_the_seeds_are_not_one(runs):
-    folder, results, singles = runs
-    assert [result["seed"] for result in results] == list(SEEDS)
-    for given in (results, singles):
-        assert len({result["last_metrics"]["loss_td"] for result in given}) == 3
-    replays = [newest(folder / "at_once" / f"seed_{s}")[2]["replay"] for s in SEEDS]
-    assert np.any(replays[0].experience.action != replays[1].experience.action)
+    folder, at_once, _ = runs
+    losses = {result["last_metrics"]["loss_td"] for result in at_once["pretrain"]}
+    assert len(losses) == len(SEEDS)
+    _, _, parts = newest(folder / "pretrain", "pretrain", SEEDS)
+    left, right = (part["replay"].experience.action for part in parts)
+    assert np.any(left != right)
 
 
-def unfinished(runs, tmp_path):
-    """Copies the folders of three seeds at once, less what they ended with."""
+def test_a_finished_seed_has_its_agent_and_names_its_companions(runs):
     folder, _, _ = runs
-    for seed in SEEDS:
-        shutil.copytree(folder / "at_once" / f"seed_{seed}", tmp_path / f"seed_{seed}")
-        (tmp_path / f"seed_{seed}" / "result.json").unlink()
+    _, _, parts = newest(folder / "pretrain", "pretrain", SEEDS)
+    for place, seed in enumerate(SEEDS):
+        own = folder / "pretrain" / f"seed_{seed}"
+        trained = stages.load_pretrained(own)
+        assert (trained.config.seed, trained.step) == (seed, 240)
+        assert_equal(trained.state, parts[place]["agent"])
+        tuned = stages.load_finetuned(folder / "finetune" / f"seed_{seed}")
+        assert len(tuned.facts["adapted"]) == 1
+    with pytest.raises(ValueError, match=r"the seeds \[4, 5\] share: name the folder"):
+        stages.load_pretrained(folder / "pretrain")
+    alone = config_lib.replace_options(make_config(), seed=4)
+    with pytest.raises(ValueError, match=r"seeds is \[4, 5\] there and None here"):
+        pretrain_runs(recorders.make_runs(alone, folder / "pretrain" / "seed_4"))
+    # Nothing is played any more.
+    finished = recorders.make_runs(make_config(), folder / "pretrain", SEEDS)
+    results = stages.pretrain_runs(finished, constructor=None)
+    assert [result["seed"] for result in results] == list(SEEDS)
 
 
-def test_a_damaged_checkpoint_is_told_and_the_next_try_goes_back(
-    runs, tmp_path, caplog
-):
-    unfinished(runs, tmp_path)
-    (tmp_path / "seed_5" / "checkpoints" / "240" / "facts.json").write_text("{}")
-    with pytest.raises(ValueError, match="agent steps 240, 140, 240.*tries again"):
-        pretrain_seeds(configs_of(tmp_path))
-    assert "seed 5: " in caplog.text and "cannot be read" in caplog.text
-    with pytest.raises(interrupts.Interrupted):
-        pretrain_seeds(configs_of(tmp_path), stop=StopAt(1))
-    for seed in (4, 6):
-        assert f"seed {seed}: goes back to agent step 140, where all" in caplog.text
-    assert "that of 240 is deleted" in caplog.text
-    for seed in SEEDS:
-        numbers, _, _ = newest(tmp_path / f"seed_{seed}")
-        assert numbers == [120, 140, 144]
-
-
-def test_seeds_far_apart_are_not_taken_back(runs, tmp_path):
-    unfinished(runs, tmp_path)
-    shutil.rmtree(tmp_path / "seed_6" / "checkpoints")
-    words = "seeds 4, 5, 6 are at agent steps 240, 240, 0, too far apart.*--seeds"
-    with pytest.raises(ValueError, match=words):
-        pretrain_seeds(configs_of(tmp_path))
-    assert (tmp_path / "seed_4" / "checkpoints" / "240").exists()
-
-
-def test_a_reward_that_is_not_finite_names_its_seed_and_the_others_are_saved(
-    runs, tmp_path
-):
-    """Another goes on alone, and then that seed, at once with none but itself."""
-
+def test_a_reward_that_is_not_finite_names_its_seed(tmp_path):
     class Poisoned(fakes.ChainPool):
         steps = 0
 
@@ -253,100 +247,69 @@ def test_a_reward_that_is_not_finite_names_its_seed_and_the_others_are_saved(
                 timestep.reward[4 + 2] = np.nan
             return timestep
 
+    runs = recorders.make_runs(make_config(), tmp_path, SEEDS)
     with pytest.raises(loop.NonFinite) as caught:
-        stages.pretrain_seeds(configs_of(tmp_path), constructor=Poisoned)
-    path = tmp_path / "seed_5" / "nonfinite_180.npz"
+        stages.pretrain_runs(runs, constructor=Poisoned)
+    path = tmp_path / "nonfinite_180.npz"
     assert str(caught.value) == (
         "Seed 5: The game's reward of environment 2 is nan at agent step 180. The "
-        f"batch is in {path}. The last good checkpoint is of agent step 120.; seed 4, "
-        "6: a checkpoint of agent step 180 was saved"
+        f"batch is in {path}. The last good checkpoint is of agent step 120."
     )
     with np.load(path, allow_pickle=False) as batch:
-        assert np.isnan(batch["reward"]).tolist() == [False, False, True, False]
-    assert stages.load_pretrained(tmp_path / "seed_6").facts["agent_steps"] == 180
-
-    first, second, _ = configs_of(tmp_path).items()
-    alone = pretrain(first[1], first[0])
-    results = pretrain_seeds(dict([first, second]))
-    assert results[0] == alone
-    folder, _, _ = runs
-    for seed in SEEDS[:2]:
-        _, _, parts = newest(tmp_path / f"seed_{seed}")
-        _, _, expected = newest(folder / "alone" / f"seed_{seed}")
-        assert_equal(parts["replay"], expected["replay"])
-        assert_learned_equal(parts["agent"], expected["agent"])
-    # Both are finished: nothing is played any more.
-    assert pretrain_seeds(dict([first, second])) == results
+        assert np.isnan(batch["reward"]).tolist() == [*[False] * 6, True, False]
 
 
 def test_an_update_that_is_not_finite_names_its_seed():
     config = make_config()
+    agent = config.make_agent(num_actions=3)
+    plan = loop.pretrain_plan(config, agent)
     pool = loop.make_pool(
         config, 4, loop.Stream.PRETRAIN_ACT, fakes.ChainPool, run_seeds=SEEDS
     )
-    session, _ = seeds.start_pretraining(config, SEEDS, pool)
-    first, second, third = session.of_seeds()
+    state = loop.stack_seeds([loop.init_state(agent, seed) for seed in SEEDS])
+    session = loop.start(config, plan, pool, state, seeds=SEEDS)
+    assert (session.num_envs, pool.num_envs) == (4, 8)
     session.check_finite()
-    # As the first update of a row leaves it.
-    sums, names = second.sums, second.sums.bad.names
-    bad = sums.bad._replace(
-        update=np.int32(6), names={name: np.bool_(name == "loss_td") for name in names}
+    # As the first update of a row leaves it, for the second seed alone.
+    bad = session.sums.bad
+    bad = bad._replace(
+        update=np.int32([-1, 6]),
+        names={name: np.array([False, name == "loss_td"]) for name in bad.names},
     )
-    second.sums = sums._replace(num_updates=np.int32(1), bad=bad)
+    session.sums = session.sums._replace(bad=bad)
     words = "Seed 5: Not finite in update 6, noticed at agent step 0: loss_td."
     with pytest.raises(loop.NonFinite, match=words) as caught:
         session.check_finite()
-    assert caught.value.seed == 5
     assert caught.value.batch["windows.action"].shape == (4, 5)
-    first.check_finite()
-    third.check_finite()
-
-
-def test_environments_are_dealt_out_by_hand():
-    """Two seeds of two environments: rows 0 and 1 are the first's, 2 and 3 not."""
-    everyone = fakes.ChainPool("Chain", 4, seeds=[0, 1, 2, 3])
-    pool = seeds.SeedsPool(everyone, 2)
-    assert (pool.num_seeds, pool.num_envs, pool.num_actions) == (2, 2, 3)
-    assert pool.reset().frame.shape == (2, 2, 84, 84)
-    # The last goes right, all others stay.
-    pool.send(np.array([[0, 0], [0, 1]], np.int32))
-    timestep = pool.recv()
-    assert timestep.ram[:, :, 0].tolist() == [[0, 0], [0, 1]]
-    second = pool.of_seed(1)
-    state = second.get_state()
-    assert state["_state"] == [0, 1] and len(state["rngs"]) == 2
-    resumed = second.set_state({**state, "_state": [3, 2]})
-    assert resumed.ram[:, 0].tolist() == [3, 2]
-    assert everyone.get_state()["_state"] == [0, 0, 3, 2]
 
 
 def test_a_step_is_mapped_with_the_key_of_each_seed():
-    keys = seeds.stream_keys(SEEDS, loop.Stream.INIT)
-    draw = seeds.over_seeds(
-        lambda key: lambda x, y: x + y * jax.random.uniform(key),
-        keys,
-        in_axes=(0, None),
-    )
-    drawn = draw(np.float32([0.0, 10.0, 20.0]), np.float32(2.0))
+    def make(key):
+        return lambda x, y: x + y * jax.random.uniform(key)
+
+    draw = loop.map_seeds(make, SEEDS, loop.Stream.INIT, in_axes=(0, None))
+    drawn = draw(np.float32([0.0, 10.0]), np.float32(2.0))
     expected = [
         10.0 * i + 2.0 * jax.random.uniform(loop.stream_key(seed, loop.Stream.INIT))
         for i, seed in enumerate(SEEDS)
     ]
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
+    alone = loop.map_seeds(make, SEEDS[:1], loop.Stream.INIT)
+    np.testing.assert_allclose(alone(np.float32(0), np.float32(2)), expected[0])
 
 
 @pytest.mark.parametrize(
-    "options, message",
+    "seeds, options, message",
     [
-        ([{"seed": 1}, {"seed": 1}], r"must differ, got \[1, 1\]"),
-        ([{"seed": 1}, {"seed": 2, "discount": 0.5}], "differ in their seed alone"),
-        ([{"seed": 1, "num_devices": 2}], "share one device, got num_devices=2"),
-        ([{"seed": 1, "wandb": True}], "--nowandb"),
+        ((1, 1), {}, r"must differ, got \[1, 1\]"),
+        ((1, 2), {"num_devices": 2}, "--num_devices, since they share one device"),
+        ((1, 2), {"wandb": True}, "--wandb, since it takes one run"),
+        ((1, 2), {"keep_best": True}, "--keep_best, since they share"),
     ],
 )
-def test_what_cannot_run_at_once_is_refused(options, message):
+def test_what_cannot_run_at_once_is_refused(seeds, options, message):
     with pytest.raises(ValueError, match=message):
-        seeds.check_configs([make_config(**values) for values in options])
+        recorders.make_runs(make_config(**options), "nowhere", seeds)
 
 
 def test_memory_counts_every_replay():
@@ -357,21 +320,22 @@ def test_memory_counts_every_replay():
     assert ring == 10**6 * 7071  # Of a step without the agent's extras.
     one, four = (machine.needed_bytes(**memory, num_seeds=count) for count in (1, 4))
     assert four - one == (4 + 1 + 4 - 2) * ring
+    large = recorders.make_runs(make_config(replay_size=2 * 10**9), "nowhere", SEEDS)
     with pytest.raises(
-        ValueError, match="replays of 3 seeds need .*num_seeds or --rep"
+        ValueError, match="replays of 2 seeds need .*num_seeds or --rep"
     ):
-        pretrain_seeds(configs_of(pathlib.Path("nowhere"), replay_size=2 * 10**9))
+        pretrain_runs(large)
+    assert not pathlib.Path("nowhere").exists()
 
 
 def test_preflight_counts_and_measures_all_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_play", lambda *_: 500.0)
+    config = make_config(pretrain_frames=7_200_000)
     checks = preflight.run_checks(
-        make_config(pretrain_frames=7_200_000),
-        tmp_path,
+        recorders.make_runs(config, tmp_path, (1, 2, 3)),
         ["pretrain"],
         seconds=20.0,
         constructor=fakes.ChainPool,
-        num_seeds=3,
     )
     found = {check.name: check.found for check in checks}
     ring = 3 * 160 * 7071 / 2**20

@@ -533,7 +533,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     config = make_config(eval_episodes=3)
     played = evaluation.evaluate(
         config,
-        evaluation.Player(config, trained.agent.play_skills(0.0)),
+        evaluation.Player(trained.agent.play_skills(0.0)),
         trained.state,
         record_games=2,
         record_agent_steps=4,
@@ -594,7 +594,7 @@ def test_an_evaluation_without_a_score_is_saved_without_one(
         lambda *given: summary(*given) | {"eval_return_mean": math.nan},
     )
     monkeypatch.setattr(stages, "_score", lambda *_: {})
-    monkeypatch.setattr(recorders, "_patiently", lambda write, *_: write())
+    monkeypatch.setattr(recorders, "patiently", lambda write, *_: write())
     config = make_config(keep_best=True)
     finetune(config, tmp_path / "f", folder / "pretrain")
     facts = checkpoints.read_metadata(tmp_path / "f" / "checkpoints" / "120")
