@@ -181,13 +181,6 @@ class Checkpointer:
         for failure in filter(None, failures):
             raise OSError(failure)
 
-    def delete(self, steps: Collection[int]) -> None:
-        """Deletes checkpoints; no save may be under way."""
-        (self._folder / _DELETING).mkdir(exist_ok=True)
-        for step in sorted(steps, reverse=True):
-            self._path(step).rename(self._folder / _DELETING / str(step))
-        self.clean()
-
     def failure(self) -> OSError | None:
         """Returns why the last save failed, once; None if it did not, or goes on."""
         is_done = self._saving is not None and self._saving.done()

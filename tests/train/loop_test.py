@@ -204,7 +204,7 @@ def test_a_row_averages_the_updates_since_the_one_before():
     again = make_session(make_config())
     for _ in range(24):
         again.step()
-    row = again.row()
+    (row,) = again.rows()
     np.testing.assert_allclose(row["loss_td"], np.mean(singles), rtol=1e-5)
     assert row["agent_steps"] == 72
     assert row["frames"] == 288

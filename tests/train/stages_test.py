@@ -352,7 +352,7 @@ def test_a_disk_that_fails_ends_no_run(run, tmp_path, monkeypatch, caplog):
     assert tries[0] == "120" and tries.count("240") == 3
     assert result["updates"] == pretrained["updates"]
     assert "No space left on device" in caplog.text
-    assert "the last good checkpoint is missing yet" in caplog.text
+    assert "the last good checkpoint does not exist" in caplog.text
     assert "trying again every" in caplog.text
     assert read_rows(tmp_path / "p" / "metrics.csv") == read_rows(
         folder / "pretrain" / "metrics.csv"
@@ -405,7 +405,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
             folder / "pretrain",
             constructor=interrupted(27),
         )
-    before = stages.load_finetuned(tmp_path / "f").facts["adapted"]
+    (before,) = stages.load_finetuned(tmp_path / "f").facts["adapted"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
     del before["summary"]  # A sentence for those who watch.
     assert resumed["task"] == {"name": "score", **before}
