@@ -2,12 +2,12 @@ r"""Evaluates an agent: full games, unclipped scores, no learning.
 
   python -m experiments.evaluate --checkpoint=runs/b --workdir=runs/b_eval --video
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/zero \
-    --task=score,survival,my_tasks:stay_left
+    --reward=score,survival,my_rewards:stay_left
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/grid \
     --video_tasks=9
 
 Game, network and protocol come from the checkpoint's run; flags that are given change
-them, and the protocol is printed beside every score. With --task, or where the folder
+them, and the protocol is printed beside every score. With --reward, or where the folder
 is that of a pretraining, the pretrained agent is tried on these reward functions of its
 game at once, without a gradient step.
 """
@@ -44,7 +44,7 @@ _VIDEO_TASKS = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=64,
 )
-_SHORT = (*common_flags.SHORT, "task")
+_SHORT = (*common_flags.SHORT, "reward")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -56,11 +56,11 @@ def main(argv: Sequence[str]) -> None:
     if _VIDEO.value or _VIDEO_TASKS.value:
         run_pictures.check_video_format(_VIDEO_FORMAT.value)
     checkpoint = folders.as_path(_CHECKPOINT.value)
-    names = common_flags.given_options().get("task")
+    names = common_flags.given_options().get("reward")
     facts, its_config = folders.read_run(checkpoint)
-    # A pretraining alone has no task yet: it is tried on that of its config.
+    # A pretraining alone has seen no reward: it is tried on that of its config.
     if names is None and facts["stage"] == stages.PRETRAIN:
-        names = its_config.finetune.task
+        names = its_config.finetune.reward
     if names is None and not _VIDEO_TASKS.value:
         load = stages.load_finetuned
     else:
@@ -79,7 +79,7 @@ def main(argv: Sequence[str]) -> None:
     elif names is None:
         _evaluate(workdir, trained, config, str(checkpoint))
     else:
-        _evaluate_tasks(workdir, trained, config, str(checkpoint), names)
+        _evaluate_rewards(workdir, trained, config, str(checkpoint), names)
 
 
 def _evaluate(
@@ -97,7 +97,7 @@ def _evaluate(
             trained.state,
             record_games=int(_VIDEO.value),
             constructor=reward_functions.constructor_for(
-                config.finetune.task, atari.AtariPool
+                config.finetune.reward, atari.AtariPool
             ),
             **watched,
         )
@@ -110,18 +110,18 @@ def _evaluate(
         _save_video(workdir / "game", played.pictures[0])
 
 
-def _evaluate_tasks(
+def _evaluate_rewards(
     workdir: pathlib.Path,
     trained: stages.Trained,
     config: config_lib.Config,
     checkpoint: str,
     names: list[str],
 ) -> None:
-    """Tries a pretrained agent on several tasks, and prints a row for each."""
+    """Tries a pretrained agent on several rewards, and prints a row for each."""
     started = time.monotonic()
     with common_flags.watched() as watched:
         results = zero_shot.evaluate_rewards(trained, config, names, **watched)
-    tasks = [zero_shot.to_dict(result) for result in results]
+    rewards = [zero_shot.to_dict(result) for result in results]
     content = {
         "schema": folders.SCHEMA,
         "stage": "zero_shot",
@@ -132,13 +132,13 @@ def _evaluate_tasks(
         "checkpoint": checkpoint,
         "pretrain_frames": trained.step * FRAME_SKIP,
         "protocol": evaluation.protocol_of(config),
-        "tasks": tasks,
+        "rewards": rewards,
         "wall_seconds": round(time.monotonic() - started, 3),
         "device": jax.devices()[0].platform,
         "git_commit": folders.git_commit(),
     }
     _write_result(workdir, trained, content)
-    summary.print_tasks(config, tasks)
+    summary.print_rewards(config, rewards)
     if _VIDEO.value:
         for result in results:
             name = result.name.replace(":", "_")

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     arms = common_flags.arms_from_flags(config, ["pretrained"])
-    reward_functions.load(config.finetune.task)
+    reward_functions.load(config.finetune.reward)
     workdir = common_flags.workdir_from_flags()
     runs = common_flags.runs_from_flags(config, workdir)
     names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
@@ -62,7 +62,7 @@ def main(argv: Sequence[str]) -> None:
             for what, name in _LEFT.items():
                 if (folder / name).exists():
                     print(f"{what}: {folder / name}")
-    is_gain_known = len(arms) == 2 and config.finetune.task == "score"
+    is_gain_known = len(arms) == 2 and config.finetune.reward == "score"
     if is_gain_known and processes.is_primary():
         tables.show_gain(report.report(list(runs)))
 
@@ -135,7 +135,7 @@ def _draw(
         record_games=1,
         only_record=True,
         constructor=reward_functions.constructor_for(
-            config.finetune.task, atari.AtariPool
+            config.finetune.reward, atari.AtariPool
         ),
         **watched,
     )

@@ -48,9 +48,9 @@ _AGENTS = flags.DEFINE_list(
 _STAGE = flags.DEFINE_enum(
     "stage",
     "run_aps",
-    ["run_aps", "pretrain", "finetune", "scratch", "tasks"],
-    "What each run does: all of run_aps, or one stage of it. finetune and tasks (the "
-    "pretrained agent on the tasks of --task, without learning) start from the "
+    ["run_aps", "pretrain", "finetune", "scratch", "rewards"],
+    "What each run does: all of run_aps, or one stage of it. finetune and rewards (the "
+    "pretrained agent on those of --reward, without learning) start from the "
     "pretraining of the same sweep; scratch from nothing.",
 )
 _RUN = flags.DEFINE_enum(
@@ -136,15 +136,15 @@ def main(argv: Sequence[str]) -> None:
     if _KEEP.value:
         keep(workdir, folders.as_path(_KEEP.value))
         print(f"Kept in {_KEEP.value}.")
-    # Only scores are reported as scores; other tasks have a table of their own.
-    task = common_flags.given_options().get("task", reward_functions.SCORE)
-    is_of_score = task == reward_functions.SCORE
+    # Only scores are reported as scores; other rewards have a table of their own.
+    reward = common_flags.given_options().get("reward", reward_functions.SCORE)
+    is_of_score = reward == reward_functions.SCORE
     has_score = is_of_score and _STAGE.value in ("run_aps", "finetune", "scratch")
     if has_score and any(job.is_done for job in jobs):
         tables.show(report.report([workdir], out=workdir / "report"))
         print(f"Written to {workdir / 'report'}.")
-    is_of_tasks = _STAGE.value == "tasks" or not is_of_score
-    if is_of_tasks and (rows := by_reward.collect(workdir)):
+    is_of_rewards = _STAGE.value == "rewards" or not is_of_score
+    if is_of_rewards and (rows := by_reward.collect(workdir)):
         tables.show_tables([by_reward.table(rows)], ())
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
@@ -227,26 +227,26 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
 
 def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     stage = _STAGE.value
-    if stage in ("pretrain", "finetune", "tasks") and not config.has_pretraining:
+    if stage in ("pretrain", "finetune", "rewards") and not config.has_pretraining:
         raise ValueError(
             f"Agent {config.agent} learns from reward alone: it has no --stage={stage}."
         )
     arms = common_flags.arms_from_flags(config, ["pretrained", "scratch"])
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
-    # Each task that is learned has folders of its own.
-    suffix = by_reward.folder_suffix(config.finetune.task)
+    # Each reward that is learned has a folder of its own.
+    suffix = by_reward.folder_suffix(config.finetune.reward)
     pretrained = folders.STAGE_FOLDERS["finetune"] + suffix
     script, name, words = {
         "run_aps": ("run_aps", "", [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", "pretrain", []),
         "finetune": ("finetune", pretrained, [f"--init={root / 'pretrain'}"]),
         "scratch": ("finetune", f"scratch{suffix}", []),
-        "tasks": ("evaluate", "tasks", [f"--checkpoint={root / 'pretrain'}"]),
+        "rewards": ("evaluate", "rewards", [f"--checkpoint={root / 'pretrain'}"]),
     }[stage]
     folder = root / name
     passed = common_flags.given_options()
-    if stage == "tasks":
-        passed.setdefault("task", config.finetune.task)
+    if stage == "rewards":
+        passed.setdefault("reward", config.finetune.reward)
     elif stage != "finetune":  # Which takes all this from the pretraining.
         words = [f"--preset={config.preset}", *words]
         passed |= {"game": config.game, "agent": config.agent, "seed": config.seed}
@@ -372,7 +372,7 @@ def _start(job: Job, slot: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         os.sched_setaffinity(0, mine)
 
 
-class SlurmTask:
+class SlurmRun:
     """A job as Slurm runs it; what is stopped before its end is submitted again."""
 
     def __init__(self, job: Job):
@@ -404,7 +404,7 @@ class SlurmTask:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._process.pid, signal.SIGTERM)
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(SlurmTask(self._job))
+        return submitit.helpers.DelayedSubmission(SlurmRun(self._job))
 
 
 def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
@@ -418,7 +418,7 @@ def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
     folder = jobs[0].log.parent / "submitit"
     executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
     executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
-    submitted = [(job, executor.submit(SlurmTask(job))) for job in jobs]
+    submitted = [(job, executor.submit(SlurmRun(job))) for job in jobs]
     print(
         f"Submitted {len(jobs)} jobs: {submitted[0][1].job_id} to "
         f"{submitted[-1][1].job_id}. Waiting; the same command looks again.",

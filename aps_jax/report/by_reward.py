@@ -1,7 +1,7 @@
 """Reports what pretrained agents did for several reward functions, tuned or not.
 
-Reads the folders of a sweep: `GAME/AGENT/seed_N/tasks` holds the zero-shot results of
-an agent (`evaluate --task=...`), `GAME/AGENT/seed_N/pretrained_NAME` what it reached
+Reads the folders of a sweep: `GAME/AGENT/seed_N/rewards` holds the zero-shot results of
+an agent (`evaluate --reward=...`), `GAME/AGENT/seed_N/pretrained_NAME` what it reached
 after fine-tuning on one of the reward functions (`pretrained` for the score).
 """
 
@@ -43,13 +43,13 @@ def collect(
       num_resamples: Bootstrap resamples behind each interval.
     """
     found: dict[tuple[str, str, str], list[tuple[Any, float | None]]] = {}
-    for path in sorted(pathlib.Path(folder).glob("*/*/seed_*/tasks/result.json")):
+    for path in sorted(pathlib.Path(folder).glob("*/*/seed_*/rewards/result.json")):
         result = folders.read_json(path)
-        for one in result["tasks"]:
-            name = f"pretrained{folder_suffix(one['name'])}"
+        for one in result["rewards"]:
+            name = f"pretrained{folder_suffix(one['reward'])}"
             tuned = path.parents[1] / name / folders.RESULT_NAME
             score = folders.read_json(tuned)["return_mean"] if tuned.exists() else None
-            key = (result["game"], result["agent"], one["name"])
+            key = (result["game"], result["agent"], one["reward"])
             found.setdefault(key, []).append((one, score))
     over_seeds = functools.partial(
         estimates.bootstrap, estimates.mean, seed=0, num_resamples=num_resamples
@@ -58,7 +58,7 @@ def collect(
     for key, seeds in found.items():
         ones = [one for one, _ in seeds]
         tuned_means = [score for _, score in seeds if score is not None]
-        inferred = [one["inferred"] for one in ones]
+        adapted = [one["adapted"] for one in ones]
         rows.append(
             RewardRow(
                 *key,
@@ -66,9 +66,9 @@ def collect(
                 over_seeds([[one["random"]["return_mean"] for one in ones]]),
                 over_seeds([[one["zero_shot"]["return_mean"] for one in ones]]),
                 over_seeds([tuned_means]) if tuned_means else None,
-                over_seeds([[one["r_squared"] for one in inferred]]),
-                float(np.mean([one["num_samples"] for one in inferred])),
-                float(np.mean([one["num_nonzero"] for one in inferred])),
+                over_seeds([[one["r_squared"] for one in adapted]]),
+                float(np.mean([one["num_samples"] for one in adapted])),
+                float(np.mean([one["num_nonzero"] for one in adapted])),
             )
         )
     return rows
@@ -104,5 +104,5 @@ def table(rows: list[RewardRow]) -> tables.Table:
         cells,
         "Returns of the reward function itself, in full games: mean over seeds [95 % "
         "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a "
-        "reward. docs/tasks.md and examples/tasks.py explain the reward functions.",
+        "reward. docs/rewards.md and examples/rewards.py explain the reward functions.",
     )

@@ -24,7 +24,7 @@ PRETRAINED, SCRATCH = "pretrained", "scratch"
 BUDGETS = ("pretrain_frames", "finetune_agent_steps")
 _PROTOCOL = "protocol."
 _TYPES = {"stage": str, "game": str, "agent": str, "seed": int}
-_TYPES |= {"returns": list, "protocol": dict}
+_TYPES |= {"reward": str, "returns": list, "protocol": dict}
 
 
 class Curve(NamedTuple):
@@ -219,18 +219,14 @@ def _parse(
     folder: pathlib.Path, result: dict[str, Any]
 ) -> tuple[FinishedRun, list[str]]:
     """Checks a result of this schema; returns its run and what is odd about it."""
-    if "tasks" in result:
+    if "rewards" in result:
         raise _OtherRewardError("it holds several reward functions, without learning")
     for name, expected in _TYPES.items():
         if type(result.get(name)) is not expected:
             raise _UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
-    # What fine-tuning inferred, with the reward function's name, or the name alone.
-    reward = result.get("task") or reward_functions.SCORE
-    if isinstance(reward, dict):
-        reward = reward.get("name", reward_functions.SCORE)
-    if reward != reward_functions.SCORE:
+    if (reward := result["reward"]) != reward_functions.SCORE:
         raise _OtherRewardError(f"returns of {reward!r} are not the game's score")
     if not result["returns"] or not all(map(_is_finite, result["returns"])):
         raise _UnusableResultError(

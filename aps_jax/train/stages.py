@@ -306,7 +306,7 @@ def finetune(
     started = time.monotonic()
     workdir = folders.as_path(workdir)
     init = None if init is None else folders.as_path(init)
-    constructor = reward_functions.constructor_for(config.finetune.task, constructor)
+    constructor = reward_functions.constructor_for(config.finetune.reward, constructor)
     trained = None
     if init is not None:
         _check_fits_config(init, config)
@@ -377,10 +377,8 @@ def finetune(
             "init": None if init is None else str(init),
             **_score(config, played),
             "evaluations": evaluations,
-            "task": {
-                "name": values.task,
-                **{name: x for name, x in adapted.items() if name != "summary"},
-            },
+            "reward": values.reward,
+            "adapted": {name: x for name, x in adapted.items() if name != "summary"},
             "updates": int(jax.device_get(session.state.num_updates)),
             **_rate(session.agent_steps, started),
         }
@@ -752,7 +750,7 @@ def evaluation_result(
     return {
         **_describe(config, "evaluate"),
         "checkpoint": checkpoint,
-        "task": config.finetune.task,
+        "reward": config.finetune.reward,
         **_score(config, played),
         "wall_seconds": round(seconds, 3),
         "device": jax.devices()[0].platform,

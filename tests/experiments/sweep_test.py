@@ -95,7 +95,7 @@ STAGES = {
     "pretrain": ["pretrain", "pretrain", "--preset=cpu"],
     "scratch": ["finetune", "scratch", "--preset=cpu"],
     "finetune": ["finetune", "pretrained", "--init={}/pretrain"],
-    "tasks": ["evaluate", "tasks", "--checkpoint={}/pretrain"],
+    "rewards": ["evaluate", "rewards", "--checkpoint={}/pretrain"],
 }
 
 
@@ -161,10 +161,10 @@ def slots_with(monkeypatch, *, cores, gib, gpus=0, **values):
         return sweep.slots(config_lib.preset_config("cpu"))
 
 
-def test_what_learned_another_task_is_no_score(tmp_path, capsys):
+def test_what_learned_another_reward_is_no_score(tmp_path, capsys):
     """Its sweep ends well, without a report of scores, of which there are none."""
-    write_finished(tmp_path / "Pong/aps/seed_0/pretrained_survival", task="survival")
-    words = ["--stage=finetune", "--task=survival", "--preset=cpu", "--run=local"]
+    write_finished(tmp_path / "Pong/aps/seed_0/pretrained_survival", reward="survival")
+    words = ["--stage=finetune", "--reward=survival", "--preset=cpu", "--run=local"]
     run_sweep(*words, f"--workdir={tmp_path}")
     assert "1 runs, 1 of them finished." in capsys.readouterr().out
     assert not (tmp_path / "report").exists()

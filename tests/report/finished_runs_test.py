@@ -240,7 +240,7 @@ def test_results_that_are_no_json_objects_are_named(tmp_path, text):
 
 @pytest.mark.parametrize(
     "change",
-    [{"task": "survival"}, {"task": {"name": "m:f", "scale": 0.5}}, {"tasks": []}],
+    [{"reward": "survival"}, {"reward": "m:f", "adapted": {}}, {"rewards": []}],
 )
 def test_results_of_other_rewards_are_counted_and_left_out(tmp_path, change):
     for name in ("a", "b"):
@@ -253,11 +253,6 @@ def test_results_of_other_rewards_are_counted_and_left_out(tmp_path, change):
     (notice,) = collection.notices
     assert notice.startswith("2 results are of other reward functions")
     assert str(tmp_path / "a" / "result.json") in notice
-
-
-@pytest.mark.parametrize("task", [None, "score", {"scale": 0.5}, {"name": "score"}])
-def test_the_games_score_is_a_score(tmp_path, task):
-    assert only_run(fake_runs.write(tmp_path, fake_runs.result(task=task)))
 
 
 def test_unfinished_runs_are_named(tmp_path):
