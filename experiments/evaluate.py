@@ -21,7 +21,6 @@ import jax
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders
@@ -33,9 +32,6 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of the run whose newest agent is evaluated."
 )
 _VIDEO = flags.DEFINE_bool("video", False, "Also write WORKDIR/game.gif of one game.")
-_VIDEO_FORMAT = flags.DEFINE_enum(
-    "video_format", "gif", ["gif", "mp4"], "Format of videos; mp4 needs imageio-ffmpeg."
-)
 _VIDEO_TASKS = flags.DEFINE_integer(
     "video_tasks",
     0,
@@ -53,8 +49,6 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint=DIR is needed: the folder of a finished run.")
-    if _VIDEO.value or _VIDEO_TASKS.value:
-        run_pictures.check_video_format(_VIDEO_FORMAT.value)
     checkpoint = folders.as_path(_CHECKPOINT.value)
     names = common_flags.given_options().get("reward")
     facts, its_config = folders.read_run(checkpoint)
@@ -107,7 +101,7 @@ def _evaluate(
     _write_result(workdir, trained, result)
     summary.print_results(config, {"evaluated": result})
     if _VIDEO.value:
-        _save_video(workdir / "game", played.pictures[0])
+        run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
 def _evaluate_rewards(
@@ -140,9 +134,10 @@ def _evaluate_rewards(
     _write_result(workdir, trained, content)
     summary.print_rewards(config, rewards)
     if _VIDEO.value:
+        player = evaluation.make_player(config, trained.agent, adapted=True)
         for result in results:
             name = result.name.replace(":", "_")
-            _film(workdir / f"game_{name}", trained, config, result.state)
+            summary.film(workdir / f"game_{name}.gif", config, player, result.state)
 
 
 def _write_result(
@@ -152,23 +147,6 @@ def _write_result(
     path = workdir / folders.RESULT_NAME
     folders.write_json(path, {**result, "checkpoint_step": trained.step})
     print(f"Result: {path}")
-
-
-def _film(
-    path: pathlib.Path,
-    trained: stages.Trained,
-    config: config_lib.Config,
-    state: base.AgentState,
-) -> None:
-    """Films one game of a pretrained agent that has adapted."""
-    played = evaluation.evaluate(
-        config_lib.replace_options(config, eval_episodes=1),
-        evaluation.make_player(config, trained.agent, adapted=True),
-        state,
-        record_games=1,
-        only_record=True,
-    )
-    _save_video(path, played.pictures[0])
 
 
 def _record_tasks(
@@ -194,13 +172,8 @@ def _record_tasks(
         ", ".join(f"{value:+.1f}" for value in task[:6])
         for task in played.extras["task"]
     ]
-    _save_video(workdir / "tasks", run_pictures.tile(played.pictures, labels))
-
-
-def _save_video(path: pathlib.Path, frames: list[Any]) -> None:
-    path = path.with_name(f"{path.name}.{_VIDEO_FORMAT.value}")
-    run_pictures.save_video(path, frames)
-    print(f"Video: {path}")
+    sheets = run_pictures.tile(played.pictures, labels)
+    run_pictures.save_gif(workdir / "tasks.gif", sheets)
 
 
 if __name__ == "__main__":

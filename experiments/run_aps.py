@@ -128,18 +128,16 @@ def _draw(
     if (workdir / "game.gif").exists():
         return
     trained = stages.load_finetuned(workdir / arms[0], warn=common_flags.warn)
-    played = evaluation.evaluate(
-        config_lib.replace_options(config, eval_episodes=1),
+    summary.film(
+        workdir / "game.gif",
+        config,
         evaluation.make_player(config, trained.agent),
         trained.state,
-        record_games=1,
-        only_record=True,
         constructor=reward_functions.constructor_for(
             config.finetune.reward, atari.AtariPool
         ),
         **watched,
     )
-    run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
 if __name__ == "__main__":

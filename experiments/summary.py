@@ -1,11 +1,12 @@
-"""What scripts print of a result: its scores, and how the games were played."""
+"""What scripts show of a result: its scores, how the games were played, a gif."""
 
+import pathlib
 import statistics
 from typing import Any
 
 from aps_jax import config as config_lib
 from aps_jax.envs import reward_functions
-from aps_jax.report import tables
+from aps_jax.report import run_pictures, tables
 from aps_jax.scores import protocol, scores
 from aps_jax.train import evaluation
 
@@ -54,16 +55,11 @@ def print_results(
     if config.preset in ("smoke", "cpu"):
         notes.append(_SMALL_BUDGET)
     table = tables.make_table(f"{config.game}: {of} per game", rows, *notes)
-    tables.show_tables([table], ())
+    tables.show_tables([table])
 
 
 def print_rewards(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
-    """Prints a row for each reward function that a pretrained agent was tried on.
-
-    Args:
-      config: The run's values.
-      results: From `zero_shot.to_dict`.
-    """
+    """Prints a row for each result of `zero_shot.to_dict`."""
     rows = []
     for result in results:
         adapted, played = result["adapted"], result["zero_shot"]
@@ -85,4 +81,23 @@ def print_rewards(config: config_lib.Config, results: list[dict[str, Any]]) -> N
         rows,
         f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
     )
-    tables.show_tables([table], ())
+    tables.show_tables([table])
+
+
+def film(
+    path: pathlib.Path,
+    config: config_lib.Config,
+    player: evaluation.Player,
+    state: Any,
+    **options: Any,
+) -> None:
+    """Writes a gif of one game; `options` are those of `evaluation.evaluate`."""
+    played = evaluation.evaluate(
+        config_lib.replace_options(config, eval_episodes=1),
+        player,
+        state,
+        record_games=1,
+        only_record=True,
+        **options,
+    )
+    run_pictures.save_gif(path, played.pictures[0])

@@ -66,20 +66,11 @@ _PROCESSES = flags.DEFINE_integer(
     "where there are any.",
     lower_bound=0,
 )
-_CORES = flags.DEFINE_integer(
-    "cores_per_process", 1, "Cores of each local process.", lower_bound=1
-)
 _SLURM = flags.DEFINE_list(
     "slurm",
     [],
     "Parameters of the submission as submitit names them, such as "
     "partition=gpu,timeout_min=1440,gpus_per_node=1,cpus_per_task=16,mem_gb=64.",
-)
-_SLURM_CLUSTER = flags.DEFINE_enum(
-    "slurm_cluster",
-    "slurm",
-    ["slurm", "local"],
-    "local tries --run=slurm without a cluster, in processes of this machine.",
 )
 _KEEP = flags.DEFINE_string(
     "keep",
@@ -90,8 +81,8 @@ _KEEP = flags.DEFINE_string(
 _SHORT = ("preset", "workdir", "seeds", "arms")
 _NOT_PASSED = frozenset({"game", "seed", "agent"})
 _KEPT_FILES = (folders.RESULT_NAME, metrics.FILE_NAME)
-# A run that its scheduler stopped says so by its exit code and is begun again; one
-# that does so more often than this is broken.
+# A run that Slurm stopped says so by its exit code and is begun again; one that does
+# so more often than this is broken.
 _MAX_REQUEUES = 100
 _POLL_SECONDS = 0.2
 
@@ -144,8 +135,8 @@ def main(argv: Sequence[str]) -> None:
         tables.show(report.report([workdir], out=workdir / "report"))
         print(f"Written to {workdir / 'report'}.")
     is_of_rewards = _STAGE.value == "rewards" or not is_of_score
-    if is_of_rewards and (rows := by_reward.collect(workdir)):
-        tables.show_tables([by_reward.table(rows)], ())
+    if is_of_rewards and (table := by_reward.table(workdir)):
+        tables.show_tables([table])
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
 
@@ -175,11 +166,9 @@ def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -
 
 def describe_machine() -> dict[str, Any]:
     """Describes this machine, without naming it."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": machine.cpu_fact("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
         "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
         "system": platform.system(),
     }
@@ -286,11 +275,7 @@ def _games(words: Sequence[str]) -> list[str]:
 
 
 def slots(config: config_lib.Config) -> list[dict[str, Any]]:
-    """Finds how many processes fit this machine, and what each of them may use.
-
-    Returns:
-      For each process at a time, its `cores` and, on a machine with GPUs, its `gpu`.
-    """
+    """Returns the `cores`, and the `gpu` if any, of each process at a time."""
     cores = sorted(os.sched_getaffinity(0))
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     fitting = gpus
@@ -298,15 +283,13 @@ def slots(config: config_lib.Config) -> list[dict[str, Any]]:
         memory = [stages.memory_of(config, is_pretraining=p) for p in (True, False)]
         needed = max(machine.needed_bytes(**of_stage) for of_stage in memory)
         in_memory = int(0.9 * machine.available_bytes()) // needed
-        fitting = max(1, min(len(cores) // _CORES.value, in_memory))
+        fitting = max(1, min(len(cores), in_memory))
     count = _PROCESSES.value or fitting
-    found = []
+    found: list[dict[str, Any]] = []
     for number in range(count):
         share = cores[number * len(cores) // count : (number + 1) * len(cores) // count]
-        slot: dict[str, Any] = {"cores": share or [cores[number % len(cores)]]}
-        if gpus:
-            slot["gpu"] = number % gpus
-        found.append(slot)
+        slot = {"cores": share or [cores[number % len(cores)]]}
+        found.append(slot | ({"gpu": number % gpus} if gpus else {}))
     return found
 
 
@@ -315,16 +298,16 @@ def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
     free = slots(common_flags.config_from_flags(agent=_AGENTS.value[0]))
     print(f"{len(jobs)} runs to go, {len(free)} at a time.", flush=True)
     waiting = collections.deque(jobs)
-    requeues: collections.Counter[str] = collections.Counter()
     running: dict[subprocess.Popen[bytes], tuple[Job, dict[str, Any]]] = {}
     failed: dict[Job, int] = {}
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, stop) for number in interrupts.SIGNALS}
-    try:
+    with interrupts.StopRequests() as stop:
         while waiting or running:
+            if stop.is_requested():
+                for process in running:
+                    process.terminate()
+                for process in running:
+                    process.wait()
+                stop.obey()
             while waiting and free:
                 job, slot = waiting.popleft(), free.pop(0)
                 running[_start(job, slot)] = (job, slot)
@@ -333,25 +316,10 @@ def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
             for process in [one for one in running if one.poll() is not None]:
                 job, slot = running.pop(process)
                 free.append(slot)
-                code = process.returncode
-                if code == interrupts.EXIT_CODE and requeues[job.name] < _MAX_REQUEUES:
-                    requeues[job.name] += 1
-                    waiting.append(job)
-                    print(f"interrupted, queued again: {job.name}", flush=True)
-                elif code != 0:
-                    failed[job] = code
-                    print(f"failed: {job.name}, see {job.log}", flush=True)
-                else:
-                    print(f"finished: {job.name}", flush=True)
-    except KeyboardInterrupt:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise interrupts.Interrupted from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+                if process.returncode:
+                    failed[job] = process.returncode
+                word = "failed" if process.returncode else "finished"
+                print(f"{word}: {job.name}", flush=True)
     return failed
 
 
@@ -416,7 +384,7 @@ def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
             "--run=slurm needs the package submitit: pip install 'aps_jax[sweep]'."
         ) from error
     folder = jobs[0].log.parent / "submitit"
-    executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
     executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
     submitted = [(job, executor.submit(SlurmRun(job))) for job in jobs]
     print(
