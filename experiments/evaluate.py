@@ -74,6 +74,8 @@ def main(argv: Sequence[str]) -> None:
         _evaluate(workdir, trained, config, str(checkpoint))
     else:
         _evaluate_rewards(workdir, trained, config, str(checkpoint), names)
+    for path in sorted(workdir.glob("*.gif")):
+        print(f"Video: {path}")
 
 
 def _evaluate(

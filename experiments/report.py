@@ -36,11 +36,8 @@ def main(argv: Sequence[str]) -> None:
     try:
         if bool(run_dirs) == _PUBLISHED.value:
             raise ValueError("Give folders of runs, or --published, and not both.")
-        built = report.report(
-            run_dirs,
-            out=_OUT.value or None,
-            systems=_SYSTEMS.value,
-        )
+        out, systems = _OUT.value or None, _SYSTEMS.value
+        built = report.report(run_dirs, out=out, systems=systems)
     except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)

@@ -301,25 +301,27 @@ def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
     running: dict[subprocess.Popen[bytes], tuple[Job, dict[str, Any]]] = {}
     failed: dict[Job, int] = {}
     with interrupts.StopRequests() as stop:
-        while waiting or running:
-            if stop.is_requested():
-                for process in running:
-                    process.terminate()
-                for process in running:
-                    process.wait()
-                stop.obey()
-            while waiting and free:
-                job, slot = waiting.popleft(), free.pop(0)
-                running[_start(job, slot)] = (job, slot)
-                print(f"started: {job.name}", flush=True)
-            time.sleep(_POLL_SECONDS)
-            for process in [one for one in running if one.poll() is not None]:
-                job, slot = running.pop(process)
-                free.append(slot)
-                if process.returncode:
-                    failed[job] = process.returncode
-                word = "failed" if process.returncode else "finished"
-                print(f"{word}: {job.name}", flush=True)
+        try:
+            while waiting or running:
+                stop.check()
+                while waiting and free:
+                    job, slot = waiting.popleft(), free.pop(0)
+                    running[_start(job, slot)] = (job, slot)
+                    print(f"started: {job.name}", flush=True)
+                time.sleep(_POLL_SECONDS)
+                for process in [one for one in running if one.poll() is not None]:
+                    job, slot = running.pop(process)
+                    free.append(slot)
+                    if process.returncode:
+                        failed[job] = process.returncode
+                    word = "failed" if process.returncode else "finished"
+                    print(f"{word}: {job.name}", flush=True)
+        except interrupts.Interrupted:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+            raise
     return failed
 
 

@@ -82,11 +82,8 @@ def show_tables(shown: Sequence[Table], notices: Sequence[str] = ()) -> None:
 
 def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> str:
     """Returns the report as Markdown, with links to `pictures` beside it."""
-    lines = ["# Report", ""]
-    lines += [
-        "Made by `python -m experiments.report`; nothing here is typed by hand.",
-        "",
-    ]
+    made = "Made by `python -m experiments.report`; nothing here is typed by hand."
+    lines = ["# Report", "", made, ""]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
         lines += table_lines(table, "## {}")

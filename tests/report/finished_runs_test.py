@@ -194,6 +194,7 @@ def test_options_are_compared_only_where_all_runs_tell_them(tmp_path, text):
         ({"game": 3}, "game must be of type str, got 3"),
         ({"agent": None}, "agent must be of type str"),
         ({"stage": None}, "stage must be of type str"),
+        ({"reward": None, "task": "survival"}, "reward must be of type str, got None"),
         ({"seed": "0"}, "seed must be of type int, got '0'"),
         ({"seed": True}, "seed must be of type int, got True"),
         ({"returns": 3.0, "return_mean": 3.0}, "returns must be of type list"),
