@@ -34,19 +34,19 @@ docs: $(VENV)/installed
 pages: $(VENV)/installed
 	$(BIN)/python -m experiments.pages
 
-# Three games, three seeds, both arms; then one pretrained agent on several tasks, and
-# fine-tuned for one of them.
+# Three games, three seeds, both arms; then one pretrained agent on several rewards,
+# and fine-tuned for one of them.
 SWEEP := $(BIN)/python -m experiments.sweep --run=local --workdir=runs/cpu_sweep \
   --keep=results/cpu_sweep --preset=cpu --pretrain_frames=128000 \
   --finetune_samples_per_step=16
 results: $(VENV)/installed
 	$(SWEEP) --seeds=3 --games=Pong,MsPacman,RoadRunner
-	$(SWEEP) --seeds=3 --stage=tasks --games=Pong --task=score,survival,examples.tasks:pong_high
-	$(SWEEP) --seeds=3 --stage=tasks --games=MsPacman --task=score,survival,examples.tasks:pacman_left
-	$(SWEEP) --seeds=3 --stage=tasks --games=RoadRunner --task=score,survival
-	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --task=examples.tasks:pong_high
-	$(SWEEP) --seeds=3 --stage=finetune --games=MsPacman --task=examples.tasks:pacman_left
-	$(SWEEP) --seeds=3 --stage=finetune --games=RoadRunner --task=survival
+	$(SWEEP) --seeds=3 --stage=rewards --games=Pong --reward=score,survival,examples.rewards:pong_high
+	$(SWEEP) --seeds=3 --stage=rewards --games=MsPacman --reward=score,survival,examples.rewards:pacman_left
+	$(SWEEP) --seeds=3 --stage=rewards --games=RoadRunner --reward=score,survival
+	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --reward=examples.rewards:pong_high
+	$(SWEEP) --seeds=3 --stage=finetune --games=MsPacman --reward=examples.rewards:pacman_left
+	$(SWEEP) --seeds=3 --stage=finetune --games=RoadRunner --reward=survival
 	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed

@@ -35,11 +35,7 @@ setuptools.setup(
             "submitit>=1.5",
         ],
         "sweep": ["submitit>=1.5"],  # sweep --run=slurm
-        "video": ["imageio-ffmpeg>=0.6"],  # mp4; gifs need nothing
         "wandb": ["wandb>=0.21"],
-        "rliable": ["rliable>=1.2", "pandas<3"],  # Its release does not import with 3.
         "docs": ["sphinx>=9.0", "myst-parser>=5.0"],
-        # Rows of the benchmark that compare with PyTorch; never needed otherwise.
-        "benchmark": ["torch>=2.9"],
     },
 )

@@ -99,7 +99,7 @@ class PretrainConfig:
 class FinetuneConfig:
     """The stage that sees the reward: inference of the task, then TD learning."""
 
-    task: str = option(
+    reward: str = option(
         "score",
         "What is rewarded: score, survival (lives kept, per agent step), or your own "
         "module:function of two time steps.",

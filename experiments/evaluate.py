@@ -2,12 +2,12 @@ r"""Evaluates an agent: full games, unclipped scores, no learning.
 
   python -m experiments.evaluate --checkpoint=runs/b --workdir=runs/b_eval --video
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/zero \
-    --task=score,survival,my_tasks:stay_left
+    --reward=score,survival,my_rewards:stay_left
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/grid \
     --video_tasks=9
 
 Game, network and protocol come from the checkpoint's run; flags that are given change
-them, and the protocol is printed beside every score. With --task, or where the folder
+them, and the protocol is printed beside every score. With --reward, or where the folder
 is that of a pretraining, the pretrained agent is tried on these reward functions of its
 game at once, without a gradient step.
 """
@@ -21,7 +21,6 @@ import jax
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax.agents import base
 from aps_jax.envs import atari, reward_functions
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders
@@ -33,9 +32,6 @@ _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of the run whose newest agent is evaluated."
 )
 _VIDEO = flags.DEFINE_bool("video", False, "Also write WORKDIR/game.gif of one game.")
-_VIDEO_FORMAT = flags.DEFINE_enum(
-    "video_format", "gif", ["gif", "mp4"], "Format of videos; mp4 needs imageio-ffmpeg."
-)
 _VIDEO_TASKS = flags.DEFINE_integer(
     "video_tasks",
     0,
@@ -44,7 +40,7 @@ _VIDEO_TASKS = flags.DEFINE_integer(
     lower_bound=0,
     upper_bound=64,
 )
-_SHORT = (*common_flags.SHORT, "task")
+_SHORT = (*common_flags.SHORT, "reward")
 
 
 def main(argv: Sequence[str]) -> None:
@@ -53,14 +49,12 @@ def main(argv: Sequence[str]) -> None:
     workdir = common_flags.workdir_from_flags()
     if not _CHECKPOINT.value:
         raise ValueError("--checkpoint=DIR is needed: the folder of a finished run.")
-    if _VIDEO.value or _VIDEO_TASKS.value:
-        run_pictures.check_video_format(_VIDEO_FORMAT.value)
     checkpoint = folders.as_path(_CHECKPOINT.value)
-    names = common_flags.given_options().get("task")
+    names = common_flags.given_options().get("reward")
     facts, its_config = folders.read_run(checkpoint)
-    # A pretraining alone has no task yet: it is tried on that of its config.
+    # A pretraining alone has seen no reward: it is tried on that of its config.
     if names is None and facts["stage"] == stages.PRETRAIN:
-        names = its_config.finetune.task
+        names = its_config.finetune.reward
     if names is None and not _VIDEO_TASKS.value:
         load = stages.load_finetuned
     else:
@@ -79,7 +73,9 @@ def main(argv: Sequence[str]) -> None:
     elif names is None:
         _evaluate(workdir, trained, config, str(checkpoint))
     else:
-        _evaluate_tasks(workdir, trained, config, str(checkpoint), names)
+        _evaluate_rewards(workdir, trained, config, str(checkpoint), names)
+    for path in sorted(workdir.glob("*.gif")):
+        print(f"Video: {path}")
 
 
 def _evaluate(
@@ -97,7 +93,7 @@ def _evaluate(
             trained.state,
             record_games=int(_VIDEO.value),
             constructor=reward_functions.constructor_for(
-                config.finetune.task, atari.AtariPool
+                config.finetune.reward, atari.AtariPool
             ),
             **watched,
         )
@@ -107,21 +103,21 @@ def _evaluate(
     _write_result(workdir, trained, result)
     summary.print_results(config, {"evaluated": result})
     if _VIDEO.value:
-        _save_video(workdir / "game", played.pictures[0])
+        run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
-def _evaluate_tasks(
+def _evaluate_rewards(
     workdir: pathlib.Path,
     trained: stages.Trained,
     config: config_lib.Config,
     checkpoint: str,
     names: list[str],
 ) -> None:
-    """Tries a pretrained agent on several tasks, and prints a row for each."""
+    """Tries a pretrained agent on several rewards, and prints a row for each."""
     started = time.monotonic()
     with common_flags.watched() as watched:
         results = zero_shot.evaluate_rewards(trained, config, names, **watched)
-    tasks = [zero_shot.to_dict(result) for result in results]
+    rewards = [zero_shot.to_dict(result) for result in results]
     content = {
         "schema": folders.SCHEMA,
         "stage": "zero_shot",
@@ -132,17 +128,18 @@ def _evaluate_tasks(
         "checkpoint": checkpoint,
         "pretrain_frames": trained.step * FRAME_SKIP,
         "protocol": evaluation.protocol_of(config),
-        "tasks": tasks,
+        "rewards": rewards,
         "wall_seconds": round(time.monotonic() - started, 3),
         "device": jax.devices()[0].platform,
         "git_commit": folders.git_commit(),
     }
     _write_result(workdir, trained, content)
-    summary.print_tasks(config, tasks)
+    summary.print_rewards(config, rewards)
     if _VIDEO.value:
+        player = evaluation.make_player(config, trained.agent, adapted=True)
         for result in results:
             name = result.name.replace(":", "_")
-            _film(workdir / f"game_{name}", trained, config, result.state)
+            summary.film(workdir / f"game_{name}.gif", config, player, result.state)
 
 
 def _write_result(
@@ -152,23 +149,6 @@ def _write_result(
     path = workdir / folders.RESULT_NAME
     folders.write_json(path, {**result, "checkpoint_step": trained.step})
     print(f"Result: {path}")
-
-
-def _film(
-    path: pathlib.Path,
-    trained: stages.Trained,
-    config: config_lib.Config,
-    state: base.AgentState,
-) -> None:
-    """Films one game of a pretrained agent that has adapted."""
-    played = evaluation.evaluate(
-        config_lib.replace_options(config, eval_episodes=1),
-        evaluation.make_player(config, trained.agent, adapted=True),
-        state,
-        record_games=1,
-        only_record=True,
-    )
-    _save_video(path, played.pictures[0])
 
 
 def _record_tasks(
@@ -194,13 +174,8 @@ def _record_tasks(
         ", ".join(f"{value:+.1f}" for value in task[:6])
         for task in played.extras["task"]
     ]
-    _save_video(workdir / "tasks", run_pictures.tile(played.pictures, labels))
-
-
-def _save_video(path: pathlib.Path, frames: list[Any]) -> None:
-    path = path.with_name(f"{path.name}.{_VIDEO_FORMAT.value}")
-    run_pictures.save_video(path, frames)
-    print(f"Video: {path}")
+    sheets = run_pictures.tile(played.pictures, labels)
+    run_pictures.save_gif(workdir / "tasks.gif", sheets)
 
 
 if __name__ == "__main__":

@@ -28,9 +28,6 @@ RESULTS = pathlib.Path("results", "cpu_sweep")
 
 # Rows of the benchmark that the page on scaling shows; all others are on performance's.
 _ON_SCALING = ("devices", "particles", "seeds")
-# Rows, and cases by a part of them, that were measured once and are no more.
-_GONE = ("knn_accuracy", "knn_memory", "recompilation")
-_GONE_CASES = ("first sketch", "host replay", "bytes per step", "memory of ")
 
 _CHECK = flags.DEFINE_bool(
     "check", False, "Whether to compare only, and write nothing."
@@ -49,8 +46,8 @@ def results_table() -> str:
         "(docs/protocol.md).\n"
     )
     lines += [f"- {notice}" for notice in built.notices] + [""]
-    if rows := by_reward.collect(ROOT / RESULTS):
-        lines += tables.table_lines(by_reward.table(rows), "**{}**")
+    if table := by_reward.table(ROOT / RESULTS):
+        lines += tables.table_lines(table, "**{}**")
     made = json.loads((ROOT / RESULTS / "sweep.json").read_text(encoding="utf-8"))
     lines.append(
         f"Made in {made['wall_seconds'] / 3600:.1f} hours on "
@@ -86,17 +83,11 @@ def ablation_table() -> str:
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     """Returns what makes the table of some rows of the benchmark as measured."""
 
-    def is_gone(row: bench_table.Row) -> bool:
-        return row.row in _GONE or any(part in row.case for part in _GONE_CASES)
-
     def make() -> str:
-        path = ROOT / "results/benchmark_cpu/benchmark.json"
-        measured = json.loads(path.read_text(encoding="utf-8"))
+        measured = folders.read_json(ROOT / "results/benchmark_cpu/benchmark.json")
         rows = [bench_table.Row(**row) for row in measured["rows"]]
-        return bench_table.to_markdown(
-            [row for row in rows if is_shown(row.row) and not is_gone(row)],
-            measured["machine"],
-        )
+        shown = [row for row in rows if is_shown(row.row)]
+        return bench_table.to_markdown(shown, measured["machine"])
 
     return make
 

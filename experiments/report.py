@@ -14,12 +14,11 @@ from absl import app, flags
 
 from aps_jax.report import aggregates, report, tables
 from aps_jax.runs import console
-from aps_jax.scores import estimates
 
 _OUT = flags.DEFINE_string(
     "out",
     "report",
-    "Folder for report.md, report.csv, report.json and the pictures; an earlier report "
+    "Folder for report.md, report.json and the pictures; an earlier report "
     "there is replaced. Empty only prints.",
 )
 _PUBLISHED = flags.DEFINE_bool(
@@ -30,20 +29,6 @@ _SYSTEMS = flags.DEFINE_list(
     list(aggregates.DEFAULT_SYSTEMS),
     "Published systems to show, separated by commas, or `all`.",
 )
-_RESAMPLES = flags.DEFINE_integer(
-    "resamples",
-    10_000,
-    "Bootstrap resamples behind each interval.",
-    lower_bound=1,
-    upper_bound=1_000_000,
-)
-_PICTURES = flags.DEFINE_bool("pictures", True, "Whether to draw pictures too.")
-_RLIABLE = flags.DEFINE_bool(
-    "rliable",
-    False,
-    "Whether to compute the aggregates with the rliable library too and say how far it "
-    "differs.",
-)
 
 
 def main(argv: Sequence[str]) -> None:
@@ -51,23 +36,14 @@ def main(argv: Sequence[str]) -> None:
     try:
         if bool(run_dirs) == _PUBLISHED.value:
             raise ValueError("Give folders of runs, or --published, and not both.")
-        rliable = estimates.import_rliable() if _RLIABLE.value else None
-        built = report.report(
-            run_dirs,
-            out=_OUT.value or None,
-            systems=_SYSTEMS.value,
-            num_resamples=_RESAMPLES.value,
-            pictures=_PICTURES.value,
-        )
-    except (ValueError, OSError, RuntimeError) as error:
+        out, systems = _OUT.value or None, _SYSTEMS.value
+        built = report.report(run_dirs, out=out, systems=systems)
+    except (ValueError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     tables.show(built)
-    if rliable is not None:
-        for line in aggregates.check_against_rliable(built, rliable):
-            print(line)
     if _OUT.value:
-        print(f"Written to {_OUT.value}: report.md, report.csv, report.json, pictures.")
+        print(f"Written to {_OUT.value}: report.md, report.json, pictures.")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     arms = common_flags.arms_from_flags(config, ["pretrained"])
-    reward_functions.load(config.finetune.task)
+    reward_functions.load(config.finetune.reward)
     workdir = common_flags.workdir_from_flags()
     all_runs = common_flags.runs_from_flags(config, workdir)
     names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
@@ -49,7 +49,7 @@ def main(argv: Sequence[str]) -> None:
     with common_flags.watched() as watched:
         for runs in all_runs:
             _run(runs, arms, **watched)
-    is_gain_known = len(arms) == 2 and config.finetune.task == "score"
+    is_gain_known = len(arms) == 2 and config.finetune.reward == "score"
     if is_gain_known and processes.is_primary():
         folders_of_seeds = [folder for runs in all_runs for folder in runs.configs]
         tables.show_gain(report.report(folders_of_seeds))
@@ -124,18 +124,16 @@ def _draw(
     if (workdir / "game.gif").exists():
         return
     trained = stages.load_finetuned(workdir / arms[0], warn=common_flags.warn)
-    played = evaluation.evaluate(
-        config_lib.replace_options(config, eval_episodes=1),
+    summary.film(
+        workdir / "game.gif",
+        config,
         evaluation.make_player(config, trained.agent),
         trained.state,
-        record_games=1,
-        only_record=True,
         constructor=reward_functions.constructor_for(
-            config.finetune.task, atari.AtariPool
+            config.finetune.reward, atari.AtariPool
         ),
         **watched,
     )
-    run_pictures.save_gif(workdir / "game.gif", played.pictures[0])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,12 @@
-"""What scripts print of a result: its scores, and how the games were played."""
+"""What scripts show of a result: its scores, how the games were played, a gif."""
 
+import pathlib
 import statistics
 from typing import Any
 
 from aps_jax import config as config_lib
 from aps_jax.envs import reward_functions
-from aps_jax.report import tables
+from aps_jax.report import run_pictures, tables
 from aps_jax.scores import protocol, scores
 from aps_jax.train import evaluation
 
@@ -17,7 +18,7 @@ _SMALL_BUDGET = (
 
 def reference_of(config: config_lib.Config) -> scores.ReferenceScores | None:
     """Returns random and human scores where a run's returns may stand beside them."""
-    is_score = config.finetune.task == reward_functions.SCORE
+    is_score = config.finetune.reward == reward_functions.SCORE
     if not is_score or not protocol.is_comparable(evaluation.protocol_of(config)):
         return None
     return scores.find_reference_scores(config.game)
@@ -27,7 +28,7 @@ def print_results(
     config: config_lib.Config, results: dict[str, dict[str, Any]]
 ) -> None:
     """Prints a table with a row per arm, and how the games were played."""
-    reward = config.finetune.task
+    reward = config.finetune.reward
     is_score = reward == reward_functions.SCORE
     rows = []
     for arm, result in results.items():
@@ -54,30 +55,25 @@ def print_results(
     if config.preset in ("smoke", "cpu"):
         notes.append(_SMALL_BUDGET)
     table = tables.make_table(f"{config.game}: {of} per game", rows, *notes)
-    tables.show_tables([table], ())
+    tables.show_tables([table])
 
 
-def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
-    """Prints a row for each reward function that a pretrained agent was tried on.
-
-    Args:
-      config: The run's values.
-      results: From `zero_shot.to_dict`.
-    """
+def print_rewards(config: config_lib.Config, results: list[dict[str, Any]]) -> None:
+    """Prints a row for each result of `zero_shot.to_dict`."""
     rows = []
     for result in results:
-        inferred, played = result["inferred"], result["zero_shot"]
-        fallback = " (random w)" if inferred["is_fallback"] else ""
+        adapted, played = result["adapted"], result["zero_shot"]
+        fallback = " (random w)" if adapted["is_fallback"] else ""
         rows.append(
             {
-                "reward": result["name"] + fallback,
+                "reward": result["reward"] + fallback,
                 "zero-shot return": f"{played['return_mean']:,.1f}",
                 "random play": f"{result['random']['return_mean']:,.1f}",
                 "zero-shot score": f"{played['score_mean']:,.1f}",
                 "agent steps per game": f"{played['length_mean']:,.0f}",
-                "R^2": f"{inferred['r_squared']:.3f}",
-                "rewards seen (not 0)": f"{inferred['num_samples']:,} "
-                f"({inferred['num_nonzero']:,})",
+                "R^2": f"{adapted['r_squared']:.3f}",
+                "rewards seen (not 0)": f"{adapted['num_samples']:,} "
+                f"({adapted['num_nonzero']:,})",
             }
         )
     table = tables.make_table(
@@ -85,4 +81,23 @@ def print_tasks(config: config_lib.Config, results: list[dict[str, Any]]) -> Non
         rows,
         f"Protocol: {protocol.text(evaluation.protocol_of(config))}.",
     )
-    tables.show_tables([table], ())
+    tables.show_tables([table])
+
+
+def film(
+    path: pathlib.Path,
+    config: config_lib.Config,
+    player: evaluation.Player,
+    state: Any,
+    **options: Any,
+) -> None:
+    """Writes a gif of one game; `options` are those of `evaluation.evaluate`."""
+    played = evaluation.evaluate(
+        config_lib.replace_options(config, eval_episodes=1),
+        player,
+        state,
+        record_games=1,
+        only_record=True,
+        **options,
+    )
+    run_pictures.save_gif(path, played.pictures[0])

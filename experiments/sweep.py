@@ -48,9 +48,9 @@ _AGENTS = flags.DEFINE_list(
 _STAGE = flags.DEFINE_enum(
     "stage",
     "run_aps",
-    ["run_aps", "pretrain", "finetune", "scratch", "tasks"],
-    "What each run does: all of run_aps, or one stage of it. finetune and tasks (the "
-    "pretrained agent on the tasks of --task, without learning) start from the "
+    ["run_aps", "pretrain", "finetune", "scratch", "rewards"],
+    "What each run does: all of run_aps, or one stage of it. finetune and rewards (the "
+    "pretrained agent on those of --reward, without learning) start from the "
     "pretraining of the same sweep; scratch from nothing.",
 )
 _RUN = flags.DEFINE_enum(
@@ -66,20 +66,11 @@ _PROCESSES = flags.DEFINE_integer(
     "where there are any.",
     lower_bound=0,
 )
-_CORES = flags.DEFINE_integer(
-    "cores_per_process", 1, "Cores of each local process.", lower_bound=1
-)
 _SLURM = flags.DEFINE_list(
     "slurm",
     [],
     "Parameters of the submission as submitit names them, such as "
     "partition=gpu,timeout_min=1440,gpus_per_node=1,cpus_per_task=16,mem_gb=64.",
-)
-_SLURM_CLUSTER = flags.DEFINE_enum(
-    "slurm_cluster",
-    "slurm",
-    ["slurm", "local"],
-    "local tries --run=slurm without a cluster, in processes of this machine.",
 )
 _KEEP = flags.DEFINE_string(
     "keep",
@@ -90,8 +81,8 @@ _KEEP = flags.DEFINE_string(
 _SHORT = ("preset", "workdir", "seeds", "arms")
 _NOT_PASSED = frozenset({"game", "seed", "agent"})
 _KEPT_FILES = (folders.RESULT_NAME, metrics.FILE_NAME)
-# A run that its scheduler stopped says so by its exit code and is begun again; one
-# that does so more often than this is broken.
+# A run that Slurm stopped says so by its exit code and is begun again; one that does
+# so more often than this is broken.
 _MAX_REQUEUES = 100
 _POLL_SECONDS = 0.2
 
@@ -136,16 +127,16 @@ def main(argv: Sequence[str]) -> None:
     if _KEEP.value:
         keep(workdir, folders.as_path(_KEEP.value))
         print(f"Kept in {_KEEP.value}.")
-    # Only scores are reported as scores; other tasks have a table of their own.
-    task = common_flags.given_options().get("task", reward_functions.SCORE)
-    is_of_score = task == reward_functions.SCORE
+    # Only scores are reported as scores; other rewards have a table of their own.
+    reward = common_flags.given_options().get("reward", reward_functions.SCORE)
+    is_of_score = reward == reward_functions.SCORE
     has_score = is_of_score and _STAGE.value in ("run_aps", "finetune", "scratch")
     if has_score and any(job.is_done for job in jobs):
         tables.show(report.report([workdir], out=workdir / "report"))
         print(f"Written to {workdir / 'report'}.")
-    is_of_tasks = _STAGE.value == "tasks" or not is_of_score
-    if is_of_tasks and (rows := by_reward.collect(workdir)):
-        tables.show_tables([by_reward.table(rows)], ())
+    is_of_rewards = _STAGE.value == "rewards" or not is_of_score
+    if is_of_rewards and (table := by_reward.table(workdir)):
+        tables.show_tables([table])
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
 
@@ -175,11 +166,9 @@ def _write_summary(workdir: pathlib.Path, jobs: Sequence[Job], seconds: float) -
 
 def describe_machine() -> dict[str, Any]:
     """Describes this machine, without naming it."""
-    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     return {
         "cpu": machine.cpu_fact("model name") or platform.processor(),
         "cores": len(os.sched_getaffinity(0)),
-        "memory_gib": round(pages / 2**30, 1),
         "gpus": len(glob.glob("/dev/nvidia[0-9]*")),
         "system": platform.system(),
     }
@@ -227,26 +216,26 @@ def make_jobs(workdir: pathlib.Path) -> list[Job]:
 
 def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     stage = _STAGE.value
-    if stage in ("pretrain", "finetune", "tasks") and not config.has_pretraining:
+    if stage in ("pretrain", "finetune", "rewards") and not config.has_pretraining:
         raise ValueError(
             f"Agent {config.agent} learns from reward alone: it has no --stage={stage}."
         )
     arms = common_flags.arms_from_flags(config, ["pretrained", "scratch"])
     root = workdir / config.game / config.agent / f"seed_{config.seed}"
-    # Each task that is learned has folders of its own.
-    suffix = by_reward.folder_suffix(config.finetune.task)
+    # Each reward that is learned has a folder of its own.
+    suffix = by_reward.folder_suffix(config.finetune.reward)
     pretrained = folders.STAGE_FOLDERS["finetune"] + suffix
     script, name, words = {
         "run_aps": ("run_aps", "", [f"--arms={','.join(arms)}"]),
         "pretrain": ("pretrain", "pretrain", []),
         "finetune": ("finetune", pretrained, [f"--init={root / 'pretrain'}"]),
         "scratch": ("finetune", f"scratch{suffix}", []),
-        "tasks": ("evaluate", "tasks", [f"--checkpoint={root / 'pretrain'}"]),
+        "rewards": ("evaluate", "rewards", [f"--checkpoint={root / 'pretrain'}"]),
     }[stage]
     folder = root / name
     passed = common_flags.given_options()
-    if stage == "tasks":
-        passed.setdefault("task", config.finetune.task)
+    if stage == "rewards":
+        passed.setdefault("reward", config.finetune.reward)
     elif stage != "finetune":  # Which takes all this from the pretraining.
         words = [f"--preset={config.preset}", *words]
         passed |= {"game": config.game, "agent": config.agent, "seed": config.seed}
@@ -286,11 +275,7 @@ def _games(words: Sequence[str]) -> list[str]:
 
 
 def slots(config: config_lib.Config) -> list[dict[str, Any]]:
-    """Finds how many processes fit this machine, and what each of them may use.
-
-    Returns:
-      For each process at a time, its `cores` and, on a machine with GPUs, its `gpu`.
-    """
+    """Returns the `cores`, and the `gpu` if any, of each process at a time."""
     cores = sorted(os.sched_getaffinity(0))
     gpus = len(glob.glob("/dev/nvidia[0-9]*"))
     fitting = gpus
@@ -298,15 +283,13 @@ def slots(config: config_lib.Config) -> list[dict[str, Any]]:
         memory = [stages.memory_of(config, is_pretraining=p) for p in (True, False)]
         needed = max(machine.needed_bytes(**of_stage) for of_stage in memory)
         in_memory = int(0.9 * machine.available_bytes()) // needed
-        fitting = max(1, min(len(cores) // _CORES.value, in_memory))
+        fitting = max(1, min(len(cores), in_memory))
     count = _PROCESSES.value or fitting
-    found = []
+    found: list[dict[str, Any]] = []
     for number in range(count):
         share = cores[number * len(cores) // count : (number + 1) * len(cores) // count]
-        slot: dict[str, Any] = {"cores": share or [cores[number % len(cores)]]}
-        if gpus:
-            slot["gpu"] = number % gpus
-        found.append(slot)
+        slot = {"cores": share or [cores[number % len(cores)]]}
+        found.append(slot | ({"gpu": number % gpus} if gpus else {}))
     return found
 
 
@@ -315,43 +298,30 @@ def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
     free = slots(common_flags.config_from_flags(agent=_AGENTS.value[0]))
     print(f"{len(jobs)} runs to go, {len(free)} at a time.", flush=True)
     waiting = collections.deque(jobs)
-    requeues: collections.Counter[str] = collections.Counter()
     running: dict[subprocess.Popen[bytes], tuple[Job, dict[str, Any]]] = {}
     failed: dict[Job, int] = {}
-
-    def stop(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    previous = {number: signal.signal(number, stop) for number in interrupts.SIGNALS}
-    try:
-        while waiting or running:
-            while waiting and free:
-                job, slot = waiting.popleft(), free.pop(0)
-                running[_start(job, slot)] = (job, slot)
-                print(f"started: {job.name}", flush=True)
-            time.sleep(_POLL_SECONDS)
-            for process in [one for one in running if one.poll() is not None]:
-                job, slot = running.pop(process)
-                free.append(slot)
-                code = process.returncode
-                if code == interrupts.EXIT_CODE and requeues[job.name] < _MAX_REQUEUES:
-                    requeues[job.name] += 1
-                    waiting.append(job)
-                    print(f"interrupted, queued again: {job.name}", flush=True)
-                elif code != 0:
-                    failed[job] = code
-                    print(f"failed: {job.name}, see {job.log}", flush=True)
-                else:
-                    print(f"finished: {job.name}", flush=True)
-    except KeyboardInterrupt:
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
-        raise interrupts.Interrupted from None
-    finally:
-        for number, handler in previous.items():
-            signal.signal(number, handler)
+    with interrupts.StopRequests() as stop:
+        try:
+            while waiting or running:
+                stop.check()
+                while waiting and free:
+                    job, slot = waiting.popleft(), free.pop(0)
+                    running[_start(job, slot)] = (job, slot)
+                    print(f"started: {job.name}", flush=True)
+                time.sleep(_POLL_SECONDS)
+                for process in [one for one in running if one.poll() is not None]:
+                    job, slot = running.pop(process)
+                    free.append(slot)
+                    if process.returncode:
+                        failed[job] = process.returncode
+                    word = "failed" if process.returncode else "finished"
+                    print(f"{word}: {job.name}", flush=True)
+        except interrupts.Interrupted:
+            for process in running:
+                process.terminate()
+            for process in running:
+                process.wait()
+            raise
     return failed
 
 
@@ -372,7 +342,7 @@ def _start(job: Job, slot: Mapping[str, Any]) -> subprocess.Popen[bytes]:
         os.sched_setaffinity(0, mine)
 
 
-class SlurmTask:
+class SlurmRun:
     """A job as Slurm runs it; what is stopped before its end is submitted again."""
 
     def __init__(self, job: Job):
@@ -404,7 +374,7 @@ class SlurmTask:
             with contextlib.suppress(ProcessLookupError, ChildProcessError):
                 os.kill(self._process.pid, signal.SIGTERM)
                 os.waitid(os.P_PID, self._process.pid, os.WEXITED | os.WNOWAIT)
-        return submitit.helpers.DelayedSubmission(SlurmTask(self._job))
+        return submitit.helpers.DelayedSubmission(SlurmRun(self._job))
 
 
 def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
@@ -416,9 +386,9 @@ def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
             "--run=slurm needs the package submitit: pip install 'aps_jax[sweep]'."
         ) from error
     folder = jobs[0].log.parent / "submitit"
-    executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
+    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
     executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
-    submitted = [(job, executor.submit(SlurmTask(job))) for job in jobs]
+    submitted = [(job, executor.submit(SlurmRun(job))) for job in jobs]
     print(
         f"Submitted {len(jobs)} jobs: {submitted[0][1].job_id} to "
         f"{submitted[-1][1].job_id}. Waiting; the same command looks again.",

@@ -26,6 +26,7 @@ def result(returns=(1.0, 2.0, 3.0, 6.0), **changes):
         "pretrain_frames": 400_000,
         "finetune_agent_steps": 12_000,
         "init": "pretraining",
+        "reward": "score",
         "returns": returns,
         "protocol": {**PROTOCOL, "episodes": len(returns)},
         "wall_seconds": 1.5,

@@ -47,13 +47,6 @@ def probability_of_improvement(scores_x, scores_y):
     return sum(by_game) / len(by_game)
 
 
-def performance_profile(scores, thresholds):
-    return [
-        float(np.mean([np.mean([run > t for run in game]) for game in scores]))
-        for t in thresholds
-    ]
-
-
 def exact_bootstrap(statistic, scores):
     """Returns the statistic of every possible resample, all equally likely."""
     draws = [list(itertools.product(game, repeat=len(game))) for game in scores]

@@ -241,10 +241,9 @@ def choose_plan(
 ) -> Plan:
     """Chooses forms and chunk size for one backend.
 
-    Accelerators take XLA's own convolutions (cuDNN) on the whole batch. On CPUs,
-    `experiments.benchmark` (row `encoder`) measures what this rule gives: products
-    of gathered windows, a few images at a time, but no windows where those of a
-    single image would take more than `_GATHER_BYTES`.
+    Accelerators take XLA's own convolutions (cuDNN) on the whole batch. CPUs take
+    products of gathered windows, a few images at a time, but no windows where those
+    of a single image would take more than `_GATHER_BYTES` (docs/performance.md).
 
     Args:
       backend: as `jax.default_backend()` names it.

@@ -1,4 +1,4 @@
-"""Computes every number of a report: cells, aggregates, comparisons, profiles.
+"""Computes every number of a report: cells, aggregates, comparisons.
 
 Human-normalised scores are fractions here (1 is human); only tables print percent.
 """
@@ -6,10 +6,8 @@ Human-normalised scores are fractions here (1 is human); only tables print perce
 import collections
 import dataclasses
 import functools
-import importlib.metadata
 import itertools
 import json
-import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +19,6 @@ from aps_jax.scores import estimates, protocol, scores
 
 # The systems beside which the APS talk puts its own.
 DEFAULT_SYSTEMS = ("SimPLe", "DER", "CURL", "DrQ", "SPR", "VISR", "APT", "APS")
-
-_NUM_THRESHOLDS = 121
 
 _Bootstrap = Callable[..., estimates.Estimate]
 
@@ -52,8 +48,7 @@ class Cell(NamedTuple):
 
     score: estimates.Estimate  # Points; the mean over seeds of each seed's mean.
     normalized: estimates.Estimate | None  # Human-normalised, if comparable.
-    num_seeds: int
-    interval_over: str  # "seeds", "games" (of one trained agent), or "nothing".
+    num_seeds: int  # One has no interval.
 
 
 class GameRow(NamedTuple):
@@ -67,14 +62,14 @@ class GameRow(NamedTuple):
 
 
 class Summary(NamedTuple):
-    """Aggregates of human-normalised scores over games."""
+    """Aggregates of human-normalised scores over games, by estimator."""
 
     num_games: int
     mean: estimates.Estimate
     median: estimates.Estimate
     interquartile_mean: estimates.Estimate
     optimality_gap: estimates.Estimate
-    superhuman: estimates.Estimate  # Games at or above human.
+    superhuman_count: estimates.Estimate  # Games at or above human.
 
 
 class GameGain(NamedTuple):
@@ -97,14 +92,6 @@ class Comparison(NamedTuple):
     games: tuple[GameGain, ...]
 
 
-class Profiles(NamedTuple):
-    """Share of runs above each human-normalised score."""
-
-    thresholds: np.ndarray  # [T]
-    methods: Mapping[str, estimates.Estimate]  # [T] each, a run counts once.
-    published: Mapping[str, np.ndarray]  # [T] each, a game's mean counts once.
-
-
 @dataclasses.dataclass(frozen=True)
 class Report:
     """Everything that the tables, files and pictures show."""
@@ -113,12 +100,8 @@ class Report:
     games: tuple[GameRow, ...]
     summaries: Mapping[str, Summary]  # By method label.
     published: Mapping[str, Summary]  # By system, on this report's games.
-    published_all: Mapping[str, Summary]  # By system, on all 26 games.
     comparisons: tuple[Comparison, ...]
-    profiles: Profiles
     notices: tuple[str, ...]
-    num_resamples: int
-    seed: int
 
 
 def named_systems(systems: Sequence[str]) -> tuple[str, ...]:
@@ -140,11 +123,10 @@ def build(
     *,
     systems: Sequence[str],
     num_resamples: int,
-    seed: int,
 ) -> Report:
     """Computes a report from collected runs, or from the published scores alone."""
     bootstrap = functools.partial(
-        estimates.bootstrap, seed=seed, num_resamples=num_resamples
+        estimates.bootstrap, seed=0, num_resamples=num_resamples
     )
     methods: tuple[Method, ...] = ()
     games: Sequence[str] = scores.atari26_games()
@@ -178,12 +160,8 @@ def build(
         rows,
         summaries(ours),
         summaries(published),
-        summaries({one: _normalized_means(table[one], table[one]) for one in systems}),
         _comparisons(methods, bootstrap),
-        _profiles(ours, published, bootstrap),
         tuple(notices),
-        num_resamples,
-        seed,
     )
 
 
@@ -194,36 +172,6 @@ def normalized_scores(method: Method) -> dict[str, np.ndarray]:
         for game, runs in method.runs.items()
         if method.is_comparable and scores.find_reference_scores(game) is not None
     }
-
-
-def check_against_rliable(built: Report, rliable: types.ModuleType) -> list[str]:
-    """Returns, for each method, how far its aggregates are from the rliable library's.
-
-    Args:
-      built: The report.
-      rliable: From `estimates.import_rliable`.
-    """
-    lines = []
-    for method in built.methods:
-        try:
-            theirs = estimates.estimates_of_rliable(
-                rliable,
-                list(normalized_scores(method).values()),
-                seed=built.seed,
-                num_resamples=min(built.num_resamples, 2_000),
-            )
-        except ValueError as error:
-            lines.append(f"{method.label}: not compared with rliable: {error}")
-            continue
-        ours = [getattr(built.summaries[method.label], name) for name in theirs]
-        value, low, high = np.abs(np.subtract(ours, list(theirs.values()))).max(axis=0)
-        lines.append(
-            f"{method.label}: rliable {importlib.metadata.version('rliable')} agrees "
-            f"to {100 * value:.1g} points of percent on mean, median, IQM and "
-            f"optimality gap, and to {100 * max(low, high):.1g} on the ends of their "
-            "intervals (its own resamples)."
-        )
-    return lines
 
 
 def _group(runs: Sequence[FinishedRun]) -> tuple[Method, ...]:
@@ -289,25 +237,19 @@ def _differs(
 def _method_notices(methods: Sequence[Method]) -> list[str]:
     """Says where methods do not compare like with like."""
     notices = []
-    telling = _telling_differences(methods)
-    own = {name for method in methods for name in method.settings} - set(telling)
-    for name in (*telling, *sorted(own)):
-        having = [method for method in methods if name in method.settings]
-        if name in own and not _differs(having, name, _preset):
-            own.remove(name)
-        elif name in telling and _differs(having, name):
-            values: dict[str, list[str]] = collections.defaultdict(list)
-            for method in having:
-                setting, _, value = _format_setting(method, name).partition("=")
-                values[value].append(method.label)
-            each = "; ".join(f"{v} in {', '.join(ms)}" for v, ms in values.items())
-            kind = "protocols" if name.startswith("protocol.") else "settings"
-            notices.append(
-                f"Mixed {kind}: {setting} is {each}. They are never averaged together; "
-                "compare them with care."
-            )
-    if own:
-        notices.append(f"Agents differ in these options too: {', '.join(sorted(own))}.")
+    for name in _telling_differences(methods):
+        values: dict[str, list[str]] = collections.defaultdict(list)
+        for method in (one for one in methods if name in one.settings):
+            setting, _, value = _format_setting(method, name).partition("=")
+            values[value].append(method.label)
+        if len(values) == 1:  # Scratch has no values of pretraining.
+            continue
+        each = "; ".join(f"{v} in {', '.join(ms)}" for v, ms in values.items())
+        kind = "protocols" if name.startswith("protocol.") else "settings"
+        notices.append(
+            f"Mixed {kind}: {setting} is {each}. They are never averaged together; "
+            "compare them with care."
+        )
     labels_of: dict[str, list[str]] = collections.defaultdict(list)
     for method in methods:
         for remark in _method_remarks(method):
@@ -332,7 +274,7 @@ def _method_remarks(method: Method) -> list[str]:
         f"not the standard protocol: {odd}.": odd,
         "under this protocol the game is another one than that of the random, human "
         "and published scores: no human-normalised score.": not method.is_comparable,
-        "single seeds, so aggregates have no interval.": fewest == 1,
+        "single seeds have no interval.": fewest == 1,
         f"with {fewest} seeds, 95 % intervals are too narrow (docs/protocol.md).": (
             1 < fewest < 5
         ),
@@ -371,26 +313,16 @@ def _game_row(
 
 def _cell(game: str, method: Method, bootstrap: _Bootstrap) -> Cell:
     runs = method.runs[game]
-    values, over = _seed_means(runs), "seeds"
-    if len(runs) == 1:
-        values = runs[0].returns
-        over = "games" if values.size > 1 else "nothing"
-    score = bootstrap(estimates.mean, [values])
+    score = bootstrap(estimates.mean, [_seed_means(runs)])
     normalized = None
     if game in normalized_scores(method):
         ends = (scores.human_normalized_score(game, value) for value in score)
         normalized = estimates.Estimate(*ends)
-    return Cell(score, normalized, len(runs), over)
+    return Cell(score, normalized, len(runs))
 
 
 def _summary(groups: estimates.Scores, bootstrap: _Bootstrap) -> Summary:
-    statistics = (
-        estimates.mean,
-        estimates.median,
-        estimates.interquartile_mean,
-        estimates.optimality_gap,
-        estimates.superhuman_count,
-    )
+    statistics = (getattr(estimates, name) for name in Summary._fields[1:])
     return Summary(len(groups), *(bootstrap(one, groups) for one in statistics))
 
 
@@ -440,21 +372,4 @@ def _compare(method: Method, baseline: Method, bootstrap: _Bootstrap) -> Compari
         gain(estimates.mean, *two) if shared else None,
         gain(estimates.interquartile_mean, *two) if shared else None,
         tuple(games),
-    )
-
-
-def _profiles(
-    methods: Mapping[str, estimates.Scores],
-    published: Mapping[str, estimates.Scores],
-    bootstrap: _Bootstrap,
-) -> Profiles:
-    """Computes profiles on thresholds that show both the runs and human level."""
-    pooled = np.concatenate([[0.0], *itertools.chain.from_iterable(methods.values())])
-    high = min(max(1.5, 1.1 * float(pooled.max())), 4.0)
-    thresholds = np.linspace(float(pooled.min()), high, _NUM_THRESHOLDS)
-    profile = functools.partial(estimates.performance_profile, thresholds=thresholds)
-    return Profiles(
-        thresholds,
-        {label: bootstrap(profile, groups) for label, groups in methods.items()},
-        {system: profile(groups) for system, groups in published.items()},
     )

@@ -1,4 +1,4 @@
-"""Draws a report: aggregates, games, performance profiles and learning curves.
+"""Draws a report: aggregates and learning curves.
 
 The runs of the report carry colour; published systems stay grey, so that a picture
 shows at a glance what is new in it.
@@ -7,24 +7,20 @@ shows at a glance what is new in it.
 import itertools
 import math
 import pathlib
-import textwrap
 from collections.abc import Sequence
 from typing import Any
 
 import matplotlib as mpl
 import numpy as np
-from matplotlib import axes as mpl_axes
 from matplotlib import figure as mpl_figure
 from matplotlib import ticker
 
-from aps_jax.report import aggregates, finished_runs, tables
+from aps_jax.report import aggregates, finished_runs, run_pictures, tables
 from aps_jax.scores import estimates, scores
 
 # Okabe and Ito's colours, told apart by every reader; https://jfly.uni-koeln.de/color/.
 _COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _GREY, _LIGHT = "#8a8a8a", "#c9c9c9"
-_MARKERS = "ovs^DPX<>ph*"
-_DASHES = ((0, (1, 1)), (0, (4, 2)), (0, (6, 2, 1, 2)), (0, (8, 3)))
 _CURVE_POINTS = 200
 _STYLE: Any = {
     "axes.spines.right": False,
@@ -51,8 +47,6 @@ def draw_all(built: aggregates.Report, folder: pathlib.Path) -> list[pathlib.Pat
     """Writes to an existing folder every picture for which the report has data."""
     figures = {
         "aggregates.png": draw_aggregates(built),
-        "games.png": draw_games(built),
-        "profiles.png": draw_profiles(built),
         "learning_curves.png": draw_learning_curves(built),
     }
     drawn = {folder / name: figure for name, figure in figures.items() if figure}
@@ -69,12 +63,6 @@ def draw_aggregates(built: aggregates.Report) -> mpl_figure.Figure | None:
         return None
     greys = {one: _GREY if one == "APS" else _LIGHT for one in built.published}
     colors = {**_colors(built), **greys}
-    suspects = {
-        system
-        for row in built.games
-        for system, cell in row.published.items()
-        if cell.suspect
-    }
     panels = {
         "Mean": "mean",
         "Median": "median",
@@ -87,7 +75,6 @@ def draw_aggregates(built: aggregates.Report) -> mpl_figure.Figure | None:
     beside: Any = {"textcoords": "offset points", "va": "center"}
     bars: Any = {"height": 0.72, "edgecolor": "white", "linewidth": 0}
     bars["color"] = [colors[label] for label in summaries]
-    bars["hatch"] = ["////" if label in suspects else "" for label in summaries]
     for axes, (title, name) in zip(grid, panels.items(), strict=True):
         found = [getattr(summary, name) for summary in summaries.values()]
         value, low, high = 100.0 * np.array(found).T
@@ -100,109 +87,12 @@ def draw_aggregates(built: aggregates.Report) -> mpl_figure.Figure | None:
         axes.axvline(0.0, color="black", linewidth=0.8)
         axes.xaxis.set_major_locator(ticker.MaxNLocator(5))
         axes.tick_params(axis="y", length=0)
-    labels = [label + " (?)" * (label in suspects) for label in summaries]
+    labels = [*built.summaries, *(tables.marked(built, one) for one in built.published)]
     grid[0].set_yticks(y, labels, fontsize=9)
-    hatched = "; hatched: contains cells that cannot be right" if suspects else ""
     figure.suptitle(
         f"Human-normalised score over {_num_games(built)}; grey: published systems, "
-        f"computed from their cells{hatched}"
+        "computed from their cells; ?: some cannot be right"
     )
-    return figure
-
-
-@_styled
-def draw_games(built: aggregates.Report) -> mpl_figure.Figure | None:
-    """Draws each game's human-normalised scores: a row per game, a mark per system.
-
-    The axis is linear up to human level and logarithmic beyond it. Published scores
-    that cannot be right are left out.
-    """
-    rows = [row for row in built.games if row.random is not None]
-    if not rows or not (built.summaries or built.published):
-        return None
-    figure = mpl_figure.Figure(figsize=(10.5, 1.9 + 0.34 * len(rows)))
-    axes = figure.subplots()
-    positions = dict(
-        zip((row.game for row in rows), reversed(range(len(rows))), strict=True)
-    )
-    extremes = [0.0, 100.0]
-    for marker, system in zip(itertools.cycle(_MARKERS), built.published, strict=False):
-        shown = [
-            (scores.human_normalized_score(row.game, cell.score), positions[row.game])
-            for row in rows
-            if (cell := row.published.get(system)) is not None and not cell.suspect
-        ]
-        x, y = np.array(shown).reshape(-1, 2).T
-        style: Any = {"s": 26, "facecolors": "none", "edgecolors": _GREY, "zorder": 2}
-        if system == "APS":
-            style = {"s": 34, "color": "black", "zorder": 3}
-        label = f"{system} (published)"
-        axes.scatter(100.0 * x, y, marker=marker, linewidths=1.0, label=label, **style)
-        extremes += list(100.0 * x)
-    spread = 0.22 if len(built.methods) > 1 else 0.0
-    offsets = np.linspace(spread, -spread, len(built.methods))
-    for (label, color), offset in zip(_colors(built).items(), offsets, strict=True):
-        found = [
-            (*_percent(ours.normalized), positions[row.game] + offset)
-            for row in rows
-            if (ours := row.cells.get(label)) is not None and ours.normalized
-        ]
-        value, low, high, y = np.array(found).reshape(-1, 4).T
-        axes.hlines(y, low, high, color=color, lw=2.2, alpha=0.7, zorder=4)
-        axes.scatter(value, y, color=color, s=46, zorder=5, label=label)
-        extremes += [end for end in (*value, *low, *high) if np.isfinite(end)]
-    for position in list(positions.values())[1::2]:
-        axes.axhspan(position - 0.5, position + 0.5, color="#f5f5f5", zorder=0)
-    axes.axvline(0.0, color="black", linewidth=0.9, zorder=1)
-    axes.axvline(100.0, color="black", linewidth=0.9, linestyle="--", zorder=1)
-    axes.set_xscale("symlog", linthresh=100.0, linscale=1.6)
-    limits = min(1.2 * min(extremes), -8.0), max(1.25 * max(extremes), 125.0)
-    axes.set_xlabel(
-        "percent of human: 0 is random play, 100 (dashed) is human; logarithmic beyond"
-    )
-    axes.set(xlim=limits, ylim=(-0.6, len(rows) - 0.4))
-    marks = (-1000, -300, -100, -50, 0, 25, 50, 75, 100, 200, 500, 1000, 2000, 5000)
-    axes.set_xticks([mark for mark in marks if limits[0] <= mark <= limits[1]])
-    axes.xaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
-    axes.xaxis.set_minor_locator(ticker.NullLocator())
-    names = [tables.game_name(game) for game in positions]
-    axes.set_yticks(list(positions.values()), names, fontsize=9)
-    axes.tick_params(axis="y", length=0)
-    num_columns = min(5, len(built.methods) + len(built.published))
-    figure.legend(loc="outside upper center", ncols=num_columns)
-    return figure
-
-
-@_styled
-def draw_profiles(built: aggregates.Report) -> mpl_figure.Figure | None:
-    """Draws the share of runs above each score, with pointwise 95 % bands."""
-    profiles = built.profiles
-    if not profiles.methods and not profiles.published:
-        return None
-    figure = mpl_figure.Figure(figsize=(8.2, 4.4))
-    axes = figure.subplots()
-    x = 100.0 * profiles.thresholds
-    greys = np.linspace(0.35, 0.75, max(len(profiles.published), 2)).round(3)
-    for index, (system, shares) in enumerate(profiles.published.items()):
-        style: Any = {"color": str(greys[index]), "ls": _DASHES[index % 4], "lw": 1.1}
-        if system == "APS":
-            style = {"color": "black", "lw": 1.4}
-        label = f"{system} (published means)"
-        axes.plot(x, 100.0 * shares, drawstyle="steps-post", label=label, **style)
-    for label, estimate in profiles.methods.items():
-        color, style = _colors(built)[label], {"drawstyle": "steps-post", "lw": 2.2}
-        percent = _percent(estimate)
-        _line_with_band(axes, x, percent, color, step="post", label=label, **style)
-    axes.axvline(100.0, color="black", linewidth=0.8, linestyle="--")
-    axes.set(
-        xlim=(x[0], x[-1]),
-        ylim=(-2.0, 102.0),
-        xlabel="human-normalised score in percent (dashed: human)",
-        ylabel="runs above that score, percent",
-        title=f"Performance profile over {_num_games(built)}",
-    )
-    axes.grid(color="#e6e6e6", linewidth=0.7)
-    figure.legend(loc="outside right upper")
     return figure
 
 
@@ -239,17 +129,20 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
         end = max(c.agent_steps[-1] for line in lines for c in (*line[2], *line[3]))
         for index, (label, color, training, evaluated) in enumerate(lines):
             if training:
-                x, estimate = average(training, seed=built.seed)
-                _line_with_band(axes, x, estimate, color, linewidth=1.6, label=label)
+                x, estimate = average(training)
+                axes.plot(x, estimate.value, color=color, linewidth=1.6, label=label)
+                band: Any = {"color": color, "alpha": 0.18, "linewidth": 0}
+                if np.isfinite(estimate.low).all():
+                    axes.fill_between(x, estimate.low, estimate.high, **band)
             if evaluated:
-                x, estimate = average(evaluated, seed=built.seed)
+                x, estimate = average(evaluated)
                 # Side by side, so that no method's mark hides another's.
                 x = x + 0.012 * end * (index - (len(lines) - 1) / 2)
                 style = {"mec": "white", "ms": 5, "label": None if training else label}
                 axes.plot(x, estimate.value, "D", color=color, **style)
                 axes.vlines(x, estimate.low, estimate.high, color=color)
         if any(cell.normalized for cell in row.cells.values()):
-            _reference_lines(axes, row)
+            run_pictures.draw_reference(axes, scores.reference_scores(row.game))
         axes.set_title(tables.game_name(row.game))
         axes.xaxis.set_major_formatter(ticker.EngFormatter(sep=""))
         axes.set_xlim(left=0.0)
@@ -259,19 +152,14 @@ def draw_learning_curves(built: aggregates.Report) -> mpl_figure.Figure | None:
         axes.set_axis_off()
     figure.supxlabel("agent steps with reward")
     figure.supylabel("return, points")
-    key = figure.legend(
-        list(legend.values()), list(legend), loc="outside upper center", ncols=4
-    )
-    title = (
-        "Lines: games while learning; diamonds: evaluations; bands and bars: 95 % over "
-        "seeds; grey: random (dotted), human (dashed)"
-    )
-    key.set_title(textwrap.fill(title, width=int(16 * figure.get_figwidth())))
+    key: Any = {"loc": "outside upper center", "ncols": 4}
+    key["title"] = "Lines: games while learning; diamonds: evaluations (95 %)"
+    figure.legend(list(legend.values()), list(legend), **key)
     return figure
 
 
 def average(
-    curves: Sequence[finished_runs.Curve], *, seed: int, num_resamples: int = 1_000
+    curves: Sequence[finished_runs.Curve],
 ) -> tuple[np.ndarray, estimates.Estimate]:
     """Averages curves over seeds on the steps that all of them cover.
 
@@ -283,54 +171,16 @@ def average(
     first = max(curve.agent_steps[0] for curve in curves)
     last = min(curve.agent_steps[-1] for curve in curves)
     x = np.unique(np.concatenate([curve.agent_steps for curve in curves]))
-    if first > last:
-        x = x[-1:]  # No step is covered by all: the average of what each ends with.
-    else:
-        x = x[(x >= first) & (x <= last)]
-        if x.size > _CURVE_POINTS:
-            x = np.linspace(first, last, _CURVE_POINTS)
+    x = x[(x >= first) & (x <= last)]
+    if x.size > _CURVE_POINTS:
+        x = np.linspace(first, last, _CURVE_POINTS)
     values = np.stack([np.interp(x, one.agent_steps, one.returns) for one in curves])
     return x, estimates.bootstrap(
         lambda chosen: values[chosen[0].astype(int)].mean(axis=-2),
         [range(len(curves))],
-        seed=seed,
-        num_resamples=num_resamples,
+        seed=0,
+        num_resamples=1_000,
     )
-
-
-def _percent(estimate: estimates.Estimate) -> estimates.Estimate:
-    return estimates.Estimate(*(100.0 * part for part in estimate))
-
-
-def _line_with_band(
-    axes: mpl_axes.Axes,
-    x: np.ndarray,
-    estimate: estimates.Estimate,
-    color: str,
-    *,
-    step: Any = None,
-    **style: Any,
-) -> None:
-    """Draws an estimate `[N]`, with a band where it has an interval."""
-    value, low, high = estimate
-    axes.plot(x, value, color=color, **style)
-    if np.isfinite(low).all():
-        axes.fill_between(x, low, high, step=step, color=color, alpha=0.18, linewidth=0)
-
-
-def _reference_lines(axes: mpl_axes.Axes, row: aggregates.GameRow) -> None:
-    """Draws the random score, and the human one where the curves stay readable."""
-    random, human = scores.reference_scores(row.game)
-    style: dict[str, Any] = {"color": _GREY, "linewidth": 1.0, "zorder": 1}
-    axes.axhline(random, linestyle=":", **style)
-    low, high = axes.get_ylim()
-    if human <= high + 1.5 * (high - low):
-        axes.axhline(human, linestyle="--", **style)
-    else:
-        style = {"fontsize": 7, "color": _GREY, "transform": axes.transAxes}
-        axes.text(
-            0.98, 0.97, f"human {human:,.0f} \u2191", ha="right", va="top", **style
-        )
 
 
 def _colors(built: aggregates.Report) -> dict[str, str]:

@@ -17,14 +17,14 @@ import numpy as np
 from aps_jax import config
 from aps_jax.envs import reward_functions
 from aps_jax.runs import metrics
-from aps_jax.scores import protocol, scores
+from aps_jax.scores import scores
 
 SCHEMA = 1
 PRETRAINED, SCRATCH = "pretrained", "scratch"
 BUDGETS = ("pretrain_frames", "finetune_agent_steps")
 _PROTOCOL = "protocol."
 _TYPES = {"stage": str, "game": str, "agent": str, "seed": int}
-_TYPES |= {"returns": list, "protocol": dict}
+_TYPES |= {"reward": str, "returns": list, "protocol": dict}
 
 
 class Curve(NamedTuple):
@@ -79,18 +79,20 @@ def collect(run_dirs: Sequence[str | os.PathLike]) -> Collection:
     other_rewards: list[pathlib.Path] = []
     for path in results:
         try:
-            for folder, result in _arms(path.parent, _read_json(path), results):
-                if result.get("stage") == "pretrain":
-                    pretraining.append(folder)
-                    continue
-                run, remarks = _parse(folder, result)
-                runs.append(run)
-                options.append(_read_options(path.parent, run.arm))
-                notices += [f"{path}: {remark}." for remark in remarks]
+            result = _read_json(path)
+            if "arms" in result:  # Each arm has a folder of its own.
+                continue
+            if result.get("stage") == "pretrain":
+                pretraining.append(path.parent)
+                continue
+            run = _parse(path.parent, result)
         except _OtherRewardError:
             other_rewards.append(path)
         except _UnusableResultError as error:
             notices.append(f"{path}: {error}; left out.")
+        else:
+            runs.append(run)
+            options.append(_read_options(path.parent, run.arm))
     tuned = {parent for run in runs for parent in run.path.parents}
     pretraining = [path for path in pretraining if path.parent not in tuned]
     for reason, paths in {
@@ -169,8 +171,6 @@ def _find(
     results: dict[pathlib.Path, pathlib.Path] = {}
     started: dict[pathlib.Path, pathlib.Path] = {}
     for given in map(pathlib.Path, run_dirs):
-        if given.name == "result.json" and given.is_file():
-            given = given.parent
         if not given.is_dir():
             raise ValueError(f"No such folder: {given}.")
         for folder, subfolders, names in os.walk(given):
@@ -184,21 +184,6 @@ def _find(
     finished = {parent for result in results for parent in result.parents}
     unfinished = [path for where, path in started.items() if where not in finished]
     return [path / "result.json" for path in results.values()], unfinished
-
-
-def _arms(
-    folder: pathlib.Path, result: dict[str, Any], results: Sequence[pathlib.Path]
-) -> list[tuple[pathlib.Path, dict[str, Any]]]:
-    """Returns the results that one file stands for, each with its folder.
-
-    A run of paired arms repeats their results in its own. They count once: from the
-    arms' folders where those are there, else from the copy.
-    """
-    if not isinstance(result.get("arms"), dict):
-        return [(folder, result)]
-    if any(folder in path.parent.parents for path in results):
-        return []
-    return [(folder / name, arm) for name, arm in result["arms"].items()]
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
@@ -215,22 +200,16 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return content
 
 
-def _parse(
-    folder: pathlib.Path, result: dict[str, Any]
-) -> tuple[FinishedRun, list[str]]:
-    """Checks a result of this schema; returns its run and what is odd about it."""
-    if "tasks" in result:
+def _parse(folder: pathlib.Path, result: dict[str, Any]) -> FinishedRun:
+    """Checks a result of this schema and returns its run."""
+    if "rewards" in result:
         raise _OtherRewardError("it holds several reward functions, without learning")
     for name, expected in _TYPES.items():
         if type(result.get(name)) is not expected:
             raise _UnusableResultError(
                 f"{name} must be of type {expected.__name__}, got {result.get(name)!r}"
             )
-    # What fine-tuning inferred, with the reward function's name, or the name alone.
-    reward = result.get("task") or reward_functions.SCORE
-    if isinstance(reward, dict):
-        reward = reward.get("name", reward_functions.SCORE)
-    if reward != reward_functions.SCORE:
+    if (reward := result["reward"]) != reward_functions.SCORE:
         raise _OtherRewardError(f"returns of {reward!r} are not the game's score")
     if not result["returns"] or not all(map(_is_finite, result["returns"])):
         raise _UnusableResultError(
@@ -238,8 +217,7 @@ def _parse(
         )
     returns = np.array(result["returns"], np.float64)
     stage, game = result["stage"], result["game"]
-    reference = scores.find_reference_scores(game)
-    if reference is not None:
+    if scores.find_reference_scores(game) is not None:
         game = scores.canonical_game(game)
     arm = stage
     if stage == "finetune":
@@ -250,30 +228,8 @@ def _parse(
         if name != "pretrain_frames" or arm != SCRATCH
     }
     settings |= {_PROTOCOL + name: value for name, value in result["protocol"].items()}
-
-    remarks = []
-    episodes = result["protocol"].get("episodes")
-    if episodes != returns.size:
-        remarks.append(
-            f"{returns.size} games were evaluated, its protocol says {episodes}"
-        )
-    computed = {"return_mean": float(returns.mean())}
-    if reference is not None and protocol.is_comparable(result["protocol"]):
-        computed["human_normalized_score"] = scores.human_normalized_score(
-            game, computed["return_mean"]
-        )
-    for name, value in computed.items():
-        written = result.get(name)
-        # Results may be rounded to three decimals.
-        if written is not None and not (
-            _is_finite(written)
-            and math.isclose(written, value, rel_tol=1e-3, abs_tol=1e-3)
-        ):
-            remarks.append(
-                f"{name} is {written}, its returns give {value:.6g}, which is used"
-            )
     who = (result["agent"], arm, result["seed"])
-    return FinishedRun(folder, game, *who, returns, settings), remarks
+    return FinishedRun(folder, game, *who, returns, settings)
 
 
 def _is_finite(value: Any) -> bool:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from aps_jax.report import aggregates, finished_runs, tables
 
-_FILES = ("report.json", "report.csv", "report.md")
+_FILES = ("report.json", "report.md")
 
 
 def report(
@@ -17,20 +17,16 @@ def report(
     out: str | os.PathLike | None = None,
     systems: Sequence[str] = aggregates.DEFAULT_SYSTEMS,
     num_resamples: int = 10_000,
-    seed: int = 0,
-    pictures: bool = True,
 ) -> aggregates.Report:
     """Reads finished runs, computes every table, and writes them to a folder.
 
     Args:
       run_dirs: Folders of single runs, of paired arms, or of many runs at any depth;
         none reports the published systems alone.
-      out: Folder for `report.md`, `report.csv`, `report.json` and the pictures; None
+      out: Folder for `report.md`, `report.json` and the pictures; None
         writes nothing. An earlier report there is replaced, anything else is not.
       systems: Published systems to show beside the runs; `("all",)` for every one.
       num_resamples: Bootstrap resamples behind each interval.
-      seed: Root of the resampling.
-      pictures: Whether to draw pictures too.
 
     Returns:
       The report.
@@ -47,19 +43,16 @@ def report(
         finished_runs.collect(run_dirs) if run_dirs else None,
         systems=systems,
         num_resamples=num_resamples,
-        seed=seed,
     )
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        drawn: list[pathlib.Path] = []
-        if pictures:
-            # Matplotlib takes a second to import and is needed for nothing else.
-            from aps_jax.report import figures
+        # Matplotlib takes a second to import and is needed for nothing else.
+        from aps_jax.report import figures
 
-            drawn = figures.draw_all(built, folder)
+        drawn = figures.draw_all(built, folder)
         content = json.dumps(tables.to_dict(built), indent=1, allow_nan=False)
         markdown = tables.to_markdown(built, pictures=[path.name for path in drawn])
-        texts = (content + "\n", tables.to_csv(built), markdown)
+        texts = (content + "\n", markdown)
         for name, text in zip(_FILES, texts, strict=True):
             (folder / name).write_text(text, encoding="utf-8")
     return built

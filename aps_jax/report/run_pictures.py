@@ -1,6 +1,5 @@
 """Pictures of a run: its learning curves, its games, and the features it visited."""
 
-import importlib.util
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -13,40 +12,7 @@ from aps_jax.runs import metrics, snapshots
 from aps_jax.scores import scores
 
 _GIF_MILLISECONDS = 70  # An agent step lasts 4/60 s; browsers round to 10 ms.
-_STEPS_PER_SECOND = 15  # Agent steps of 4 frames, 60 frames a second.
 _LABEL_HEIGHT = 14  # Pixels above each picture of a grid.
-
-
-def check_video_format(name: str) -> None:
-    """Raises a `ValueError` if videos of this format cannot be written here."""
-    if name == "mp4" and importlib.util.find_spec("imageio_ffmpeg") is None:
-        raise ValueError(
-            "mp4 videos need the package imageio-ffmpeg: pip install 'aps_jax[video]'. "
-            "Gifs need nothing."
-        )
-
-
-def save_video(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
-    """Writes pictures `[H, W, 3]` uint8 as a gif or an mp4, by the path's suffix.
-
-    Raises:
-      ValueError: There is no picture, or mp4 cannot be written here.
-    """
-    if path.suffix != ".mp4":
-        save_gif(path, pictures)
-        return
-    check_video_format("mp4")
-    import imageio_ffmpeg
-
-    height, width = pictures[0].shape[:2]
-    # Atari's 160x210 is no multiple of the usual macro_block_size 16.
-    options: Any = {"fps": _STEPS_PER_SECOND, "macro_block_size": 2}
-    options["ffmpeg_log_level"] = "error"
-    writer = imageio_ffmpeg.write_frames(str(path), (width, height), **options)
-    writer.send(None)
-    for picture in pictures:
-        writer.send(np.ascontiguousarray(picture))
-    writer.close()
 
 
 def tile(
@@ -129,8 +95,6 @@ def save_learning_curves(
     (pretraining, finetuning), (rewards, distances) = figure.subplots(2, 2)
     for axes in (pretraining, finetuning):
         axes.set_ylabel("return (points)")
-        if reference is not None:
-            axes.axhline(reference.random, color="grey", ls=":", label="random")
     pretraining.set_title("pretraining: score, which the agent never sees")
     rewards.set_title("pretraining: the parts of its reward")
     distances.set_title("pretraining: distances to the nearest particles")
@@ -153,11 +117,9 @@ def save_learning_curves(
         style = {"color": color, "marker": "o", "ls": "", "ms": max(11 - 5 * index, 4)}
         style["label"] = f"{arm}, evaluated"
         _line(finetuning, columns, "eval_return_mean", **style)
-    if reference is not None:
-        # Where that does not squeeze the curves into a corner.
-        low, high = finetuning.get_ylim()
-        if abs(reference.human - (low + high) / 2) <= 3.5 * (high - low):
-            finetuning.axhline(reference.human, color="black", ls="--", label="human")
+    for axes in (pretraining, finetuning):
+        if reference is not None and axes.lines:
+            draw_reference(axes, reference)
     for axes in figure.axes:
         if axes.lines:
             axes.legend(fontsize="small")
@@ -220,6 +182,14 @@ def save_feature_picture(
     for axes in figure.axes:
         axes.set_axis_off()
     figure.savefig(path, dpi=110)
+
+
+def draw_reference(axes: Any, reference: scores.ReferenceScores) -> None:
+    """Draws the random score, and the human one where the curves stay readable."""
+    axes.axhline(reference.random, color="grey", ls=":", label="random")
+    low, high = axes.get_ylim()
+    if reference.human <= high + 1.5 * (high - low):
+        axes.axhline(reference.human, color="grey", ls="--", label="human")
 
 
 def _line(axes: Any, columns: dict[str, list[float]], name: str, **style: Any) -> None:

@@ -1,35 +1,23 @@
-"""Formats a report: tables for the terminal and Markdown, rows for CSV, JSON values."""
+"""Formats a report: tables for the terminal and Markdown, values for JSON."""
 
-import csv
 import dataclasses
-import io
 import math
 import pathlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
-import rich.box
-import rich.table
-import rich.text
 
 from aps_jax.report import aggregates, finished_runs
-from aps_jax.runs.console import make_console
 from aps_jax.scores import estimates, protocol, scores
 
 KIND = "aps_jax report"
 SCHEMA = 1
 
-_FILE_WIDTH = 400
-_CELL_PADDING = 3  # Between two columns in the box style that is used.
 _GAINS = ("Comparisons", "Did pretraining help?")
 _POINTS_NOTE = (
     "Points: mean over seeds of the final evaluation [95 % bootstrap interval over "
     "seeds]; %: human-normalised, 0 is random play and 100 is human."
-)
-_ONE_SEED_NOTE = (
-    "\u2020 One seed: the interval is over the evaluated games of one trained agent "
-    "and says nothing about another seed."
 )
 _IMPROVEMENT_NOTE = (
     "P(improvement): that a run of the one beats a run of the other in a game drawn at "
@@ -59,19 +47,17 @@ def make_table(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> Ta
 
 def tables(built: aggregates.Report) -> list[Table]:
     """Formats a report: the runs, the games, the aggregates, and the comparisons."""
-    has_all_games = len(built.games) >= len(scores.atari26_games())
     return [
         *([_methods_table(built)] if built.methods else []),
         _games_table(built),
-        *([_summary_table(built)] if built.summaries else []),
+        *([_summary_table(built)] if built.summaries or built.published else []),
         *(_comparison_tables(built) if built.comparisons else []),
-        *([_printed_table(built)] if built.published_all and has_all_games else []),
     ]
 
 
-def show(built: aggregates.Report, *, width: int | None = None) -> None:
-    """Prints a report to the terminal; `width` as for `show_tables`."""
-    show_tables(tables(built), built.notices, width)
+def show(built: aggregates.Report) -> None:
+    """Prints a report."""
+    show_tables(tables(built), built.notices)
 
 
 def show_gain(built: aggregates.Report) -> None:
@@ -79,76 +65,25 @@ def show_gain(built: aggregates.Report) -> None:
     show_tables([t for t in tables(built) if t.title in _GAINS], built.notices)
 
 
-def show_tables(
-    shown_tables: Sequence[Table], notices: Sequence[str], width: int | None = None
-) -> None:
-    """Prints tables and notices to the terminal.
-
-    Args:
-      shown_tables: The tables.
-      notices: Lines that follow them.
-      width: Columns of text; None takes the terminal's, or as many as the widest table
-        needs where the output is no terminal, so that nothing is cut in a file.
-    """
-    console = make_console(width=width, highlight=False)
-    if width is None and not console.is_terminal:
-        console.width = _FILE_WIDTH
-    columns = console.width
-    for table in shown_tables:
-        for part in _split_columns(table, columns):
-            shown = rich.table.Table(
-                title=part.title, title_justify="left", box=rich.box.SIMPLE_HEAD
-            )
-            for name in part.columns:
-                justify: Literal["left", "right"] = "right" if shown.columns else "left"
-                shown.add_column(rich.text.Text(name), justify=justify)
-            for row in part.rows:
-                shown.add_row(*map(rich.text.Text, row))
-            console.width = max(columns, sum(_widths(part)) + _CELL_PADDING)
-            console.print(shown)
-            console.width = columns
-        for note in table.notes:
-            console.print(rich.text.Text(note, style="dim"))
+def show_tables(shown: Sequence[Table], notices: Sequence[str] = ()) -> None:
+    """Prints tables and notices; a number is never cut, whatever the terminal."""
+    for table in shown:
+        columns = zip(table.columns, *table.rows, strict=True)
+        widths = [max(map(len, column)) for column in columns]
+        rule = tuple("-" * width for width in widths)
+        print(f"\n{table.title}\n")
+        for first, *others in (table.columns, rule, *table.rows):
+            cells = map(str.rjust, others, widths[1:])
+            print("  ".join([first.ljust(widths[0]), *cells]).rstrip())
+        print("", *table.notes, sep="\n")
     for notice in notices:
-        console.print(rich.text.Text(f"Note: {notice}"))
-
-
-def _split_columns(table: Table, width: int) -> list[Table]:
-    """Splits a table that is too wide into parts; each begins with the first column.
-
-    A number that is cut off reads as another number, so none ever is.
-    """
-    widths = _widths(table)
-    parts: list[list[int]] = [[0]]
-    for column in range(1, len(widths)):
-        used = sum(widths[other] for other in (*parts[-1], column))
-        if len(parts[-1]) > 1 and used + _CELL_PADDING > width:
-            parts.append([0])
-        parts[-1].append(column)
-    return [
-        Table(
-            table.title + (f" ({number} of {len(parts)})" if len(parts) > 1 else ""),
-            tuple(table.columns[column] for column in part),
-            tuple(tuple(row[column] for column in part) for row in table.rows),
-            (),
-        )
-        for number, part in enumerate(parts, start=1)
-    ]
-
-
-def _widths(table: Table) -> list[int]:
-    """Returns how many characters each column of a table needs."""
-    columns = zip(table.columns, *table.rows, strict=True)
-    return [max(map(len, column)) + _CELL_PADDING for column in columns]
+        print(f"Note: {notice}")
 
 
 def to_markdown(built: aggregates.Report, *, pictures: Sequence[str] = ()) -> str:
     """Returns the report as Markdown, with links to `pictures` beside it."""
-    lines = ["# Report", ""]
-    lines += [
-        "Made by `python -m experiments.report`; nothing here is typed by hand.",
-        "",
-    ]
+    made = "Made by `python -m experiments.report`; nothing here is typed by hand."
+    lines = ["# Report", "", made, ""]
     lines += [f"- {notice}" for notice in built.notices] + [""] * bool(built.notices)
     for table in tables(built):
         lines += table_lines(table, "## {}")
@@ -168,37 +103,6 @@ def table_lines(table: Table, heading: str) -> list[str]:
     return [*lines, *map(line, table.rows), "", *(f"{note}\n" for note in table.notes)]
 
 
-def to_csv(built: aggregates.Report) -> str:
-    """Returns one row per game: yardsticks, methods, and published systems.
-
-    Columns end in their unit: `points`, or `hns` for the human-normalised score as a
-    fraction.
-    """
-    ends, units = ("", "low_", "high_"), ("points", "hns")
-    names = [end + unit for unit in units for end in ends]
-    header = ["game", "random_points", "human_points"]
-    for method in built.methods:
-        header += [f"{method.label} {name}" for name in names]
-        header += [f"{method.label} seeds", f"{method.label} interval over"]
-    header += [f"{system} points" for system in built.published_all] + ["suspect"]
-    out = io.StringIO()
-    writer = csv.DictWriter(out, header, lineterminator="\n")
-    writer.writeheader()
-    for row in built.games:
-        values: dict[str, Any] = dict(zip(header, row[:3], strict=False))
-        for label, shown in row.cells.items():
-            numbers = [*shown.score, *(shown.normalized or ())]
-            named = zip(names, numbers, strict=False)
-            values |= {f"{label} {name}": number for name, number in named}
-            values[f"{label} seeds"] = shown.num_seeds
-            values[f"{label} interval over"] = shown.interval_over
-        for system, cell in row.published.items():
-            values[f"{system} points"] = cell.score
-        suspects = [f"{s}: {c.suspect}" for s, c in row.published.items() if c.suspect]
-        writer.writerow(_plain(values | {"suspect": "; ".join(suspects)}))
-    return out.getvalue()
-
-
 def to_dict(built: aggregates.Report) -> dict[str, Any]:
     """Returns the report as plain values for JSON; unknown numbers are None."""
     fields = dataclasses.fields(built)
@@ -206,7 +110,6 @@ def to_dict(built: aggregates.Report) -> dict[str, Any]:
         "kind": KIND,
         "schema": SCHEMA,
         **{field.name: _plain(getattr(built, field.name)) for field in fields},
-        "printed": _plain(scores.printed_summaries()),
     }
 
 
@@ -231,20 +134,14 @@ def _plain(value: Any) -> Any:
 def _methods_table(built: aggregates.Report) -> Table:
     rows = []
     for method in built.methods:
-        frames, steps = (
-            "?" if (value := method.settings.get(name)) is None else f"{value:,}"
-            for name in finished_runs.BUDGETS
-        )
+        values = [method.settings.get(name) for name in finished_runs.BUDGETS]
+        frames, steps = ("-" if value is None else f"{value:,}" for value in values)
         counts = [len(runs) for runs in method.runs.values()]
         rows.append(
             {
                 "method": method.label,
-                "agent": method.agent,
-                "arm": method.arm,
                 "preset": str(method.settings.get("preset")),
-                "pretraining (frames)": (
-                    "none" if method.arm == aggregates.SCRATCH else frames
-                ),
+                "pretraining (frames)": frames,
                 "fine-tuning (agent steps)": steps,
                 "games": str(len(counts)),
                 "seeds": "-".join(map(str, sorted({min(counts), max(counts)}))),
@@ -275,21 +172,17 @@ def _games_table(built: aggregates.Report) -> Table:
             if cell is None:
                 line += ["", ""]
                 continue
-            mark = "\u2020" if cell.interval_over == "games" else ""
-            line.append(format_estimate(cell.score, format_points) + mark)
+            line.append(format_estimate(cell.score, format_points))
             line.append(_percent(cell.normalized.value) if cell.normalized else "-")
         for system in built.published:
             published = row.published.get(system)
             mark = "?" if published is not None and published.suspect else ""
             line.append(format_points(published and published.score) + mark)
         rows.append(tuple(line))
-    every_cell = [cell for line in rows for cell in line]
     notes: list[str] = []
     if labels:
         notes = [_POINTS_NOTE, *_protocol_notes(built)]
-    if any(cell.endswith("\u2020") for cell in every_cell):
-        notes.append(_ONE_SEED_NOTE)
-    if any(cell.endswith("?") for cell in every_cell):
+    if any(cell.endswith("?") for line in rows for cell in line):
         notes.append("? Printed so, but it cannot be right: see the notes.")
     columns = ["game", "random", "human"]
     columns += [name for label in labels for name in (label, f"{label} %")]
@@ -301,18 +194,18 @@ def _games_table(built: aggregates.Report) -> Table:
 def _format_summary(summary: aggregates.Summary) -> dict[str, str]:
     names = ("mean", "median", "IQM", "optimality gap")
     cells = (format_estimate(estimate, _percent) for estimate in summary[1:5])
-    superhuman = format_estimate(summary.superhuman, "{:.0f}".format)
+    superhuman = format_estimate(summary.superhuman_count, "{:.0f}".format)
     return {**dict(zip(names, cells, strict=True)), "at or above human": superhuman}
 
 
-def _marked(built: aggregates.Report, system: str) -> str:
+def marked(built: aggregates.Report, system: str) -> str:
     """Returns a published system's name, marked if some cell cannot be right."""
     cells = [row.published[system] for row in built.games if system in row.published]
     return system + ("?" if any(cell.suspect for cell in cells) else "")
 
 
 def _summary_table(built: aggregates.Report) -> Table:
-    published = {_marked(built, one): built.published[one] for one in built.published}
+    published = {marked(built, one): built.published[one] for one in built.published}
     rows = (
         {"method": name, "games": str(one.num_games), **_format_summary(one)}
         for name, one in (*built.summaries.items(), *published.items())
@@ -321,33 +214,11 @@ def _summary_table(built: aggregates.Report) -> Table:
         "Human-normalised score, percent",
         rows,
         "0 is random play, 100 is human; a smaller optimality gap is better. [95 % "
-        f"stratified bootstrap interval, {built.num_resamples:,} resamples]",
+        "stratified bootstrap interval]",
         *_protocol_notes(built),
-        "Published systems: computed from their cells on the games of these runs. They "
+        "Published systems: computed from their cells on these games. They "
         "print one mean per game, so theirs have no interval and their IQM is over "
         "games, not runs.",
-    )
-
-
-def _printed_table(built: aggregates.Report) -> Table:
-    rows = []
-    for system, summary in built.published_all.items():
-        row = {"system": _marked(built, system), **_format_summary(summary)}
-        printed = scores.printed_summaries().get(system)
-        for name, field, scale in (
-            ("mean", "mean", 100.0),
-            ("median", "median", 100.0),
-            ("at or above human", "superhuman", 1.0),
-        ):
-            value = getattr(printed, field, None)  # With the decimals of the print.
-            row[f"printed {name}"] = "" if value is None else f"{scale * value:.6g}"
-        rows.append(row)
-    return make_table(
-        "Published systems, 26 games",
-        rows,
-        "Computed from the published cells of the 26 Atari-100k games, in percent; "
-        "beside it what the table of the APS talk prints, where that is recorded.",
-        "One mean per game: the IQM is over games, not runs.",
     )
 
 

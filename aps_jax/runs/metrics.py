@@ -45,12 +45,12 @@ EVALUATION = (
     Metric(
         "eval_return_mean",
         "points",
-        "Mean over full games of the sum of the unclipped reward of the task: the "
-        "score, unless `--task` says otherwise.",
+        "Mean over full games of the sum of the unclipped reward: the "
+        "score, unless `--reward` says otherwise.",
     ),
     Metric("eval_return_std", "points", "Standard deviation over those games."),
     Metric(
-        "eval_score_mean", "points", "Mean score of those games, whatever the task."
+        "eval_score_mean", "points", "Mean score of those games, whatever the reward."
     ),
     Metric("eval_length_mean", "agent steps", "Mean length of those games."),
     Metric(

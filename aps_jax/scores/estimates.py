@@ -1,14 +1,13 @@
 """Aggregate scores over games and seeds, with stratified bootstrap intervals.
 
 The estimators of rliable, Agarwal et al. 2021, https://arxiv.org/abs/2108.13264, in
-NumPy. Letters: `G` games, `R` runs (seeds) of one game, `S` resamples, `T` thresholds.
+NumPy. Letters: `G` games, `R` runs (seeds) of one game, `S` resamples, `N` values.
 
 `scores` are always `G` arrays `[..., R]`; `R` may differ between games. Leading axes
 are bootstrap resamples, so that one function gives the estimate and its resampled
 values: `[...]`, in the unit of the scores unless the function says otherwise.
 """
 
-import types
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ Scores = Sequence[np.ndarray]
 class Estimate(NamedTuple):
     """A point estimate and the ends of its interval, in the unit of the statistic.
 
-    All are float64, `[]` (NumPy scalars) or `[T]`. The ends are NaN where the data hold
+    All are float64, `[]` (NumPy scalars) or `[N]`. The ends are NaN where the data hold
     no information about the spread between runs.
     """
 
@@ -94,34 +93,13 @@ def probability_of_improvement(scores_x: Scores, scores_y: Scores) -> np.ndarray
     return np.mean(by_game, axis=0)
 
 
-def performance_profile(scores: Scores, thresholds: np.ndarray) -> np.ndarray:
-    """Computes the share of runs that score more than each threshold.
-
-    The run-score distribution of rliable, Sec. 4.2, https://arxiv.org/abs/2108.13264,
-    games weighing equally.
-
-    Args:
-      scores: `G` arrays `[..., R]`.
-      thresholds: `[T]`, in the unit of the scores.
-
-    Returns:
-      `[..., T]` in [0, 1], never rising with the threshold.
-    """
-    shares = [
-        (game[..., np.newaxis, :] > thresholds[:, np.newaxis]).mean(axis=-1)
-        for game in scores
-    ]
-    return np.mean(shares, axis=0)
-
-
 def bootstrap(
     statistic: Callable[..., np.ndarray],
     *groups: Sequence[npt.ArrayLike],
     seed: int,
     num_resamples: int = 10_000,
-    confidence: float = 0.95,
 ) -> Estimate:
-    """Estimates a statistic with its stratified bootstrap percentile interval.
+    """Estimates a statistic with its 95 % stratified bootstrap percentile interval.
 
     rliable, Sec. 4.1, https://arxiv.org/abs/2108.13264: the runs of each game are drawn
     with replacement from that game's runs, in each group independently; games are never
@@ -131,23 +109,20 @@ def bootstrap(
     would claim certainty. The ends are then NaN.
 
     Args:
-      statistic: Maps each group, `G` arrays `[..., R]`, to `[...]` or `[..., T]`.
+      statistic: Maps each group, `G` arrays `[..., R]`, to `[...]` or `[..., N]`.
       *groups: Scores `[R]` of each game, for one group or for several to compare.
       seed: Root of the resampling; equal seeds give equal intervals.
       num_resamples: Resamples `S` behind the interval.
-      confidence: Probability that the interval aims at.
 
     Returns:
       The statistic of the scores themselves, and the interval's ends in its shape.
 
     Raises:
       ValueError: A group is empty, a game has no run, a score is not finite,
-        `num_resamples` is not positive, or `confidence` is not in (0, 1).
+        or `num_resamples` is not positive.
     """
     if num_resamples < 1:
         raise ValueError(f"num_resamples must be at least 1, got {num_resamples}.")
-    if not 0.0 < confidence < 1.0:
-        raise ValueError(f"confidence must lie in (0, 1), got {confidence}.")
     arrays = [[np.asarray(game, np.float64) for game in group] for group in groups]
     for group in arrays:
         _check_group(group)
@@ -161,74 +136,8 @@ def bootstrap(
         [game[rng.integers(game.size, size=(num_resamples, game.size))] for game in g]
         for g in arrays
     ]
-    tail = 50.0 * (1.0 - confidence)
-    low, high = np.percentile(statistic(*resampled), [tail, 100.0 - tail], axis=0)
+    low, high = np.percentile(statistic(*resampled), [2.5, 97.5], axis=0)
     return Estimate(value, low, high)
-
-
-def import_rliable() -> types.ModuleType:
-    """Imports the rliable library, an optional dependency.
-
-    Raises:
-      RuntimeError: It is not installed, or does not import on this Python.
-    """
-    try:
-        import rliable.library
-        import rliable.metrics
-    except Exception as error:  # A TypeError where arch 7 meets pandas 3.
-        raise RuntimeError(
-            f"rliable does not import here ({error!r}); pip install 'rliable>=1.2' "
-            "'pandas<3'."
-        ) from error
-    return rliable
-
-
-def estimates_of_rliable(
-    rliable: types.ModuleType, scores: Scores, *, seed: int, num_resamples: int = 2_000
-) -> dict[str, Estimate]:
-    """Computes mean, median, IQM and optimality gap with the rliable library itself.
-
-    A second opinion on this module from the field's own code. rliable draws from
-    NumPy's global generator, whose state is put back afterwards.
-
-    Args:
-      rliable: From `import_rliable`.
-      scores: `G` arrays `[R]`.
-      seed: Root of rliable's resampling.
-      num_resamples: Resamples behind its intervals.
-
-    Returns:
-      Its estimates, by the names of this module's functions.
-
-    Raises:
-      ValueError: Games have different numbers of runs, or fewer than two.
-    """
-    sizes = sorted({len(game) for game in scores})
-    if len(sizes) != 1 or sizes[0] < 2:
-        needed = "the same number of runs, at least 2, in every game"
-        raise ValueError(f"rliable needs {needed}; got {', '.join(map(str, sizes))}.")
-    functions = {
-        "mean": rliable.metrics.aggregate_mean,
-        "median": rliable.metrics.aggregate_median,
-        "interquartile_mean": rliable.metrics.aggregate_iqm,
-        "optimality_gap": rliable.metrics.aggregate_optimality_gap,
-    }
-    state = np.random.get_state()
-    try:
-        np.random.seed(seed)
-        points, intervals = rliable.library.get_interval_estimates(
-            {"runs": np.stack(scores, axis=-1)},
-            lambda matrix: np.array([f(matrix) for f in functions.values()]),
-            reps=num_resamples,
-        )
-    finally:
-        np.random.set_state(state)
-    return {
-        name: Estimate(value, low, high)
-        for name, value, (low, high) in zip(
-            functions, points["runs"], intervals["runs"].T, strict=True
-        )
-    }
 
 
 def _game_means(scores: Scores) -> np.ndarray:

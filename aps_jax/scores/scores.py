@@ -33,14 +33,6 @@ class PublishedCell(NamedTuple):
     source: str  # The paper or repository that it was taken from.
 
 
-class PrintedSummary(NamedTuple):
-    """What a paper prints under its table; None where it is not recorded here."""
-
-    mean: float | None  # Human-normalised, 1 is human.
-    median: float | None  # Human-normalised, 1 is human.
-    superhuman: int | None  # Games at or above human.
-
-
 def find_reference_scores(game: str) -> ReferenceScores | None:
     """Returns the random and human scores of a game, or None where there are none."""
     name = _names_by_key().get(_key(game))
@@ -122,22 +114,6 @@ def published_scores() -> Mapping[str, Mapping[str, PublishedCell]]:
     return types.MappingProxyType(
         {system: types.MappingProxyType(cells) for system, cells in table.items()}
     )
-
-
-@functools.cache
-def printed_summaries() -> Mapping[str, PrintedSummary]:
-    """Returns the summaries that the APS talk prints: system -> summary.
-
-    They are there to be compared with what the cells give, and differ for APS and VISR
-    (see `aps_jax/scores/data/README.md`).
-    """
-    table = {}
-    for row in _rows("atari26_printed_summaries.csv"):
-        printed = (row["mean_percent"], row["median_percent"])
-        mean, median = (float(value) / 100.0 if value else None for value in printed)
-        superhuman = int(row["superhuman"]) if row["superhuman"] else None
-        table[row["system"]] = PrintedSummary(mean, median, superhuman)
-    return types.MappingProxyType(table)
 
 
 def _key(game: str) -> str:

@@ -234,7 +234,7 @@ def finetune_runs(
     started = time.monotonic()
     config, seeds = runs.config, runs.seeds
     paths = None if inits is None else [folders.as_path(init) for init in inits]
-    constructor = reward_functions.constructor_for(config.finetune.task, constructor)
+    constructor = reward_functions.constructor_for(config.finetune.reward, constructor)
     for path in paths or ():
         _check_fits_config(path, config)
     found = _find_finished(runs, stage=FINETUNE, inits=paths)
@@ -298,10 +298,8 @@ def finetune_runs(
                     "init": None if paths is None else str(paths[place]),
                     **_score(one, played[place]),
                     "evaluations": recorder.facts["evaluations"][place],
-                    "task": {
-                        "name": values.task,
-                        **{name: x for name, x in adapted.items() if name != "summary"},
-                    },
+                    "reward": values.reward,
+                    "adapted": {k: x for k, x in adapted.items() if k != "summary"},
                     "updates": int(recorder.last_rows[place]["updates"]),
                     **_rate(session.agent_steps, started),
                 }
@@ -737,7 +735,7 @@ def evaluation_result(
     return {
         **_describe(config, "evaluate"),
         "checkpoint": checkpoint,
-        "task": config.finetune.task,
+        "reward": config.finetune.reward,
         **_score(config, played),
         "wall_seconds": round(seconds, 3),
         "device": jax.devices()[0].platform,

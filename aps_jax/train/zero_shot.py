@@ -127,8 +127,8 @@ def to_dict(result: RewardResult) -> dict[str, Any]:
         }
 
     return {
-        "name": result.name,
-        "inferred": result.adapted,
+        "reward": result.name,
+        "adapted": result.adapted,
         "zero_shot": of(result.played),
         "random": of(result.random),
     }

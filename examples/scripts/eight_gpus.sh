@@ -15,7 +15,7 @@ case ${1:-runs} in
   runs)
     # Cores of the machine / 8 for the emulators of each run.
     python -m experiments.sweep --run=local --games=atari26 --seeds=5 --preset=gpu \
-      --processes=8 --cores_per_process=16 --env_threads=16 --workdir=runs/atari26
+      --processes=8 --env_threads=16 --workdir=runs/atari26
     ;;
   one)
     # Batch and particles are those of all devices together: four times the preset's. A

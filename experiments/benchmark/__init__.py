@@ -9,28 +9,20 @@ on two cores; `--size=smoke` runs every row in seconds and measures nothing.
 """
 
 import json
-import sys
 from collections.abc import Callable, Mapping, Sequence
 
 from absl import flags
 
 from aps_jax.runs import folders
 from experiments import common_flags
-from experiments.benchmark import loops, parts, setup, table, workers
+from experiments.benchmark import loops, parts, setup, startup, table
 
 ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "acting": loops.acting_rows,
     "full": loops.full_rows,
-    "raw": loops.raw_rows,
-    "others": loops.others_rows,
-    "replay": parts.replay_rows,
-    "page_faults": loops.page_faults_rows,
     "knn": parts.knn_rows,
-    "encoder": parts.encoder_rows,
-    "startup": workers.startup_rows,
+    "startup": startup.startup_rows,
     "scaling": loops.scaling_rows,
-    "seeds": workers.seeds_rows,
-    "devices": workers.devices_rows,
     "particles": parts.particles_rows,
 }
 _SIZES = {size.name: size for size in (setup.FULL, setup.SMOKE)}
@@ -39,20 +31,11 @@ _ROWS = flags.DEFINE_list("rows", list(ROWS), "Rows to measure, with commas betw
 _SIZE = flags.DEFINE_enum(
     "size", "full", list(_SIZES), "full, or smoke (seconds; its figures mean nothing)."
 )
-_SERVE = flags.DEFINE_integer(
-    "serve",
-    None,
-    "Only serve another benchmark's process, pretraining so many seeds at once.",
-)
 
 
 def main(argv: Sequence[str]) -> None:
     """Measures the rows that the flags name."""
     common_flags.reject_words(argv)
-    if _SERVE.value is not None:
-        config = common_flags.config_from_flags()
-        workers.serve(config, _SERVE.value, sys.stdin, sys.stdout)
-        return
     unknown = [name for name in _ROWS.value if name not in ROWS]
     if unknown or not _ROWS.value:
         raise ValueError(f"--rows must be some of {', '.join(ROWS)}, got {unknown}.")

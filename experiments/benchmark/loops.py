@@ -1,9 +1,8 @@
-"""Rows of the benchmark for the loop: acting, learning, other loops, scaling."""
+"""Rows of the benchmark for the loop: acting, learning, scaling."""
 
 import contextlib
 import functools
 import itertools
-import resource
 from collections.abc import Callable
 from typing import Any
 
@@ -17,14 +16,8 @@ from experiments.benchmark.table import (
     Row,
     Turns,
     at_least,
-    at_most,
-    only_on_gpu,
     take_turns,
 )
-
-# A fiftieth of what the temporaries of the updates of one iteration would cost if the
-# allocator gave them back to the kernel: 7,000 pages of 4 KiB with the cpu preset.
-_FEW_FAULTS = 140.0
 
 
 def matrix_product(size: Size) -> tuple[Callable[[], Any], float]:
@@ -122,59 +115,6 @@ def full_rows(size: Size) -> list[Row]:
             for case, part in cases.items()
         ]
     return rows
-
-
-def raw_rows(size: Size) -> list[Row]:
-    """Compares pretraining as DQN replays with the environments alone."""
-    config = setup.nature_config(size, samples_per_step=8.0)
-    turns = _loop_turns(config, size, learns=True)
-    case = "Nature encoder, 8 samples per step: pretraining / raw EnvPool"
-    row = turns.rates(
-        "raw", case, "loop", "env", "frames/s", scale=FRAME_SKIP, goal=0.8
-    )
-    return [only_on_gpu(row)]
-
-
-def others_rows(size: Size) -> list[Row]:
-    """Compares with two other ways to write the same loop."""
-    session = setup.started(setup.main_config(size))
-    num = size.iterations
-    goals = {
-        "a loop without overlap": 1.4,
-        "EnvPool's XLA interface in one jitted scan": 1.3,
-    }
-    others = lambda: session.play_without_overlap(num), session.make_scan(num)
-    things: dict[str, Callable[[], None]] = {"ours": lambda: session.play(num)}
-    things |= zip(goals, others, strict=True)
-    work = dict.fromkeys(things, float(num * session.num_envs))
-    turns = take_turns(things, repetitions=size.repetitions, work=work)
-    blocking, scan = (
-        turns.rates(
-            "others",
-            f"ours / {name}",
-            "ours",
-            name,
-            "frames/s",
-            scale=FRAME_SKIP,
-            goal=goal,
-        )
-        for name, goal in goals.items()
-    )
-    # On a CPU no second device could learn while the cores emulate.
-    return [only_on_gpu(blocking), scan]
-
-
-def page_faults_rows(size: Size) -> list[Row]:
-    """Counts the pages that the kernel must hand out to the loop after warm-up."""
-    session = setup.started(setup.main_config(size))
-    session.play(size.iterations)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-    session.play(size.iterations)
-    count = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
-    faults = count / size.iterations
-    goal = at_most(faults / _FEW_FAULTS, 1.0)
-    case = "page faults per iteration of the loop"
-    return [Row("page_faults", case, faults, _FEW_FAULTS, **goal)]
 
 
 def scaling_rows(size: Size) -> list[Row]:

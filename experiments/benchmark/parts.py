@@ -1,7 +1,6 @@
-"""Rows of the benchmark for the parts: replay, particles, kNN and encoders."""
+"""Rows of the benchmark for the parts: particles and kNN."""
 
 import functools
-import itertools
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -12,28 +11,13 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax.ops import knn
 from aps_jax.types import STACK_SIZE
-from experiments.benchmark import encoders, setup
+from experiments.benchmark import setup
 from experiments.benchmark.loops import matrix_product
 from experiments.benchmark.setup import Size
-from experiments.benchmark.table import Row, at_least, at_most, take_turns
+from experiments.benchmark.table import Row, at_most, take_turns
 
 NUM_NEIGHBORS = 12
-_NO_TORCH = "PyTorch is not installed"
 _STACK_BYTES = 84 * 84 * STACK_SIZE
-
-
-def replay_rows(size: Size) -> list[Row]:
-    """Compares updates from the replay with updates from a batch that is at hand."""
-    session = setup.started(setup.main_config(size))
-    things = {
-        "replay": lambda: session.learn(size.updates),
-        "batch": session.make_learn_from_batches(size.updates),
-    }
-    work = dict.fromkeys(things, size.updates)
-    turns = take_turns(things, repetitions=size.repetitions, work=work)
-    case = "update from the replay / from a resident batch"
-    row = turns.times("replay", case, "replay", "batch", "ms", scale=1e3)
-    return [row._replace(**at_most(row.ratio, 1.06))]
 
 
 def particles_rows(size: Size) -> list[Row]:
@@ -64,7 +48,6 @@ def particles_rows(size: Size) -> list[Row]:
 
 def knn_rows(size: Size) -> list[Row]:
     """Compares the search for neighbours with what the device could do."""
-    torch, is_cpu = encoders.torch(), setup.is_cpu()
     rng = np.random.default_rng(seed=0)
     product, product_flops = matrix_product(size)
     array = jnp.ones((size.copy_floats,), jnp.float32)
@@ -82,10 +65,6 @@ def knn_rows(size: Size) -> list[Row]:
             "copy": lambda: jax.block_until_ready(add_one(array)),
             "knn": functools.partial(_search, search, *jax.device_put(points)),
         }
-        if torch is not None:
-            encoders.use_all_cores()
-            tensors = (torch.from_numpy(x) for x in points)
-            things["torch"] = functools.partial(_torch_search, *tensors)
         turns = take_turns(things, repetitions=size.repetitions, work=work)
         flops = 2.0 * num_queries * num_particles * dim
         num_bytes = 4.0 * (sum(x.size for x in points) + num_queries * NUM_NEIGHBORS)
@@ -95,17 +74,11 @@ def knn_rows(size: Size) -> list[Row]:
         case = f"{num_queries}x{num_particles}x{dim}"
         times = 1e6 * turns.median("knn"), 1e6 * turns.ratio(roofline)
         goal = at_most(turns.ratio(over_roofline), 2.5)
-        if is_cpu:
+        if setup.is_cpu():
             goal = {"ratio": goal["ratio"]}
         elif not rows:
             goal |= {"goal": "at most 30 us", "is_met": times[0] <= 30}
         rows.append(Row("knn", f"{case}: time / roofline", *times, "us", **goal))
-        case += ": ours / PyTorch's cdist and topk on the CPU"
-        row = Row("knn", case, note=_NO_TORCH, **at_least(None, 1.0))
-        if torch is not None:
-            least = 1.0 if is_cpu else None
-            row = turns.rates("knn", case, "knn", "torch", "searches/s", goal=least)
-        rows.append(row)
     return rows
 
 
@@ -119,30 +92,3 @@ def _over_roofline(flops: float, num_bytes: float, t: Mapping[Any, float]) -> fl
 
 def _search(search: Callable[..., jax.Array], *points: jax.Array) -> None:
     jax.block_until_ready(search(*points))
-
-
-def _torch_search(queries: Any, particles: Any) -> None:
-    torch = encoders.torch()
-    distances = torch.cdist(queries, particles)
-    torch.topk(distances, NUM_NEIGHBORS, largest=False, sorted=True)
-
-
-def encoder_rows(size: Size) -> list[Row]:
-    """Compares the encoders with PyTorch's on the same cores."""
-    if not setup.is_cpu():
-        return [Row("encoder", "all", note="compared on CPUs only")]
-    if encoders.torch() is None:
-        return [Row("encoder", "all", **at_least(None, 1.0), note=_NO_TORCH)]
-    rows = []
-    for encoder, batch in itertools.product(size.encoders, size.encoder_batches):
-        steps = encoders.make_steps(encoder, batch)
-        turns = take_turns(
-            steps,
-            repetitions=size.repetitions,
-            work=dict.fromkeys(steps, float(batch)),
-            seconds=size.encoder_seconds,
-        )
-        faster = min("torch", "torch channels last", key=turns.median)
-        case = f"{encoder}, batch {batch}, forward and backward"
-        rows.append(turns.rates("encoder", case, "ours", faster, "images/s", goal=1.0))
-    return rows

@@ -193,14 +193,14 @@ def test_many_rewards_at_once_are_what_finetuning_finds_for_each(chain, index):
     """Rollouts, `w`, R^2 and zero-shot games are those of the stage, bit for bit."""
     folder, results = chain
     tuned = stages.finetune(
-        chain_config(task=REWARDS[index]),
+        chain_config(reward=REWARDS[index]),
         folder / f"f{index}",
         folder / "p",
         constructor=fakes.ChainPool,
     )
     result = results[index]
     adapted = {k: v for k, v in result.adapted.items() if k != "summary"}
-    assert tuned["task"] == {"name": REWARDS[index], **adapted}
+    assert (tuned["reward"], tuned["adapted"]) == (REWARDS[index], adapted)
     first, last = tuned["evaluations"]
     assert first["eval_return_mean"] == result.played.returns.mean()
     assert first["eval_score_mean"] == result.played.score_returns.mean()
@@ -228,5 +228,5 @@ def test_each_reward_has_a_return_of_its_own_and_random_play_beside_it(chain):
 def test_a_run_of_another_reward_needs_its_function_before_anything_else(tmp_path):
     finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
     with pytest.raises(ValueError, match="cannot be imported"):
-        finetune(chain_config(task="gone:f"), tmp_path / "f", None)
+        finetune(chain_config(reward="gone:f"), tmp_path / "f", None)
     assert not (tmp_path / "f").exists()

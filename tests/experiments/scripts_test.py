@@ -89,17 +89,17 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
 
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir))
-        set_flags(task="score, examples.tasks:pong_high", infer_agent_steps=40)
+        set_flags(reward="score, examples.rewards:pong_high", infer_agent_steps=40)
         evaluate.main(["evaluate"])
     zero = json.loads((tmp_path / "zero" / "result.json").read_text())
     assert zero["checkpoint_step"] == 160 and zero["pretrain_frames"] == 640
-    score, high = zero["tasks"]
-    assert high["name"] == "examples.tasks:pong_high"
+    score, high = zero["rewards"]
+    assert high["reward"] == "examples.rewards:pong_high"
     assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
     # What fine-tuning inferred and scored before it learned.
     first = result["evaluations"][0]
     assert score["zero_shot"]["return_mean"] == first["eval_return_mean"]
-    assert score["inferred"]["r_squared"] == result["task"]["r_squared"]
+    assert score["adapted"]["r_squared"] == result["adapted"]["r_squared"]
     said = capsys.readouterr().out
     assert "one pretrained agent, no gradient step" in said
     assert "not Atari-100k: episodes 2" in said
@@ -119,7 +119,7 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     capsys.readouterr()
     with flagsaver.flagsaver():
         set_flags(workdir=str(tmp_path / "again"), checkpoint=str(workdir))
-        set_flags(task="score", infer_agent_steps=40)
+        set_flags(reward="score", infer_agent_steps=40)
         evaluate.main(["evaluate"])
     (line,) = [
         line
@@ -128,7 +128,7 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
     ]
     assert str(checkpoints / "200") in line and "step 160" in line
     again = json.loads((tmp_path / "again" / "result.json").read_text())
-    assert again["checkpoint_step"] == 160 and again["tasks"][0] == score
+    assert again["checkpoint_step"] == 160 and again["rewards"][0] == score
     shutil.rmtree(checkpoints / "200")
 
     with flagsaver.flagsaver():
@@ -194,9 +194,9 @@ def test_results_are_shown_beside_random_and_human_scores(capsys):
     assert ["random", "-20.7", "0"] in cells and ["human", "14.6", "1"] in cells
 
 
-def test_results_of_another_task_are_not_shown_as_scores(capsys):
+def test_results_of_another_reward_are_not_shown_as_scores(capsys):
     config = config_lib.replace_options(
-        config_lib.preset_config("cpu"), task="survival"
+        config_lib.preset_config("cpu"), reward="survival"
     )
     result = {
         **fake_runs.result([100.0, 200.0]),
@@ -212,22 +212,22 @@ def test_results_of_another_task_are_not_shown_as_scores(capsys):
     assert "human" not in said and "0.500" not in said
 
 
-def test_a_row_per_task_tells_all_of_it(capsys):
+def test_a_row_per_reward_tells_all_of_it(capsys):
     games = {"return_mean": 1234.5, "score_mean": 2.0, "length_mean": 600.0}
-    inferred = {"r_squared": 0.301, "num_samples": 1592, "num_nonzero": 313}
+    adapted = {"r_squared": 0.301, "num_samples": 1592, "num_nonzero": 313}
     results = [
         {
-            "name": "examples.tasks:freeway_middle",
-            "inferred": {**inferred, "is_fallback": True},
+            "reward": "my.rewards:middle",
+            "adapted": {**adapted, "is_fallback": True},
             "zero_shot": games,
             "random": {**games, "return_mean": 0.3},
         }
     ]
-    summary.print_tasks(config_lib.preset_config("paper"), results)
+    summary.print_rewards(config_lib.preset_config("paper"), results)
     said = capsys.readouterr().out
-    (line,) = [line for line in said.splitlines() if "freeway_middle" in line]
+    (line,) = [line for line in said.splitlines() if "my.rewards:middle" in line]
     assert " ".join(line.split()) == (
-        "examples.tasks:freeway_middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
+        "my.rewards:middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
     )
     assert "(Atari-100k protocol)" in said
 
@@ -327,7 +327,7 @@ def test_a_tilde_in_a_flag_is_the_home_folder(tmp_path, monkeypatch):
     )
     set_flags(workdir="~/f", init="~/p")
     finetune.main(["finetune"])
-    set_flags(workdir="~/e", checkpoint="~/p", task="score")
+    set_flags(workdir="~/e", checkpoint="~/p", reward="score")
     with pytest.raises(ValueError, match=f"The run in {tmp_path}/p has no checkpoint"):
         evaluate.main(["evaluate"])
     assert tuned == [(tmp_path / "f", tmp_path / "p")]
@@ -510,8 +510,8 @@ WRONG = {
         ["run_aps", "--num_seeds=2", "--num_devices=2", "--workdir={new}"],
         r"share one device, got num_devices=2",
     ),
-    "a task that cannot be imported": (
-        ["run_aps", "--task=gone:f", "--preset=smoke", "--workdir={new}"],
+    "a reward that cannot be imported": (
+        ["run_aps", "--reward=gone:f", "--preset=smoke", "--workdir={new}"],
         r"module of the reward 'gone:f' cannot be imported: ModuleNotFoundError",
     ),
     "an option of other agents": (

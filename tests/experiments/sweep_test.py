@@ -16,7 +16,7 @@ from scripts import run_script
 
 from aps_jax import config as config_lib
 from aps_jax.parallel import interrupts
-from aps_jax.report import report
+from aps_jax.report import figures
 from aps_jax.runs import folders, machine
 from experiments import evaluate, finetune, pretrain, run_aps, sweep
 
@@ -95,7 +95,7 @@ STAGES = {
     "pretrain": ["pretrain", "pretrain", "--preset=cpu"],
     "scratch": ["finetune", "scratch", "--preset=cpu"],
     "finetune": ["finetune", "pretrained", "--init={}/pretrain"],
-    "tasks": ["evaluate", "tasks", "--checkpoint={}/pretrain"],
+    "rewards": ["evaluate", "rewards", "--checkpoint={}/pretrain"],
 }
 
 
@@ -161,10 +161,10 @@ def slots_with(monkeypatch, *, cores, gib, gpus=0, **values):
         return sweep.slots(config_lib.preset_config("cpu"))
 
 
-def test_what_learned_another_task_is_no_score(tmp_path, capsys):
+def test_what_learned_another_reward_is_no_score(tmp_path, capsys):
     """Its sweep ends well, without a report of scores, of which there are none."""
-    write_finished(tmp_path / "Pong/aps/seed_0/pretrained_survival", task="survival")
-    words = ["--stage=finetune", "--task=survival", "--preset=cpu", "--run=local"]
+    write_finished(tmp_path / "Pong/aps/seed_0/pretrained_survival", reward="survival")
+    words = ["--stage=finetune", "--reward=survival", "--preset=cpu", "--run=local"]
     run_sweep(*words, f"--workdir={tmp_path}")
     assert "1 runs, 1 of them finished." in capsys.readouterr().out
     assert not (tmp_path / "report").exists()
@@ -173,7 +173,7 @@ def test_what_learned_another_task_is_no_score(tmp_path, capsys):
 def test_as_many_processes_as_cores_and_memory_hold(monkeypatch):
     found = slots_with(monkeypatch, cores=4, gib=100)
     assert found == [{"cores": [i]} for i in range(4)]
-    found = slots_with(monkeypatch, cores=4, gib=100, cores_per_process=2)
+    found = slots_with(monkeypatch, cores=4, gib=100, processes=2)
     assert found == [{"cores": [0, 1]}, {"cores": [2, 3]}]
     # Twice 50,000 frames of 7 kB (one copy for checkpoints) and 700 MiB for what any
     # run takes are 1.4 GiB; of 10 GiB nine are used.
@@ -234,25 +234,19 @@ def make_jobs(root, *kinds):
     ]
 
 
-# Neither pictures nor many resamples are what is tested here.
-QUICK = {**report.report.__kwdefaults__, "pictures": False, "num_resamples": 50}
-
-
-def test_a_local_sweep_requeues_goes_on_past_failures_and_makes_one_table(
+def test_a_local_sweep_goes_on_past_failures_and_makes_one_table(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr(sweep.report.report, "__kwdefaults__", QUICK)
-    jobs = make_jobs(tmp_path, "stopped", "broken", "done")
+    monkeypatch.setattr(figures, "draw_all", lambda *_: [])
+    jobs = make_jobs(tmp_path, "done", "broken", "done")
     monkeypatch.setattr(sweep, "make_jobs", lambda workdir: jobs)
     words = ["--preset=cpu", f"--workdir={tmp_path}", "--run=local", "--processes=2"]
     with pytest.raises(ValueError, match="1 of 3 runs failed"):
         run_sweep(*words)
     said = capsys.readouterr().out
-    assert "interrupted, queued again: stopped 0" in said
     assert f"FAILED with exit code 3: broken 1, see {jobs[1].log}" in said.replace(
         "\n", " "
     )
-    assert (tmp_path / "run_0.tries").read_text() == "2"
     # One table of what there is: two seeds of Pong.
     assert "Scores per game" in said and "2 seeds" in said
     content = json.loads((tmp_path / "report" / "report.json").read_text())
@@ -262,7 +256,7 @@ def test_a_local_sweep_requeues_goes_on_past_failures_and_makes_one_table(
     with pytest.raises(ValueError, match="1 of 3 runs failed"):
         run_sweep(*words)
     assert "3 runs, 2 of them finished." in capsys.readouterr().out
-    assert (tmp_path / "run_0.tries").read_text() == "2"
+    assert (tmp_path / "run_0.tries").read_text() == "1"
     assert (tmp_path / "run_1.tries").read_text() == "2"
 
 
@@ -326,7 +320,9 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
 def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
     # In a process of its own: submitit closes what pytest captures.
     program = (
-        "import pathlib, sys, sweep_test\n"
+        "import pathlib, sys, submitit, sweep_test\n"
+        "executor = submitit.AutoExecutor\n"
+        "submitit.AutoExecutor = lambda folder, cluster: executor(folder, 'local')\n"
         "from experiments import common_flags, sweep\n"
         "jobs = sweep_test.make_jobs(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
         "sweep.make_jobs = lambda workdir: jobs\n"
@@ -339,7 +335,7 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         [
             *(sys.executable, "-c", program, str(tmp_path), kind),
             f"--workdir={tmp_path}",
-            *("--run=slurm", "--slurm_cluster=local", "--slurm=timeout_min=5"),
+            *("--run=slurm", "--slurm=timeout_min=5"),
         ],
         capture_output=True,
         text=True,

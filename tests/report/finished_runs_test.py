@@ -64,7 +64,7 @@ def test_finds_runs_at_any_depth_and_each_once(tmp_path):
     arms = tmp_path / "b"
     fake_runs.write(arms / "pretrained", fake_runs.result(seed=2))
     fake_runs.write(arms / "scratch", fake_runs.result(seed=2, init=None))
-    given = [tmp_path, arms, arms / "scratch", arms / "scratch" / "result.json"]
+    given = [tmp_path, arms, arms / "scratch"]
     collection = finished_runs.collect(given)
     assert [(run.seed, run.arm) for run in collection.runs] == [
         (0, "pretrained"),
@@ -102,19 +102,6 @@ def test_arms_count_once(tmp_path):
         folder / "scratch",
     ]
     assert collection.notices == ()
-
-
-def test_arms_are_found_in_a_result_that_was_copied_alone(tmp_path):
-    text = (write_run_of_arms(tmp_path / "run") / "result.json").read_text()
-    for name in ("first", "second"):
-        (tmp_path / "results" / name).mkdir(parents=True)
-        (tmp_path / "results" / name / "result.json").write_text(text)
-    collection = finished_runs.collect([tmp_path / "results"])
-    assert [(run.arm, run.seed) for run in collection.runs] == [
-        ("pretrained", 4),
-        ("scratch", 4),
-    ]
-    assert [notice.count("duplicate of") for notice in collection.notices] == [1, 1]
 
 
 def test_duplicates_are_named_and_left_out(tmp_path):
@@ -207,6 +194,7 @@ def test_options_are_compared_only_where_all_runs_tell_them(tmp_path, text):
         ({"game": 3}, "game must be of type str, got 3"),
         ({"agent": None}, "agent must be of type str"),
         ({"stage": None}, "stage must be of type str"),
+        ({"reward": None, "task": "survival"}, "reward must be of type str, got None"),
         ({"seed": "0"}, "seed must be of type int, got '0'"),
         ({"seed": True}, "seed must be of type int, got True"),
         ({"returns": 3.0, "return_mean": 3.0}, "returns must be of type list"),
@@ -240,7 +228,7 @@ def test_results_that_are_no_json_objects_are_named(tmp_path, text):
 
 @pytest.mark.parametrize(
     "change",
-    [{"task": "survival"}, {"task": {"name": "m:f", "scale": 0.5}}, {"tasks": []}],
+    [{"reward": "survival"}, {"reward": "m:f", "adapted": {}}, {"rewards": []}],
 )
 def test_results_of_other_rewards_are_counted_and_left_out(tmp_path, change):
     for name in ("a", "b"):
@@ -253,11 +241,6 @@ def test_results_of_other_rewards_are_counted_and_left_out(tmp_path, change):
     (notice,) = collection.notices
     assert notice.startswith("2 results are of other reward functions")
     assert str(tmp_path / "a" / "result.json") in notice
-
-
-@pytest.mark.parametrize("task", [None, "score", {"scale": 0.5}, {"name": "score"}])
-def test_the_games_score_is_a_score(tmp_path, task):
-    assert only_run(fake_runs.write(tmp_path, fake_runs.result(task=task)))
 
 
 def test_unfinished_runs_are_named(tmp_path):
@@ -282,38 +265,6 @@ def test_pretraining_without_a_score_beside_it_is_named(tmp_path):
     (notice,) = finished_runs.collect([tmp_path]).notices
     assert notice.startswith("2 pretraining folders hold no score")
     assert str(tmp_path / "b" / "pretrain") in notice
-
-
-def test_numbers_that_contradict_the_returns_are_named(tmp_path):
-    values = fake_runs.result(
-        [0.0, 2.0],
-        return_mean=1.5,
-        human_normalized_score=0.9,
-        protocol={**fake_runs.PROTOCOL, "episodes": 100},
-    )
-    collection = finished_runs.collect([fake_runs.write(tmp_path, values)])
-    told = "\n".join(collection.notices)
-    assert len(collection.notices) == 3
-    assert "2 games were evaluated, its protocol says 100" in told
-    assert "return_mean is 1.5, its returns give 1," in told
-    # (1 + 20.7) / (14.6 + 20.7) = 0.614731
-    assert "human_normalized_score is 0.9, its returns give 0.614731," in told
-    np.testing.assert_array_equal(collection.runs[0].returns, [0.0, 2.0])
-
-
-def test_a_normalised_score_of_another_game_is_not_looked_at(tmp_path):
-    values = fake_runs.result(
-        [0.0, 2.0],
-        human_normalized_score=0.9,
-        protocol={**fake_runs.PROTOCOL, "episodes": 2, "max_frames": 400},
-    )
-    assert finished_runs.collect([fake_runs.write(tmp_path, values)]).notices == ()
-
-
-def test_rounded_numbers_do_not_contradict(tmp_path):
-    # The example of the contract: 14 and 12 give 33.7 / 35.3 = 0.9547, written 0.954.
-    values = fake_runs.result([14.0, 12.0], human_normalized_score=0.954)
-    assert finished_runs.collect([fake_runs.write(tmp_path, values)]).notices == ()
 
 
 def test_missing_folders_and_empty_ones_are_errors(tmp_path):

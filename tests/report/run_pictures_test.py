@@ -1,9 +1,6 @@
 """Tests of a run's pictures: grids, videos, curves, the sphere in a plane."""
 
 import functools
-import importlib.machinery
-import sys
-import types
 
 import fakes
 import numpy as np
@@ -49,47 +46,12 @@ def test_a_gif_holds_every_picture(tmp_path):
     shown_pictures = np.zeros((3, 20, 30, 3), np.uint8)
     for index, picture in enumerate(shown_pictures):
         picture[:, 10 * index : 10 * index + 5] = (200, 100, 0)
-    run_pictures.save_video(tmp_path / "a.gif", list(shown_pictures))
+    run_pictures.save_gif(tmp_path / "a.gif", list(shown_pictures))
     with Image.open(tmp_path / "a.gif") as image:
         assert image.n_frames == 3
         image.seek(2)
         shown = np.array(image.convert("RGB"))
     np.testing.assert_allclose(shown, shown_pictures[2], atol=8)
-
-
-class FakeWriter(types.ModuleType):
-    """Stands for imageio_ffmpeg: keeps what it is sent."""
-
-    def __init__(self):
-        super().__init__("imageio_ffmpeg")
-        self.__spec__ = importlib.machinery.ModuleSpec("imageio_ffmpeg", None)
-        self.sent, self.size, self.is_closed = [], None, False
-
-    def write_frames(self, path, size, **options):
-        self.size = size
-        return self
-
-    def send(self, frame):
-        self.sent.append(frame)
-
-    def close(self):
-        self.is_closed = True
-
-
-def test_an_mp4_is_written_by_ffmpeg(tmp_path, monkeypatch):
-    writer = FakeWriter()
-    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", writer)
-    run_pictures.save_video(tmp_path / "a.mp4", video(7, 3))
-    assert writer.size == (30, 20) and writer.is_closed
-    assert writer.sent[0] is None and len(writer.sent) == 4
-    np.testing.assert_array_equal(writer.sent[1], video(7, 1)[0])
-
-
-def test_without_ffmpeg_one_line_says_so(monkeypatch):
-    monkeypatch.setitem(sys.modules, "imageio_ffmpeg", None)
-    with pytest.raises(ValueError, match=r"pip install 'aps_jax\[video\]'"):
-        run_pictures.check_video_format("mp4")
-    run_pictures.check_video_format("gif")
 
 
 # The feature sphere.

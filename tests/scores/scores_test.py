@@ -117,18 +117,14 @@ def test_cells_give_the_printed_summaries(system, mean, median):
     # Half a unit of the last printed digit, and what rounded cells can add to it.
     assert abs(100 * computed_mean - mean) <= 0.05 + 100 * rounding_of_cells()
     assert abs(100 * computed_median - median) <= 0.05 + 1e-9
-    printed = scores.printed_summaries()[system]
-    assert printed.mean == pytest.approx(mean / 100)
-    assert printed.median == pytest.approx(median / 100)
-    assert printed.superhuman is None
 
 
 def test_aps_prints_something_else_than_its_cells_give():
+    # The talk prints 99.04, 58.80 and 8.
     mean, median, superhuman = summary("APS")
     assert 100 * mean == pytest.approx(100.3, abs=0.051)
     assert 100 * median == pytest.approx(65.5, abs=0.051)
     assert superhuman == 7
-    assert scores.printed_summaries()["APS"] == pytest.approx((0.9904, 0.588, 8))
 
 
 def test_the_cells_of_visr_that_cannot_be_right_are_marked():
@@ -143,13 +139,10 @@ def test_the_cells_of_visr_that_cannot_be_right_are_marked():
         game: cell.score for game, cell in scores.published_scores()["VISR"].items()
     }
     assert cells["pong"] == -26.2 and cells["freeway"] == -12.1
-    # With 1209.1 in place of 12091.1, the mean is nearly the printed one.
+    # With 1209.1 in place of 12091.1, the mean is nearly the printed one, 64.31.
     cells["assault"] = 1209.1
     mean = np.mean([scores.human_normalized_score(*item) for item in cells.items()])
-    printed = scores.printed_summaries()["VISR"]
-    assert mean == pytest.approx(printed.mean, abs=0.0015)
-    assert printed.mean == pytest.approx(0.6431)
-    assert printed.median is None and printed.superhuman is None
+    assert mean == pytest.approx(0.6431, abs=0.0015)
 
 
 def test_the_talks_wrong_cells_are_corrected():
@@ -162,5 +155,3 @@ def test_the_talks_wrong_cells_are_corrected():
 def test_tables_cannot_be_changed():
     with pytest.raises(TypeError):
         scores.published_scores()["APS"]["pong"] = None
-    with pytest.raises(TypeError):
-        scores.printed_summaries()["APS"] = None

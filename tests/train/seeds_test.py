@@ -189,8 +189,8 @@ def test_each_seed_has_rows_and_result_of_its_own(runs, stage):
             assert result[name] == expected[name]
         points = [[e["agent_steps"] for e in r["evaluations"]] for r in at_once[stage]]
         assert points == [[60, 120]] * 2
-        for name in ("name", "num_samples", "num_nonzero", "agent_steps"):
-            assert result["task"][name] == expected["task"][name]
+        for name in ("num_samples", "num_nonzero", "agent_steps"):
+            assert result["adapted"][name] == expected["adapted"][name]
 
 
 def test_visited_states_are_drawn_of_each_seed(runs):

@@ -92,7 +92,7 @@ def test_result_files_keep_their_contract(run):
     assert finetuned["wall_seconds"] > 0 and finetuned["frames_per_second"] > 0
     assert [e["agent_steps"] for e in finetuned["evaluations"]] == [60, 120]
     # Sixty steps of each of 4 environments, less the reset frames.
-    assert 50 <= finetuned["task"]["num_samples"] < 60
+    assert 50 <= finetuned["adapted"]["num_samples"] < 60
 
 
 def test_metrics_rows_stand_where_they_are_due(run):
@@ -143,7 +143,7 @@ def test_the_inferred_task_is_the_one_that_is_evaluated(run):
     folder, _, finetuned = run
     trained = stages.load_finetuned(folder / "finetune")
     task = np.asarray(trained.state.stats.task)
-    np.testing.assert_array_equal(task, np.float32(finetuned["task"]["task"]))
+    np.testing.assert_array_equal(task, np.float32(finetuned["adapted"]["task"]))
     np.testing.assert_allclose(np.linalg.norm(task), 1.0, rtol=1e-6)
     played = evaluation.evaluate(
         trained.config,
@@ -408,7 +408,7 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
     (before,) = stages.load_finetuned(tmp_path / "f").facts["adapted"]
     resumed = finetune(config, tmp_path / "f", folder / "pretrain")
     del before["summary"]  # A sentence for those who watch.
-    assert resumed["task"] == {"name": "score", **before}
+    assert resumed["adapted"] == before
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
@@ -485,8 +485,10 @@ def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
     result = stages.finetune(
         make_config(), tmp_path / "f", tmp_path / "p", constructor=Barren
     )
-    assert result["task"]["is_fallback"] and result["task"]["num_nonzero"] == 0
-    np.testing.assert_allclose(np.linalg.norm(result["task"]["task"]), 1.0, rtol=1e-6)
+    assert result["adapted"]["is_fallback"] and result["adapted"]["num_nonzero"] == 0
+    np.testing.assert_allclose(
+        np.linalg.norm(result["adapted"]["task"]), 1.0, rtol=1e-6
+    )
     assert result["returns"] == [0.0, 0.0]
 
 
@@ -622,7 +624,7 @@ def test_only_whole_games_are_normalised(max_frames, expected):
         make_config(), game="Pong", max_frames=max_frames
     )
     scores = np.array([-20.7, -20.7])
-    # Returns of another task do not count.
+    # Returns of another reward do not count.
     played = evaluation.Evaluation(
         np.array([3.0, 3.0]), scores, np.array([9, 9]), [], {}
     )

@@ -1,7 +1,7 @@
-"""Tasks of some games, as a user may write them: rewards made of the console's memory.
+"""Reward functions of some games, as a user may write them, of the console's memory.
 
   python -m experiments.evaluate --checkpoint=runs/pretrain --workdir=runs/zero \
-    --task=score,survival,examples.tasks:freeway_middle
+    --reward=score,survival,examples.rewards:freeway_middle
 
 Each takes the time step before and the one reached, and returns a number for each
 of the `E` environments. The bytes are those of the Atari Annotated RAM Interface
