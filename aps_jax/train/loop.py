@@ -22,7 +22,7 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari
+from aps_jax.envs import atari, games
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer as buffer_lib
 from aps_jax.replay import frames
@@ -50,10 +50,11 @@ def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
 
 
 class Pool(Protocol):
-    """The environments of a stage; `atari.AtariPool` is one."""
+    """The environments of a stage; `games.make_pool` makes them."""
 
     num_actions: int
     num_envs: int
+    observation: types.ObservationSpec
 
     def reset(self) -> types.TimeStep: ...
     def send(self, actions: np.ndarray) -> None: ...
@@ -66,7 +67,8 @@ class Pool(Protocol):
 class ResumablePool(Protocol):
     """A pool whose state can be saved, so that a resumed run is the same run.
 
-    EnvPool's emulators have no such state: a run on Atari begins new games.
+    `worlds.WorldPool` is one. EnvPool's emulators have no such state: a run on Atari
+    begins new games.
     """
 
     def get_state(self) -> dict[str, Any]:
@@ -122,7 +124,7 @@ def make_pool(
     config: config_lib.Config,
     num_envs: int,
     stream: Stream,
-    constructor: MakePool = atari.AtariPool,
+    constructor: MakePool = games.make_pool,
     mesh: devices.Mesh = None,
     *,
     run_seeds: Sequence[int] = (),
@@ -133,7 +135,7 @@ def make_pool(
       config: The run's values.
       num_envs: `E`, environments of all processes together.
       stream: The stage's acting stream: no stage replays the games of another.
-      constructor: Makes the pool, with the arguments of `atari.AtariPool`.
+      constructor: Makes the pool, with the arguments of `games.make_pool`.
       mesh: The stage's devices. Of several processes each starts its share, with the
         seeds that these environments would have in one process.
       run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
@@ -166,7 +168,7 @@ class ActorState(NamedTuple):
     """What acting remembers from step to step."""
 
     memory: Any  # the policy's, leading axis [E]
-    stack: types.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    stack: types.Array  # [E, *observation.shape] uint8, newest frame last
     lives: types.Array  # [E] int32, lives at the step before
     num_steps: types.Array  # [] int32, time steps acted; numbers the random stream
 
@@ -175,7 +177,7 @@ def init_actor(policy: base.Policy, num_envs: int) -> ActorState:
     """Returns the state of `E` environments before their first step."""
     return ActorState(
         memory=policy.init(num_envs),
-        stack=frames.init_stack(num_envs),
+        stack=frames.init_stack(policy.observation, num_envs),
         lives=jnp.zeros((num_envs,), jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
     )
@@ -264,7 +266,9 @@ def init_rollout(
     def init() -> RolloutState:
         return RolloutState(
             actor=init_actor(policy, num_envs),
-            replay=buffer_lib.init(extras, num_envs=num_envs, size=replay_size),
+            replay=buffer_lib.init(
+                policy.observation, extras, num_envs=num_envs, size=replay_size
+            ),
             episodes=atari.init_episode_stats(num_envs),
         )
 
@@ -344,8 +348,10 @@ def _on_each_device(
     )
 
 
-def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[..., Any]:
-    """Makes a function that draws single states.
+def make_draw_states(
+    num_states: int, stack: int, mesh: devices.Mesh = None
+) -> Callable[..., Any]:
+    """Makes a function that draws single states, of a stack of frames each.
 
     Returns:
       `draw(replay, key)` returns windows `[N, 1, ...]`, `N` at least `num_states` and
@@ -353,6 +359,7 @@ def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[...
     """
     draw = functools.partial(
         buffer_lib.sample,
+        stack=stack,
         num_windows=devices.round_up(num_states, mesh),
         num_states=1,
     )
@@ -360,7 +367,7 @@ def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[...
 
 
 def make_draw(
-    learner: base.Learner,
+    phase: base.Phase,
     key: types.PRNGKey,
     *,
     reward_free: bool,
@@ -372,7 +379,8 @@ def make_draw(
     again. In a reward-free phase batches have no reward: an agent that touches it fails
     when it is traced.
     """
-    spec, encode = learner.batch, learner.encode
+    spec, encode = phase.learner.batch, phase.learner.encode
+    stack = phase.policy.observation.stack
 
     def hide_reward(windows: buffer_lib.Window) -> buffer_lib.Window:
         return windows._replace(reward=None) if reward_free else windows
@@ -391,13 +399,17 @@ def make_draw(
             reduce,
             replay,
             particle_key,
+            stack=stack,
             num_windows=spec.num_particles,
             num_states=1,
             axis_name=axis_name,
         )
 
     sample = functools.partial(
-        buffer_lib.sample, num_windows=spec.num_windows, num_states=spec.num_states
+        buffer_lib.sample,
+        stack=stack,
+        num_windows=spec.num_windows,
+        num_states=spec.num_states,
     )
     draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.REPLICATED))
     draw_particles = _on_each_device(
@@ -491,7 +503,8 @@ def make_calibrate(
     Returns:
       `calibrate(state, replay) -> state`; it always draws the same places.
     """
-    draw = make_draw_states(_CALIBRATION_STATES, mesh)
+    stack = agent.finetune.policy.observation.stack
+    draw = make_draw_states(_CALIBRATION_STATES, stack, mesh)
     return lambda state, replay: agent.calibrate(state, draw(replay, key))
 
 
@@ -504,7 +517,8 @@ def make_embed(
       `embed(state, replay, agent_steps)` returns arrays `[N, D]` float16 by name; the
       steps number the draw.
     """
-    draw = make_draw_states(_EMBEDDED_STATES, mesh)
+    stack = agent.finetune.policy.observation.stack
+    draw = make_draw_states(_EMBEDDED_STATES, stack, mesh)
 
     def embed(
         state: base.AgentState, replay: buffer_lib.Buffer, agent_steps: jax.Array
@@ -693,7 +707,7 @@ class Session:
         self._flag = None
         return {
             "agent_steps": self.agent_steps,
-            "frames": self.agent_steps * types.FRAME_SKIP,
+            "frames": self.agent_steps * self.pool.observation.frame_skip,
             "updates": int(jax.device_get(self.state.num_updates)),
             "episodes": int(episodes.num_episodes.sum()),
             "episode_return": _mean_known(episodes.last_return),
@@ -736,7 +750,7 @@ class Plan(NamedTuple):
     def schedule(self, start: int = 0) -> Schedule:
         """Returns when updates are due, from `start` agent steps on at the earliest."""
         spec = self.phase.learner.batch
-        window_length = types.STACK_SIZE - 1 + spec.num_states
+        window_length = self.phase.policy.observation.stack - 1 + spec.num_states
         return Schedule(
             start=max(self.warmup_agent_steps, start, window_length * self.num_envs),
             samples_per_step=self.samples_per_step,
@@ -803,7 +817,7 @@ def start(
     """
     policy, learner = plan.phase
     learn_key = stream_key(config.seed, plan.learn_stream)
-    draw = make_draw(learner, learn_key, reward_free=plan.reward_free, mesh=mesh)
+    draw = make_draw(plan.phase, learn_key, reward_free=plan.reward_free, mesh=mesh)
     return Session(
         pool=pool,
         state=state,
@@ -848,7 +862,10 @@ def play_rollouts(session: Session) -> base.Rollouts:
     def encode(function: Callable[..., Any], state: base.AgentState) -> Any:
         def of_all(state: base.AgentState, replay: buffer_lib.Buffer) -> Any:
             return buffer_lib.map_all(
-                functools.partial(function, state), replay, num_steps=steps
+                functools.partial(function, state),
+                replay,
+                stack=session.pool.observation.stack,
+                num_steps=steps,
             )
 
         encoded = devices.fetch(jax.jit(of_all)(state, replay), mesh)

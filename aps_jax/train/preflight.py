@@ -12,11 +12,10 @@ import jax
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari
+from aps_jax.envs import games
 from aps_jax.parallel import devices, processes
 from aps_jax.runs import console, folders, machine
 from aps_jax.train import loop, seeds, stages
-from aps_jax.types import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -36,7 +35,7 @@ def run_checks(
     stage_names: Sequence[str],
     *,
     seconds: float,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     num_seeds: int = 1,
 ) -> list[Check]:
     """Checks the machine and measures the rate of each stage.
@@ -157,7 +156,7 @@ def _disk(
     warnings: list[str] = []
     memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
     size = memory["replay_bytes"] if config.report.checkpoint_replay else 0
-    agent = config.make_agent(_MOST_ACTIONS)
+    agent = config.make_agent(_MOST_ACTIONS, config.observation)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     try:
@@ -190,7 +189,7 @@ def _rate(
     frames = num_seeds * (
         config.pretrain.pretrain_frames
         if is_pretraining
-        else config.finetune.finetune_agent_steps * FRAME_SKIP
+        else config.finetune.finetune_agent_steps * config.observation.frame_skip
     )
     hours = frames / frames_per_second / 3600
     text = (
@@ -206,7 +205,7 @@ def measure_rate(
     config: config_lib.Config,
     name: str,
     seconds: float,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     num_seeds: int = 1,
 ) -> float:
     """Runs a stage's loop for some seconds, from nothing and saving nothing.
@@ -228,7 +227,7 @@ def measure_rate(
         if num_seeds > 1:
             session, _ = seeds.start_pretraining(config, run_seeds, pool)
         else:
-            agent = config.make_agent(pool.num_actions)
+            agent = config.make_agent(pool.num_actions, pool.observation)
             state = loop.init_state(agent, config.seed, mesh)
             if name == stages.FINETUNE:
                 key = loop.stream_key(config.seed, loop.Stream.ADAPT)
@@ -245,7 +244,7 @@ def measure_rate(
 def _plan(
     config: config_lib.Config, name: str, num_actions: int = _MOST_ACTIONS
 ) -> loop.Plan:
-    agent = config.make_agent(num_actions)
+    agent = config.make_agent(num_actions, config.observation)
     if name == stages.PRETRAIN:
         return loop.pretrain_plan(config, agent)
     return loop.finetune_plan(config, agent)
@@ -271,4 +270,5 @@ def _play(session: loop.Session, seconds: float) -> float:
             session.step()
     jax.block_until_ready(session.state)
     played = session.agent_steps - before
-    return played * FRAME_SKIP / (time.monotonic() - started)
+    frames = played * session.pool.observation.frame_skip
+    return frames / (time.monotonic() - started)

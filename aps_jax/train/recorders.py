@@ -16,7 +16,6 @@ from aps_jax.runs import checkpoints, folders, machine, metrics, snapshots, trac
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import loop
 from aps_jax.train import seeds as seeds_lib
-from aps_jax.types import FRAME_SKIP
 
 _STOP_EVERY = 8  # iterations after which several processes agree on whether to stop
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
@@ -54,12 +53,15 @@ class Recorder:
             "versions": folders.versions(),
             "git_commit": folders.git_commit(),
             "num_actions": session.pool.num_actions,
+            "observation": session.pool.observation,
         }
         self._checkpointer = checkpoints.Checkpointer(
             workdir / folders.CHECKPOINTS_NAME,
             policy=checkpoints.Policy(
                 keep_last=report.keep_checkpoints,
-                keep_every=-(-report.keep_every_frames // FRAME_SKIP),
+                keep_every=-(
+                    -report.keep_every_frames // config.observation.frame_skip
+                ),
                 keep_best=report.keep_best,
             ),
             warn=warn,
@@ -260,7 +262,7 @@ class Recorder:
           interrupts.Interrupted: A stop was requested.
         """
         self.write_due(values, is_last=is_last)
-        frames = self._session.agent_steps * FRAME_SKIP
+        frames = self._session.agent_steps * self._config.observation.frame_skip
         progress.tick(frames, self.last_row.get("episode_return"))
         is_asked = processes.num_processes() == 1 or (
             self._session.iteration % _STOP_EVERY == 0
@@ -571,7 +573,9 @@ class SeedsRecorder:
             if (value := recorder.last_row.get("episode_return")) is not None
         ]
         progress.tick(
-            self._session.agent_steps * FRAME_SKIP * self.num_seeds,
+            self._session.agent_steps
+            * self._session.pool.observation.frame_skip
+            * self.num_seeds,
             float(np.mean(known)) if known else None,
         )
         if self._stop is not None and not is_last:

@@ -137,6 +137,7 @@ class SeedsPool:
         self.num_seeds = num_seeds
         self.num_envs = pool.num_envs // num_seeds
         self.num_actions = pool.num_actions
+        self.observation = pool.observation
 
     def reset(self) -> types.TimeStep:
         """Begins a new episode in every environment."""
@@ -185,6 +186,7 @@ class SeedPool:
         self._index = index
         self.num_envs = pool.num_envs
         self.num_actions = pool.num_actions
+        self.observation = pool.observation
 
 
 class ResumableSeedPool(SeedPool):
@@ -381,10 +383,10 @@ def start_pretraining(
     Returns:
       The session, and the function that embeds states of all seeds (`loop.make_embed`).
     """
-    agent = config.make_agent(pool.num_actions)
+    agent = config.make_agent(pool.num_actions, pool.observation)
     plan = loop.pretrain_plan(config, agent)
     policy, learner = plan.phase
-    make_draw = functools.partial(loop.make_draw, learner, reward_free=True)
+    make_draw = functools.partial(loop.make_draw, plan.phase, reward_free=True)
     keys = functools.partial(stream_keys, seeds)
     # Each by the function that a single run calls, so that it is the same.
     states = [loop.init_state(agent, seed) for seed in seeds]

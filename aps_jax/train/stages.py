@@ -17,14 +17,13 @@ from absl import logging
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.parallel import devices, interrupts, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import evaluation, loop, recorders
 from aps_jax.train import seeds as seeds_lib
-from aps_jax.types import FRAME_SKIP
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
@@ -45,7 +44,7 @@ def pretrain(
     config: config_lib.Config,
     workdir: folders.PathLike,
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
@@ -57,7 +56,7 @@ def pretrain(
     Args:
       config: The run's values.
       workdir: Folder of this stage; made if it does not exist.
-      constructor: Makes the environments, as `atari.AtariPool`.
+      constructor: Makes the environments, as `games.make_pool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -89,7 +88,7 @@ def pretrain(
         )
         held.callback(pool.close)
         lock = _open(held, workdir, warn, **facts)
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         plan = loop.pretrain_plan(config, agent)
         state = loop.init_state(agent, config.seed, mesh)
         session = loop.start(config, plan, pool, state, mesh=mesh)
@@ -122,7 +121,7 @@ def pretrain(
 def pretrain_seeds(
     configs: Mapping[pathlib.Path, config_lib.Config],
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[dict[str, Any]]:
@@ -134,7 +133,7 @@ def pretrain_seeds(
 
     Args:
       configs: The runs' values by folder; they differ in the seed alone.
-      constructor: Makes the environments, as `atari.AtariPool`.
+      constructor: Makes the environments, as `games.make_pool`.
       progress: Where to show progress, of all seeds together; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -211,7 +210,7 @@ def _check_has_pretraining(config: config_lib.Config) -> None:
             "keep_best ranks checkpoints by the score, which a reward-free stage "
             "must not see: leave it out here, and give it to fine-tuning."
         )
-    loop.pretrain_plan(config, config.make_agent(num_actions=2))
+    loop.pretrain_plan(config, config.make_agent(2, config.observation))
 
 
 def _check_machine(
@@ -237,9 +236,9 @@ def _explore(
     """Pretrains from where the session stands to the end, one seed or many."""
     num_envs, schedule = session.num_envs, session.schedule
     assert schedule is not None
-    total = -(-config.pretrain.pretrain_agent_steps // num_envs)
+    total = -(-config.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
-    frames = num_envs * FRAME_SKIP * recorder.num_seeds
+    frames = num_envs * config.observation.frame_skip * recorder.num_seeds
     progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
         session.step()
@@ -262,10 +261,10 @@ def _pretrain_result(
 ) -> dict[str, Any]:
     return {
         **_describe(config, PRETRAIN),
-        "pretrain_frames": session.agent_steps * FRAME_SKIP,
+        "pretrain_frames": session.agent_steps * config.observation.frame_skip,
         "updates": int(jax.device_get(session.state.num_updates)),
         "last_metrics": recorder.last_row,
-        **_rate(session.agent_steps, started),
+        **_rate(config, session.agent_steps, started),
     }
 
 
@@ -274,7 +273,7 @@ def finetune(
     workdir: folders.PathLike,
     init: folders.PathLike | None,
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> dict[str, Any]:
@@ -289,7 +288,7 @@ def finetune(
       workdir: Folder of this stage; made if it does not exist.
       init: Folder of a pretraining whose agent is taken over whole; None starts from
         an untrained agent with the same budget.
-      constructor: Makes the environments, as `atari.AtariPool`.
+      constructor: Makes the environments, as `games.make_pool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -306,7 +305,9 @@ def finetune(
     started = time.monotonic()
     workdir = folders.as_path(workdir)
     init = None if init is None else folders.as_path(init)
-    constructor = reward_functions.constructor_for(config.finetune.task, constructor)
+    constructor = reward_functions.constructor_for(
+        config.finetune.task, constructor, config.observation
+    )
     trained = None
     if init is not None:
         _check_fits_config(init, config)
@@ -329,7 +330,7 @@ def finetune(
             mesh,
         )
         held.callback(pool.close)
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         if init is None:
             state = loop.init_state(agent, config.seed, mesh)
         else:
@@ -371,7 +372,9 @@ def finetune(
             )
         result = {
             **_describe(config, FINETUNE),
-            "pretrain_frames": (0 if trained is None else trained.step * FRAME_SKIP),
+            "pretrain_frames": (
+                0 if trained is None else trained.step * config.observation.frame_skip
+            ),
             "init_agent_steps": None if trained is None else trained.step,
             "finetune_agent_steps": session.agent_steps,
             "init": None if init is None else str(init),
@@ -382,7 +385,7 @@ def finetune(
                 **{name: x for name, x in adapted.items() if name != "summary"},
             },
             "updates": int(jax.device_get(session.state.num_updates)),
-            **_rate(session.agent_steps, started),
+            **_rate(config, session.agent_steps, started),
         }
         recorders.write_result(workdir, result, warn, stop)
     return result
@@ -447,7 +450,7 @@ def roll_out(
     key = loop.stream_key(config.seed, loop.Stream.INFER_ACT)
     policy = loop.pretrain_plan(config, agent).phase.policy
     total = -(-values.infer_agent_steps // session.num_envs)
-    frames = session.num_envs * FRAME_SKIP
+    frames = session.num_envs * config.observation.frame_skip
     progress.start("infer", total=total * frames, done=session.iteration * frames)
     act, learn = session.act, session.learn
     session.act, session.learn = loop.jit_act(loop.make_act(policy, key), mesh), None
@@ -536,8 +539,8 @@ def _learn(
         recorder.write({**session.row(), **summary})
         progress.start(
             FINETUNE,
-            total=total * num_envs * FRAME_SKIP,
-            done=session.agent_steps * FRAME_SKIP,
+            total=total * num_envs * config.observation.frame_skip,
+            done=session.agent_steps * config.observation.frame_skip,
         )
 
     evaluate_if_due()
@@ -585,7 +588,9 @@ def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, A
         num_envs = config.finetune.finetune_num_envs
         size = config.finetune.finetune_agent_steps + num_envs
     return {
-        "replay_bytes": buffer.num_bytes({}, num_envs=num_envs, size=size),
+        "replay_bytes": buffer.num_bytes(
+            config.observation, {}, num_envs=num_envs, size=size
+        ),
         "num_devices": config.num_devices,
         "is_copied": config.report.checkpoint_replay,
     }
@@ -616,11 +621,11 @@ def load_pretrained(
     """
     folder = folders.find_stage(folders.as_path(workdir), PRETRAIN)
     trained = _load(folder, warn, is_finetuned=False)
-    total = trained.config.pretrain.pretrain_agent_steps
+    total = trained.config.pretrain_agent_steps
     if trained.step < total:
         warn(
             f"the pretraining in {folder} is not finished: the agent used is that of "
-            f"{trained.step * FRAME_SKIP:,} of {total * FRAME_SKIP:,} frames."
+            f"{trained.step:,} of {total:,} agent steps."
         )
     return trained
 
@@ -653,7 +658,7 @@ def _load(
     )
 
     def template(metadata: dict[str, Any]) -> dict[str, Any]:
-        agent = config.make_agent(metadata["num_actions"])
+        agent = config.make_agent(metadata["num_actions"], _observation_of(metadata))
 
         def init(key: types.PRNGKey) -> base.AgentState:
             state = agent.init(key)
@@ -670,12 +675,17 @@ def _load(
     num_actions = found.metadata["num_actions"]
     return Trained(
         config,
-        config.make_agent(num_actions),
+        config.make_agent(num_actions, _observation_of(found.metadata)),
         found.items["agent"],
         num_actions,
         found.metadata,
         found.step,
     )
+
+
+def _observation_of(metadata: dict[str, Any]) -> types.ObservationSpec:
+    frame_shape, *others = metadata["observation"]
+    return types.ObservationSpec(tuple(frame_shape), *others)
 
 
 def _check_fits_config(init: pathlib.Path, config: config_lib.Config) -> None:
@@ -772,11 +782,15 @@ def _score(config: config_lib.Config, played: evaluation.Evaluation) -> dict[str
     }
 
 
-def _rate(agent_steps: int, started: float) -> dict[str, Any]:
+def _rate(
+    config: config_lib.Config, agent_steps: int, started: float
+) -> dict[str, Any]:
     seconds = time.monotonic() - started
     return {
         "wall_seconds": round(seconds, 3),
-        "frames_per_second": round(agent_steps * FRAME_SKIP / seconds, 1),
+        "frames_per_second": round(
+            agent_steps * config.observation.frame_skip / seconds, 1
+        ),
         "device": jax.devices()[0].platform,
         "git_commit": folders.git_commit(),
     }

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.ops import knn
-from aps_jax.types import STACK_SIZE
 from experiments.benchmark import encoders, setup
 from experiments.benchmark.loops import matrix_product
 from experiments.benchmark.setup import Size
@@ -19,7 +20,7 @@ from experiments.benchmark.table import Row, at_least, at_most, take_turns
 
 NUM_NEIGHBORS = 12
 _NO_TORCH = "PyTorch is not installed"
-_STACK_BYTES = 84 * 84 * STACK_SIZE
+_STACK_BYTES = math.prod(atari.OBSERVATION.shape)
 
 
 def replay_rows(size: Size) -> list[Row]:

@@ -15,7 +15,7 @@ from aps_jax.envs import atari
 from aps_jax.parallel import devices
 from aps_jax.train import loop, seeds
 
-FRAME_SKIP = types.FRAME_SKIP
+FRAME_SKIP = atari.FRAME_SKIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -156,7 +156,7 @@ class Setup:
             self._session, _ = seeds.start_pretraining(config, run_seeds, pool)
         else:
             mesh = devices.make_mesh(config.num_devices)
-            agent = config.make_agent(pool.num_actions)
+            agent = config.make_agent(pool.num_actions, pool.observation)
             plan = loop.pretrain_plan(config, agent)
             state = loop.init_state(agent, config.seed, mesh)
             self._learner = plan.phase.learner

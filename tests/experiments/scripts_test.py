@@ -19,6 +19,7 @@ from PIL import Image
 from scripts import run_script
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.runs import folders
 from aps_jax.train import loop, stages
 from experiments import (
@@ -417,7 +418,7 @@ def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
             return
     assert config_lib.from_dict(config_lib.to_dict(config)) == config
     loop.stream_key(config.seed, loop.Stream.EVALUATE)
-    agent = config.make_agent(num_actions=2)
+    agent = config.make_agent(2, atari.OBSERVATION)
     plans = [loop.finetune_plan(config, agent)]
     if config.has_pretraining:
         plans.append(loop.pretrain_plan(config, agent))

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.parallel import interrupts
 from aps_jax.runs import checkpoints, machine, metrics
 from aps_jax.train import loop, preflight, seeds, stages
@@ -94,7 +95,7 @@ def newest(workdir):
         json.loads((workdir / "config.json").read_text())["config"]
     )
     pool = loop.make_pool(config, 4, loop.Stream.PRETRAIN_ACT, fakes.ChainPool)
-    agent = config.make_agent(pool.num_actions)
+    agent = config.make_agent(pool.num_actions, atari.OBSERVATION)
     session = loop.start(
         config,
         loop.pretrain_plan(config, agent),
