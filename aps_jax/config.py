@@ -274,6 +274,7 @@ class Config:
         if not isinstance(learner, self.entry.config):
             wrong = f"The learner's options are not those of {self.agent}."
             raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
+        base.check_encoder(learner, self.observation)
         if max(self.evaluation.set_agent_steps, default=0) > (
             finetune.finetune_agent_steps
         ):
@@ -559,5 +560,11 @@ def preset_config(preset: str, agent: str = DEFAULT_AGENT) -> Config:
         raise ValueError(
             f"agent must be one of {', '.join(agents.AGENTS)}, got {agent!r}."
         )
-    config = Config(agent=agent, preset=preset, learner=_learner_of(agent, preset))
-    return replace_options(config, **PRESETS[preset])
+    values = PRESETS[preset]
+    config = Config(
+        game=values.get("game", Config.game),
+        agent=agent,
+        preset=preset,
+        learner=_learner_of(agent, preset),
+    )
+    return replace_options(config, **values)

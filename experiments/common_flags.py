@@ -179,7 +179,7 @@ def _check_game(game: str, given: Mapping[str, Any]) -> None:
     }
     if games.is_world(game) and of_emulators:
         names = ", ".join(f"--{name}" for name in sorted(of_emulators))
-        raise ValueError(f"{names} is for Atari's emulators: {game} has none.")
+        raise ValueError(f"{names}: for Atari's emulators alone, {game} has none.")
 
 
 def workdir_from_flags() -> pathlib.Path:

@@ -9,6 +9,7 @@ import pytest
 
 from aps_jax import config as config_lib
 from aps_jax.agents import AGENTS, aps
+from aps_jax.envs import atari
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -67,12 +68,15 @@ def test_a_frame_of_a_world_is_an_agent_step():
     ],
 )
 def test_an_encoder_that_does_not_fit_is_one_clear_line(game, encoder, fitting):
-    config = config_lib.replace_options(config_lib.Config(), game=game, encoder=encoder)
     with pytest.raises(
         ValueError, match=f"{encoder} does not fit.*{fitting}"
     ) as caught:
-        config.make_agent(3, config.observation)
+        config_lib.replace_options(config_lib.Config(), game=game, encoder=encoder)
     assert "\n" not in str(caught.value)
+    # Also where an agent is made for another game than that of its config.
+    config = config_lib.preset_config("maze")
+    with pytest.raises(ValueError, match="mlp does not fit grey images"):
+        config.make_agent(3, atari.OBSERVATION)
 
 
 @pytest.mark.parametrize(

@@ -250,11 +250,11 @@ class Entry(NamedTuple):
     transferred: tuple[str, ...]  # options that a fine-tuning shares with its init
 
 
-def make_encoder(config: Config, observation: ObservationSpec) -> Any:
-    """Returns the encoder module that a config names.
+def check_encoder(config: Config, observation: ObservationSpec) -> None:
+    """Checks that a config's encoder is made for what an agent sees.
 
     Raises:
-      ValueError: It is not made for such observations.
+      ValueError: It is not.
     """
     fitting = IMAGE_ENCODERS if observation.is_image else PLANE_ENCODERS
     if config.encoder not in fitting:
@@ -264,6 +264,15 @@ def make_encoder(config: Config, observation: ObservationSpec) -> Any:
             f"{observation.shape}: give --encoder as one of {', '.join(fitting)}, or "
             "a preset that is made for the game."
         )
+
+
+def make_encoder(config: Config, observation: ObservationSpec) -> Any:
+    """Returns the encoder module that a config names.
+
+    Raises:
+      ValueError: It is not made for such observations.
+    """
+    check_encoder(config, observation)
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     return ENCODERS[config.encoder](dtype=dtype)
 
