@@ -5,6 +5,8 @@ import pathlib
 import setuptools
 
 _ROOT = pathlib.Path(__file__).resolve().parent
+# Gymnax imports six, and does not declare it.
+_WORLDS = ["gymnax>=1.0.1", "six>=1.17"]
 
 
 def _requirements() -> list[str]:
@@ -27,6 +29,7 @@ setuptools.setup(
         # What the tests compare with, the linter and the type checker.
         "dev": [
             "distrax>=0.1.9",
+            *_WORLDS,
             "hypothesis>=6.170",
             "mypy>=2.4",
             "pytest-xdist>=3.8",
@@ -34,6 +37,7 @@ setuptools.setup(
             "scipy>=1.17",
             "submitit>=1.5",
         ],
+        "worlds": _WORLDS,  # MinAtar
         "sweep": ["submitit>=1.5"],  # sweep --run=slurm
         "wandb": ["wandb>=0.21"],
         "docs": ["sphinx>=9.0", "myst-parser>=5.0"],

@@ -3,7 +3,7 @@
 Every field carries its own help text, from which `experiments.common_flags` makes the
 flag of the same name: a value is declared, explained and bounded in one place. The
 agent's options are declared by its own file. Counts say their unit: frames (emulator
-frames), agent steps (`FRAME_SKIP` frames each), or updates (gradient steps).
+frames; in a world an agent step is one), agent steps, or updates (gradient steps).
 """
 
 import dataclasses
@@ -15,8 +15,9 @@ from absl import logging
 
 from aps_jax import agents, options
 from aps_jax.agents import base
+from aps_jax.envs import atari, games
 from aps_jax.options import option
-from aps_jax.types import FRAME_SKIP
+from aps_jax.types import ObservationSpec
 
 DEFAULT_AGENT = "aps"
 
@@ -42,7 +43,7 @@ class EnvironmentConfig:
     max_frames: int = option(
         108_000,
         "Emulator frames after which a game is cut.",
-        low=FRAME_SKIP,
+        low=atari.FRAME_SKIP,
         compared=False,
     )
     fire_reset: bool = option(
@@ -67,7 +68,7 @@ class PretrainConfig:
     pretrain_frames: int = option(
         200_000_000,
         "Emulator frames played without reward.",
-        low=FRAME_SKIP,
+        low=1,
         compared=False,
     )
     num_envs: int = option(
@@ -88,11 +89,6 @@ class PretrainConfig:
 
     def __post_init__(self) -> None:
         options.check(self)
-
-    @property
-    def pretrain_agent_steps(self) -> int:
-        """Agent steps of all environments together."""
-        return self.pretrain_frames // FRAME_SKIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -236,7 +232,10 @@ class Config:
     """One run: which game, which agent, which values."""
 
     game: str = option(
-        "Pong", "Atari game in EnvPool's spelling, such as Pong.", compared=False
+        "Pong",
+        "Atari game in EnvPool's spelling, such as Pong, or a world: minatar/NAME, "
+        "maze/NAME or maze/NAME/pixels.",
+        compared=False,
     )
     seed: int = option(
         0, "Root of every random stream of the run.", low=0, compared=False
@@ -275,6 +274,7 @@ class Config:
         if not isinstance(learner, self.entry.config):
             wrong = f"The learner's options are not those of {self.agent}."
             raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
+        base.check_encoder(learner, self.observation)
         if max(self.evaluation.set_agent_steps, default=0) > (
             finetune.finetune_agent_steps
         ):
@@ -301,16 +301,17 @@ class Config:
                 finetune.finetune_agent_steps,
             ),
         ):
-            if size // envs < learner.window_length:
+            window_length = self.observation.stack - 1 + learner.window_states
+            if size // envs < window_length:
                 raise ValueError(
                     f"The replay of {stage} holds {size // envs} agent steps of each "
-                    f"of {envs} environments, less than one window of "
-                    f"{learner.window_length}."
+                    f"of {envs} environments, less than one window of {window_length}."
                 )
-        if pretrain.pretrain_agent_steps < pretrain.num_envs:
+        if self.pretrain_agent_steps < pretrain.num_envs:
             raise ValueError(
                 f"pretrain_frames must give each of {pretrain.num_envs} environments "
-                f"an agent step of {FRAME_SKIP} frames, got {pretrain.pretrain_frames}."
+                f"an agent step of {self.observation.frame_skip} frames, got "
+                f"{pretrain.pretrain_frames}."
             )
 
     @property
@@ -321,11 +322,21 @@ class Config:
     @property
     def has_pretraining(self) -> bool:
         """Whether the agent has a reward-free phase."""
-        return self.make_agent(num_actions=2).pretrain is not None
+        return self.make_agent(2, self.observation).pretrain is not None
 
-    def make_agent(self, num_actions: int) -> base.Agent:
-        """Makes the agent for a game of that many actions."""
-        return self.entry.make(self.learner, num_actions)
+    @property
+    def observation(self) -> ObservationSpec:
+        """What the game shows."""
+        return games.observation_of(self.game)
+
+    @property
+    def pretrain_agent_steps(self) -> int:
+        """Agent steps of pretraining, of all environments together."""
+        return self.pretrain.pretrain_frames // self.observation.frame_skip
+
+    def make_agent(self, num_actions: int, observation: ObservationSpec) -> base.Agent:
+        """Makes the agent for a game of that many actions that is seen so."""
+        return self.entry.make(self.learner, num_actions, observation)
 
 
 _SECTIONS: dict[str, Any] = {
@@ -502,6 +513,38 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The talk's and the papers' own values.
     "paper": {},
+    # About an hour on two cores: MinAtar with the encoder of its paper.
+    "minatar": {
+        "game": "minatar/Breakout",
+        "pretrain_frames": 1_000_000,
+        "num_envs": 32,
+        "replay_size": 100_000,
+        "warmup_agent_steps": 5_000,
+        "samples_per_step": 8.0,
+        "finetune_agent_steps": 200_000,
+        "infer_agent_steps": 10_000,
+        "finetune_num_envs": 16,
+        "finetune_samples_per_step": 8.0,
+        "eval_episodes": 30,
+        "report_agent_steps": 10_000,
+        "checkpoint_agent_steps": 250_000,
+    },
+    # Two cores, minutes: one-hot mazes.
+    "maze": {
+        "game": "maze/four_rooms",
+        "pretrain_frames": 100_000,
+        "num_envs": 32,
+        "replay_size": 50_000,
+        "warmup_agent_steps": 2_000,
+        "samples_per_step": 8.0,
+        "finetune_agent_steps": 20_000,
+        "infer_agent_steps": 4_000,
+        "finetune_num_envs": 16,
+        "finetune_samples_per_step": 8.0,
+        "eval_episodes": 10,
+        "report_agent_steps": 4_000,
+        "checkpoint_agent_steps": 50_000,
+    },
 }
 
 
@@ -517,5 +560,11 @@ def preset_config(preset: str, agent: str = DEFAULT_AGENT) -> Config:
         raise ValueError(
             f"agent must be one of {', '.join(agents.AGENTS)}, got {agent!r}."
         )
-    config = Config(agent=agent, preset=preset, learner=_learner_of(agent, preset))
-    return replace_options(config, **PRESETS[preset])
+    values = PRESETS[preset]
+    config = Config(
+        game=values.get("game", Config.game),
+        agent=agent,
+        preset=preset,
+        learner=_learner_of(agent, preset),
+    )
+    return replace_options(config, **values)

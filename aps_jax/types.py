@@ -1,5 +1,6 @@
 """Names that several rooms share: array aliases, the environment's step, metrics."""
 
+import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple, TypeAlias
 
@@ -10,11 +11,24 @@ Array: TypeAlias = jax.Array | np.ndarray
 PRNGKey: TypeAlias = jax.Array
 Params: TypeAlias = Mapping[str, Any]
 
-# One agent step repeats its action for this many emulator frames, as in every published
-# Atari protocol that the project compares with.
-FRAME_SKIP = 4
-STACK_SIZE = 4  # frames of an observation
-FRAME_SHAPE = (84, 84)
+
+class ObservationSpec(NamedTuple):
+    """What an agent sees of one environment."""
+
+    frame_shape: tuple[int, ...]  # (H, W): grey image; (H, W, C): planes of 0 and 1
+    stack: int  # frames of an observation
+    frame_skip: int  # emulator frames of an agent step, 1 outside of emulators
+
+    @property
+    def is_image(self) -> bool:
+        """Whether a frame is a grey image, from 0 to 255."""
+        return len(self.frame_shape) == 2
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Shape `(H, W, C)` of an observation: stacked frames, the newest last."""
+        height, width, *channels = self.frame_shape
+        return (height, width, math.prod(channels) * self.stack)
 
 
 class Metric(NamedTuple):
@@ -32,10 +46,10 @@ class TimeStep(NamedTuple):
     holds the reset observation (`is_first`), and the pair is not a transition.
     """
 
-    frame: Array  # [E, 84, 84] uint8, the newest grey frame, never a stack.
+    frame: Array  # [E, *frame_shape] uint8, the newest frame, never a stack.
     reward: Array  # [E] float32, unclipped game reward of reaching this frame.
     terminated: Array  # [E] bool, game over: the value of this state is 0.
     truncated: Array  # [E] bool, time limit without game over: bootstrap here.
     is_first: Array  # [E] bool, a reset frame, reached by no action.
     lives: Array  # [E] int32, lives left, 0 in games without lives.
-    ram: Array  # [E, 128] uint8, the console's memory.
+    ram: Array  # [E, M] uint8, the console's memory: Atari has 128 bytes.

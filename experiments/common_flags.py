@@ -5,20 +5,21 @@ given takes its value from the preset.
 """
 
 import contextlib
+import dataclasses
 import logging as python_logging
 import os
 import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 from absl import app, flags, logging
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari
+from aps_jax.envs import games
 from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import console, folders, machine, progress, tracking
 from aps_jax.train import loop, preflight, recorders
@@ -32,7 +33,7 @@ _PRESET = flags.DEFINE_enum(
     list(config_lib.PRESETS),
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes "
     "on two cores, a small encoder), gpu (the paper's quantities, many environments), "
-    "or paper.",
+    "paper, or minatar or maze for these worlds.",
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",
@@ -157,12 +158,27 @@ def config_from_flags(
         agent = given.get("agent", config_lib.DEFAULT_AGENT)
         base = config_lib.preset_config(_PRESET.value, agent)
     config = config_lib.replace_options(base, **given)
-    atari.check_game(config.game)
+    _check_game(config.game, given)
     if config.report.wandb:
         tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
         machine.check_accelerator()
     return config
+
+
+def _check_game(game: str, given: Mapping[str, Any]) -> None:
+    """Checks that there is the game, and that it has what the flags set.
+
+    Raises:
+      ValueError: There is no such game, or a flag is for another kind.
+    """
+    games.check(game)
+    of_emulators = given.keys() & {
+        field.name for field in dataclasses.fields(config_lib.EnvironmentConfig)
+    }
+    if games.is_world(game) and of_emulators:
+        names = ", ".join(f"--{name}" for name in sorted(of_emulators))
+        raise ValueError(f"{names}: for Atari's emulators alone, {game} has none.")
 
 
 def workdir_from_flags() -> pathlib.Path:

@@ -21,11 +21,10 @@ import jax
 from absl import flags
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.report import run_pictures
 from aps_jax.runs import folders
 from aps_jax.train import evaluation, stages, zero_shot
-from aps_jax.types import FRAME_SKIP
 from experiments import common_flags, summary
 
 _CHECKPOINT = flags.DEFINE_string(
@@ -61,7 +60,7 @@ def main(argv: Sequence[str]) -> None:
         load = stages.load_pretrained
         names = [name.strip() for name in (names or reward_functions.SCORE).split(",")]
         for name in names:
-            reward_functions.load(name)
+            reward_functions.load(name, its_config.observation)
     trained = load(checkpoint, warn=common_flags.warn)
     config = common_flags.config_from_flags(trained.config)
     stages.check_fits(trained, checkpoint, config, trained.num_actions)
@@ -93,7 +92,7 @@ def _evaluate(
             trained.state,
             record_games=int(_VIDEO.value),
             constructor=reward_functions.constructor_for(
-                config.finetune.reward, atari.AtariPool
+                config.finetune.reward, games.make_pool, config.observation
             ),
             **watched,
         )
@@ -126,7 +125,7 @@ def _evaluate_rewards(
         "seed": config.seed,
         "preset": config.preset,
         "checkpoint": checkpoint,
-        "pretrain_frames": trained.step * FRAME_SKIP,
+        "pretrain_frames": trained.step * config.observation.frame_skip,
         "protocol": evaluation.protocol_of(config),
         "rewards": rewards,
         "wall_seconds": round(time.monotonic() - started, 3),

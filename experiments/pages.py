@@ -17,11 +17,11 @@ from absl import app, flags
 
 from aps_jax import agents
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import folders, metrics
 from aps_jax.types import Metric
 from experiments.benchmark import table as bench_table
-from experiments.maze import grid
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
 RESULTS = pathlib.Path("results", "cpu_sweep")
@@ -65,21 +65,6 @@ def results_table() -> str:
     )
 
 
-def maze_table() -> str:
-    """Returns the maze's tables."""
-    result = folders.read_json(ROOT / "results/maze/maze.json")
-    if result["schema"] < 3:  # Its psi of this arm learned nothing.
-        result["agents"].remove("entropy")
-    return grid.format_table({**result, "table": grid.summarise(result)})
-
-
-def ablation_table() -> str:
-    """Returns the choices of the maze's agent, as the ablation measured them."""
-    text = (ROOT / "results/maze_ablation/ablation.md").read_text(encoding="utf-8")
-    first = text.split("\n\n")[0].splitlines()
-    return "\n".join(line for line in first if "intercept" not in line)
-
-
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     """Returns what makes the table of some rows of the benchmark as measured."""
 
@@ -96,7 +81,7 @@ def metrics_tables() -> str:
     """Returns the metrics of all agents, each group once, under its agents."""
     groups: dict[tuple[str, tuple[Metric, ...]], list[str]] = {}
     for name in agents.AGENTS:
-        agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+        agent = config_lib.preset_config("smoke", name).make_agent(2, atari.OBSERVATION)
         phases = {"Pretraining": agent.pretrain, "Learning from reward": agent.finetune}
         for stage, phase in phases.items():
             if phase is not None:
@@ -116,7 +101,6 @@ def metrics_tables() -> str:
 
 # Page -> name of the part -> what makes it.
 PARTS: dict[str, dict[str, Callable[[], str]]] = {
-    "docs/maze.md": {"maze": maze_table, "ablation": ablation_table},
     "docs/metrics.md": {"metrics": metrics_tables},
     "docs/performance.md": {
         "benchmark": measured_rows(lambda name: name not in _ON_SCALING),

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.parallel import devices, processes
 from aps_jax.report import report, run_pictures, tables
 from aps_jax.runs import folders, metrics, snapshots
@@ -39,7 +39,7 @@ def main(argv: Sequence[str]) -> None:
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
     arms = common_flags.arms_from_flags(config, ["pretrained"])
-    reward_functions.load(config.finetune.reward)
+    reward_functions.load(config.finetune.reward, config.observation)
     workdir = common_flags.workdir_from_flags()
     all_runs = common_flags.runs_from_flags(config, workdir)
     names = [stages.PRETRAIN] * ("pretrained" in arms) + [stages.FINETUNE]
@@ -130,7 +130,7 @@ def _draw(
         evaluation.make_player(config, trained.agent),
         trained.state,
         constructor=reward_functions.constructor_for(
-            config.finetune.reward, atari.AtariPool
+            config.finetune.reward, games.make_pool, config.observation
         ),
         **watched,
     )

@@ -31,7 +31,8 @@ from absl import flags
 
 from aps_jax import agents as agents_lib
 from aps_jax import config as config_lib
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games as games_lib
+from aps_jax.envs import reward_functions
 from aps_jax.parallel import interrupts
 from aps_jax.report import by_reward, report, tables
 from aps_jax.runs import folders, machine, metrics
@@ -270,7 +271,7 @@ def _games(words: Sequence[str]) -> list[str]:
         else:
             games.append(word)
     for game in games:
-        atari.check_game(game)
+        games_lib.check(game)
     return list(dict.fromkeys(games))
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from aps_jax import config as config_lib
 from aps_jax.agents import AGENTS, aps
+from aps_jax.envs import atari
 
 
 @pytest.mark.parametrize("agent", AGENTS)
@@ -22,7 +23,7 @@ def test_a_config_survives_json(preset, agent):
 def test_the_paper_preset_has_the_papers_values():
     config = config_lib.preset_config("paper")
     learner = config.learner
-    assert config.pretrain.pretrain_agent_steps == 50_000_000
+    assert config.pretrain_agent_steps == 50_000_000
     assert (learner.feature_dim, learner.num_neighbors) == (5, 12)
     assert (learner.n_steps, learner.discount, learner.task_steps) == (10, 0.99, 10)
     assert (learner.learning_rate, learner.adam_epsilon) == (1e-4, 1.5e-4)
@@ -41,7 +42,41 @@ def test_the_paper_preset_has_the_papers_values():
 def test_a_window_holds_its_targets_their_steps_and_its_history():
     learner = aps.Config(window_targets=4, n_steps=10, batch_size=32)
     assert learner.window_states == 14
-    assert learner.window_length == 17
+    sizes = {"replay_size": 16, "num_envs": 1, "window_targets": 4, "n_steps": 10}
+    with pytest.raises(ValueError, match="holds 16 .* one window of 17"):
+        config_lib.replace_options(config_lib.Config(), **sizes)
+    # Atari's three frames of history are no part of a window of a maze.
+    world = config_lib.preset_config("maze")
+    assert world.observation.stack == 1
+    config_lib.replace_options(world, **{**sizes, "replay_size": 14})
+    with pytest.raises(ValueError, match="holds 13 .* one window of 14"):
+        config_lib.replace_options(world, **{**sizes, "replay_size": 13})
+
+
+def test_a_frame_of_a_world_is_an_agent_step():
+    config = config_lib.preset_config("minatar")
+    assert config.pretrain_agent_steps == config.pretrain.pretrain_frames
+    assert config.game == "minatar/Breakout"
+
+
+@pytest.mark.parametrize(
+    "game, encoder, fitting",
+    [
+        ("minatar/Breakout", "nature", "minatar, mlp"),
+        ("maze/spiral/pixels", "mlp", "small, nature, paper"),
+        ("Pong", "minatar", "small, nature, paper"),
+    ],
+)
+def test_an_encoder_that_does_not_fit_is_one_clear_line(game, encoder, fitting):
+    with pytest.raises(
+        ValueError, match=f"{encoder} does not fit.*{fitting}"
+    ) as caught:
+        config_lib.replace_options(config_lib.Config(), game=game, encoder=encoder)
+    assert "\n" not in str(caught.value)
+    # Also where an agent is made for another game than that of its config.
+    config = config_lib.preset_config("maze")
+    with pytest.raises(ValueError, match="mlp does not fit grey images"):
+        config.make_agent(3, atari.OBSERVATION)
 
 
 @pytest.mark.parametrize(
@@ -96,7 +131,7 @@ def test_the_exploration_value_is_apart_in_two_forms(form):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="smoke, cpu, gpu, paper, got 'tpu'"):
+    with pytest.raises(ValueError, match="paper, minatar, maze, got 'tpu'"):
         config_lib.preset_config("tpu")
 
 

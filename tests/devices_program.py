@@ -18,6 +18,7 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.parallel import devices, interrupts
 from aps_jax.replay import buffer
 from aps_jax.train import loop, stages
@@ -97,7 +98,7 @@ def random_replay(mesh, extras):
 def learned(config, num_devices, *, is_pretraining):
     """Makes updates; returns what they leave, and the collectives of one."""
     mesh = devices.make_mesh(num_devices)
-    agent = config.make_agent(num_actions=3)
+    agent = config.make_agent(3, atari.OBSERVATION)
     state = loop.init_state(agent, 0, mesh)
     plan = loop.finetune_plan(config, agent)
     if is_pretraining:
@@ -106,7 +107,7 @@ def learned(config, num_devices, *, is_pretraining):
         state, _ = agent.adapt(KEY, agent.start_finetune(state), None)
         state = devices.device_put(state, mesh)
     learner = plan.phase.learner
-    draw = loop.make_draw(learner, KEY, reward_free=is_pretraining, mesh=mesh)
+    draw = loop.make_draw(plan.phase, KEY, reward_free=is_pretraining, mesh=mesh)
     learn = loop.jit_learn(loop.make_learn(learner, draw, KEY), mesh)
     names = loop.names_of(learner.metrics)
     sums = devices.device_put(loop.init_sums(names), mesh)
@@ -147,7 +148,7 @@ def learned(config, num_devices, *, is_pretraining):
 def acted(num_devices):
     """Acts on the chain; returns the replay, and what one step communicates."""
     mesh = devices.make_mesh(num_devices)
-    agent = CONFIG.make_agent(num_actions=3)
+    agent = CONFIG.make_agent(3, atari.OBSERVATION)
     policy = loop.pretrain_plan(CONFIG, agent).phase.policy
     state = loop.init_state(agent, 0, mesh)
     act = loop.jit_act(loop.make_act(policy, KEY), mesh)
@@ -275,7 +276,7 @@ def leave_steps(folder):
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    params = CONFIG.make_agent(num_actions=3).init(KEY).params
+    params = CONFIG.make_agent(3, atari.OBSERVATION).init(KEY).params
     facts["params_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
     (folder / "facts.json").write_text(json.dumps(facts))
 

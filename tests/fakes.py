@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aps_jax import types
+from aps_jax.envs import atari
 
 
 class ScriptedStep(NamedTuple):
@@ -157,6 +158,7 @@ class ChainPool:
     """
 
     num_actions = 3
+    observation = atari.OBSERVATION
     max_agent_steps = 20
     max_arrivals = 3
 

@@ -24,7 +24,7 @@ from aps_jax.ops.returns import masked_mean
 from aps_jax.options import option
 from aps_jax.replay import frames
 from aps_jax.replay.buffer import Window
-from aps_jax.types import Metric, Params, PRNGKey
+from aps_jax.types import Metric, ObservationSpec, Params, PRNGKey
 
 TD_FORMS = ("off_policy", "split", "vector", "scalar")
 
@@ -211,13 +211,13 @@ class Networks(NamedTuple):
     """The networks bound to a config: functions of their parameters."""
 
     init: Callable[[PRNGKey], dict[str, Params]]
-    h: Callable[[Params, jax.Array], jax.Array]  # observation [..., 84, 84, 4]
+    h: Callable[[Params, jax.Array], jax.Array]  # observation [..., H, W, C]
     successor: Callable[[Params, jax.Array, jax.Array], modules.Successor]
 
 
-def make(config: Config, num_actions: int) -> base.Agent:
+def make(config: Config, num_actions: int, observation: ObservationSpec) -> base.Agent:
     """Binds APS to a config; see `base.Agent`."""
-    networks = _make_networks(config, num_actions)
+    networks = _make_networks(config, num_actions, observation)
     optimizer, finetune_optimizer = (
         optax.partition(
             {"features": features, "successor": base.adam(config, rate)},
@@ -314,7 +314,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
         return state._replace(stats=stats), facts
 
     def policy(choose: "Chooser", epsilon: float, hold: int | None) -> base.Policy:
-        return _make_policy(config, choose, epsilon=epsilon, hold=hold)
+        return _make_policy(config, choose, observation, epsilon=epsilon, hold=hold)
 
     inferred = functools.partial(policy, hold=None)
     return base.Agent(
@@ -355,12 +355,14 @@ def _in_own_unit(
     return optax.GradientTransformationExtraArgs(transform.init, update)
 
 
-def _make_networks(config: Config, num_actions: int) -> Networks:
+def _make_networks(
+    config: Config, num_actions: int, shown: ObservationSpec
+) -> Networks:
     feature_network: Any = modules.FeatureNetwork(
-        base.make_encoder(config), config.feature_dim
+        base.make_encoder(config, shown), config.feature_dim
     )
     successor_network: Any = modules.SuccessorNetwork(
-        base.make_encoder(config),
+        base.make_encoder(config, shown),
         num_actions,
         config.feature_dim,
         hidden=config.hidden_units,
@@ -369,7 +371,7 @@ def _make_networks(config: Config, num_actions: int) -> Networks:
 
     def init(key: PRNGKey) -> dict[str, Params]:
         features_key, successor_key = jax.random.split(key)
-        observation = frames.init_stack(1)
+        observation = frames.init_stack(shown, 1)
         task = jnp.zeros((1, 1, config.feature_dim))
         return {
             "features": feature_network.init(features_key, observation),
@@ -407,13 +409,19 @@ Chooser = Callable[[AgentState, Observation, Memory, PRNGKey], tuple[Memory, jax
 
 
 def _make_policy(
-    config: Config, choose: Chooser, *, epsilon: float, hold: int | None
+    config: Config,
+    choose: Chooser,
+    shown: ObservationSpec,
+    *,
+    epsilon: float,
+    hold: int | None,
 ) -> base.Policy:
     """Makes an epsilon-greedy policy for a task per environment.
 
     Args:
       config: The agent's options.
       choose: Values actions.
+      shown: What it sees.
       epsilon: Probability of a random action.
       hold: Agent steps for which a random task is kept, or until the episode ends; the
         environments redraw theirs at different steps. None follows the inferred task.
@@ -449,7 +457,7 @@ def _make_policy(
         action = acting.epsilon_greedy(action_key, values, epsilon)
         return memory, base.Decision(action, {"task": memory.task})
 
-    return base.Policy(init, act)
+    return base.Policy(init, act, shown)
 
 
 def _for_one_task(
@@ -796,6 +804,15 @@ def _make_finetune_learner(
 
 
 # What is set by a preset of the run, in this agent's own options.
+_WORLD = {
+    **base.WORLD_VALUES,
+    "hidden_units": 128,
+    "num_particles": 128,
+    "task_steps": 40,
+    "feature_learning_rate": 5e-4,
+    "finetune_learning_rate": 5e-4,
+    "window_targets": 4,
+}
 PRESETS = {
     "smoke": {
         "encoder": "small",
@@ -829,6 +846,8 @@ PRESETS = {
         "learning_rate": 3e-4,
         "feature_learning_rate": 3e-4,
     },
+    "minatar": {"encoder": "minatar", **_WORLD},
+    "maze": {"encoder": "mlp", "feature_dim": 10, **_WORLD},
 }
 
 

@@ -19,13 +19,18 @@ from aps_jax.networks import modules
 from aps_jax.ops import losses, returns
 from aps_jax.options import option
 from aps_jax.replay.buffer import Extras, Window
-from aps_jax.types import STACK_SIZE, Array, Metric, Params, PRNGKey
+from aps_jax.types import Array, Metric, ObservationSpec, Params, PRNGKey
 
-ENCODERS = {
+IMAGE_ENCODERS = {
     "small": modules.SmallEncoder,
     "nature": modules.NatureEncoder,
     "paper": modules.PaperEncoder,
 }
+PLANE_ENCODERS = {"minatar": modules.MinAtarEncoder, "mlp": modules.MlpEncoder}
+ENCODERS: dict[str, Any] = {**IMAGE_ENCODERS, **PLANE_ENCODERS}
+
+# What the presets of worlds share: small networks, a step that is one frame.
+WORLD_VALUES = {"n_steps": 3, "batch_size": 64, "learning_rate": 5e-4}
 
 LEARNING = (
     Metric("loss_td", "-", "Half the squared TD error, summed over its components."),
@@ -39,9 +44,7 @@ LEARNING = (
 class Config:
     """Options that all agents share; an agent's own config adds to them."""
 
-    encoder: str = option(
-        "paper", "Convolutional encoder of the networks.", choices=tuple(ENCODERS)
-    )
+    encoder: str = option("paper", "Encoder of the networks.", choices=tuple(ENCODERS))
     hidden_units: int = option(
         512, "Units of the hidden layer of each head.", low=1, high=65536
     )
@@ -102,11 +105,6 @@ class Config:
         """States of one window: its targets and the steps that the last one sums."""
         return self.window_targets + self.n_steps
 
-    @property
-    def window_length(self) -> int:
-        """Frames of one window: its states and the history of the first."""
-        return STACK_SIZE - 1 + self.window_states
-
     def sharded_sizes(self) -> dict[str, int]:
         """Returns what every device gets an equal part of, by the option's name."""
         return {
@@ -129,7 +127,7 @@ class AgentState(NamedTuple):
 class Observation(NamedTuple):
     """What an agent sees of `E` environments."""
 
-    frames: Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    frames: Array  # [E, *observation.shape] uint8, newest frame last
     is_first: Array  # [E] bool, the first observation of an episode
 
 
@@ -147,6 +145,7 @@ class Policy(NamedTuple):
     init: Callable[[int], Any]
     # state, memory, observation, key (consumed) -> memory, decision
     act: Callable[[AgentState, Any, Observation, PRNGKey], tuple[Any, Decision]]
+    observation: ObservationSpec  # of what it sees, as `MakeAgent` was given it
 
 
 class BatchSpec(NamedTuple):
@@ -230,8 +229,14 @@ class Agent(NamedTuple):
 class MakeAgent(Protocol):
     """Binds a config to an agent's pure functions."""
 
-    def __call__(self, config: Any, num_actions: int) -> Agent:
-        """Makes the agent; `config` is of the agent's own class."""
+    def __call__(
+        self, config: Any, num_actions: int, observation: ObservationSpec
+    ) -> Agent:
+        """Makes the agent; `config` is of the agent's own class.
+
+        Raises:
+          ValueError: The encoder is not made for such observations.
+        """
 
 
 class Entry(NamedTuple):
@@ -245,8 +250,29 @@ class Entry(NamedTuple):
     transferred: tuple[str, ...]  # options that a fine-tuning shares with its init
 
 
-def make_encoder(config: Config) -> Any:
-    """Returns the encoder module that a config names."""
+def check_encoder(config: Config, observation: ObservationSpec) -> None:
+    """Checks that a config's encoder is made for what an agent sees.
+
+    Raises:
+      ValueError: It is not.
+    """
+    fitting = IMAGE_ENCODERS if observation.is_image else PLANE_ENCODERS
+    if config.encoder not in fitting:
+        kind = "grey images" if observation.is_image else "planes of 0 and 1"
+        raise ValueError(
+            f"encoder {config.encoder} does not fit {kind} of shape "
+            f"{observation.shape}: give --encoder as one of {', '.join(fitting)}, or "
+            "a preset that is made for the game."
+        )
+
+
+def make_encoder(config: Config, observation: ObservationSpec) -> Any:
+    """Returns the encoder module that a config names.
+
+    Raises:
+      ValueError: It is not made for such observations.
+    """
+    check_encoder(config, observation)
     dtype = jnp.bfloat16 if config.bfloat16 else jnp.float32
     return ENCODERS[config.encoder](dtype=dtype)
 

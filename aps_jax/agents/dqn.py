@@ -20,7 +20,7 @@ from aps_jax.ops import acting
 from aps_jax.ops.returns import masked_mean
 from aps_jax.replay import frames
 from aps_jax.replay.buffer import Window
-from aps_jax.types import Params, PRNGKey
+from aps_jax.types import ObservationSpec, Params, PRNGKey
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,28 +28,28 @@ class Config(base.Config):
     """Options of double DQN: those that all agents share."""
 
 
-def make(config: Config, num_actions: int) -> base.Agent:
+def make(config: Config, num_actions: int, observation: ObservationSpec) -> base.Agent:
     """Binds double DQN to a config; see `base.Agent`."""
     m = config.window_targets
     network: Any = modules.ValueNetwork(
-        base.make_encoder(config), num_actions, config.hidden_units
+        base.make_encoder(config, observation), num_actions, config.hidden_units
     )
     optimizer = base.adam(config, config.learning_rate)
 
     def init(key: PRNGKey) -> AgentState:
-        params = {"values": network.init(key, frames.init_stack(1))}
+        params = {"values": network.init(key, frames.init_stack(observation, 1))}
         target_params = jax.tree.map(jnp.copy, params["values"])
         zero = jnp.zeros((), jnp.int32)
         return AgentState(params, target_params, optimizer.init(params), {}, zero)
 
     def policy(epsilon: float) -> base.Policy:
         def act(
-            state: AgentState, memory: Any, observation: Observation, key: PRNGKey
+            state: AgentState, memory: Any, seen: Observation, key: PRNGKey
         ) -> tuple[Any, Decision]:
-            q = network.apply(state.params["values"], observation.frames)
+            q = network.apply(state.params["values"], seen.frames)
             return memory, Decision(acting.epsilon_greedy(key, q, epsilon), {})
 
-        return base.Policy(lambda num_envs: (), act)
+        return base.Policy(lambda num_envs: (), act, observation)
 
     def loss(
         params: Mapping[str, Params], target_params: Params, windows: Window
@@ -95,5 +95,7 @@ PRESETS = {
     "smoke": {"encoder": "small", "hidden_units": 16, "n_steps": 3, "batch_size": 8},
     "cpu": {"encoder": "small", "hidden_units": 128, "learning_rate": 5e-4},
     "gpu": {"encoder": "nature", "bfloat16": True},
+    "minatar": {"encoder": "minatar", "hidden_units": 128, **base.WORLD_VALUES},
+    "maze": {"encoder": "mlp", "hidden_units": 128, **base.WORLD_VALUES},
 }
 DQN = base.Entry(make, Config, "double DQN from reward alone", {}, PRESETS, ())

@@ -1,1 +1,1 @@
-"""What steps: Atari games, mazes, and other rewards for them."""
+"""What steps: Atari games, worlds on the device, and other rewards for them."""

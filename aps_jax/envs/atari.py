@@ -34,6 +34,11 @@ from aps_jax import types
 
 _ROMS = pathlib.Path("atari", "roms")
 
+# One agent step repeats its action for this many emulator frames, as in every published
+# Atari protocol that the project compares with.
+FRAME_SKIP = 4
+OBSERVATION = types.ObservationSpec((84, 84), 4, FRAME_SKIP)
+
 
 def games() -> tuple[str, ...]:
     """Lists the games that the installed EnvPool can play, without importing it.
@@ -141,6 +146,8 @@ class AtariPool:
     the loss of a life. The calls are `reset` once, then `send` and `recv` in turn.
     """
 
+    observation = OBSERVATION
+
     def __init__(
         self,
         game: str,
@@ -182,9 +189,9 @@ class AtariPool:
                 "num_envs must be at least 1 and have a seed each, got "
                 f"num_envs={num_envs} and {len(seeds)} seeds."
             )
-        if max_frames % types.FRAME_SKIP:
+        if max_frames % FRAME_SKIP:
             raise ValueError(
-                f"max_frames must be a multiple of {types.FRAME_SKIP}, the frames of "
+                f"max_frames must be a multiple of {FRAME_SKIP}, the frames of "
                 f"an agent step, got {max_frames}."
             )
         if make is None:
@@ -202,17 +209,17 @@ class AtariPool:
             num_threads=num_threads or min(num_envs, _num_usable_cores()),
             thread_affinity_offset=-1,  # Threads are not pinned to cores.
             seed=[int(seed) for seed in seeds],
-            max_episode_steps=max_frames // types.FRAME_SKIP,  # In agent steps.
+            max_episode_steps=max_frames // FRAME_SKIP,  # In agent steps.
             stack_num=1,  # Single frames; `frames.push_frame` makes the stacks.
-            frame_skip=types.FRAME_SKIP,
+            frame_skip=FRAME_SKIP,
             noop_max=noop_max,
             # True would play up to 30 uncounted no-ops after every life.
             episodic_life=False,
             zero_discount_on_life_loss=False,
             reward_clip=False,
             use_fire_reset=fire_reset,
-            img_height=84,
-            img_width=84,
+            img_height=OBSERVATION.frame_shape[0],
+            img_width=OBSERVATION.frame_shape[1],
             mode=-1,  # The game's own default mode and difficulty.
             difficulty=-1,
             full_action_space=False,

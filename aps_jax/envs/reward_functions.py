@@ -1,7 +1,7 @@
 """Reward functions of a game besides its score: survival, and the user's own.
 
 A pretrained agent has never seen a score, so it may be asked for any function of what
-the console shows. `score` is the game's own reward. `survival` pays, in each agent
+the game shows. `score` is the game's own reward. `survival` pays, in each agent
 step, the share of the first lives that are left. `module:function` names the user's own
 Python function of two time steps, called on the host once per step for all
 environments. Letters: `E` environments.
@@ -49,13 +49,14 @@ def make_survival() -> RewardFunction:
     return survival
 
 
-def load(name: str) -> Callable[[], RewardFunction]:
+def load(name: str, observation: types.ObservationSpec) -> Callable[[], RewardFunction]:
     """Finds a reward function, and tries a user's own on two blank environments.
 
     Args:
       name: `score`, `survival` or `module:function`. The function takes two
         `types.TimeStep`s of `E` environments, the one before and the one reached, and
-        returns `[E]` numbers; `frame` and `ram` show what the console does.
+        returns `[E]` numbers; `frame` and `ram` show what the game does.
+      observation: What the game shows.
 
     Returns:
       A factory: the function that it returns follows one pool of environments.
@@ -84,7 +85,7 @@ def load(name: str) -> Callable[[], RewardFunction]:
         raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
     never = np.zeros(2, np.bool_)
     blank = types.TimeStep(
-        frame=np.zeros((2, *types.FRAME_SHAPE), np.uint8),
+        frame=np.zeros((2, *observation.frame_shape), np.uint8),
         reward=np.zeros(2, np.float32),
         terminated=never,
         truncated=never,
@@ -117,6 +118,7 @@ class RewardPool:
         self._before: types.TimeStep | None = None
         self.num_actions = pool.num_actions
         self.num_envs = pool.num_envs
+        self.observation = pool.observation
         self.game_reward: types.Array = np.zeros(pool.num_envs, np.float32)
 
     def reset(self) -> types.TimeStep:
@@ -167,16 +169,19 @@ def reward_of(
     return reward
 
 
-def constructor_for(name: str, constructor: Callable[..., Any]) -> Callable[..., Any]:
+def constructor_for(
+    name: str, constructor: Callable[..., Any], observation: types.ObservationSpec
+) -> Callable[..., Any]:
     """Returns a constructor of pools with a reward function.
 
     Args:
       name: The function, as for `load`, which may raise.
-      constructor: Makes the pools to wrap, as `atari.AtariPool`.
+      constructor: Makes the pools to wrap, as `games.make_pool`.
+      observation: What the game shows.
     """
     if name == SCORE:
         return constructor
-    make_function = load(name)
+    make_function = load(name, observation)
 
     @functools.wraps(constructor, updated=())
     def construct(*args: Any, **options: Any) -> RewardPool:

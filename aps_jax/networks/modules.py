@@ -1,9 +1,8 @@
 """Encoders of observations, and the networks on top of them, as Flax modules.
 
 An encoder is any module from an observation `[..., *observation_shape]` to a vector
-`[..., H]`; the networks know nothing else of it, so images and one-hot states are
-served alike. Parameters are float32, whatever the compute dtype and the form of the
-convolutions.
+`[..., H]`; the networks know nothing else of it, so images and planes are served alike.
+Parameters are float32, whatever the compute dtype and the form of the convolutions.
 
 Letters: `...` any number of leading dimensions (batch `B`, time `T`, environments
 `E`), `H` width of the encoder's output, `K` tasks, `A` actions, `D` feature dimension.
@@ -11,7 +10,6 @@ Letters: `...` any number of leading dimensions (batch `B`, time `T`, environmen
 
 import functools
 import math
-from collections.abc import Sequence
 from typing import ClassVar, NamedTuple
 
 import chex
@@ -22,7 +20,6 @@ import jax.numpy as jnp
 from aps_jax.networks import convolutions
 from aps_jax.ops import sphere
 
-_PIXEL_RANGE = 255.0  # The largest uint8; images are scaled to [0, 1].
 # Standard deviation of the heads relative to LeCun's: |Q| starts well below the
 # rewards, which are near 1, and no action is preferred by much at first.
 _HEAD_SCALE = 0.1
@@ -77,14 +74,15 @@ class _ConvEncoder(nn.Module):
     activation: convolutions.Activation = convolutions.relu
 
     layers: ClassVar[tuple[convolutions.LayerShape, ...]] = ()
+    highest: ClassVar[float] = 255.0  # of a pixel, which is scaled to [0, 1]
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
         """Encodes images.
 
         Args:
-          observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255;
-            84x84x4 in Atari.
+          observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255
+            (1 for `MinAtarEncoder`); 84x84x4 in Atari.
 
         Returns:
           `[..., hidden]` float32, or `[..., h * w * O]` without a hidden layer.
@@ -108,7 +106,7 @@ class _ConvEncoder(nn.Module):
             channels = layer.features
         # Scaling the few weights of the first layer scales its many pixels.
         first = weights[0]
-        weights[0] = first._replace(kernel=first.kernel * (1.0 / _PIXEL_RANGE))
+        weights[0] = first._replace(kernel=first.kernel * (1.0 / self.highest))
 
         encoded = convolutions.apply_layers(
             observation.reshape(math.prod(leading), *shape),
@@ -174,18 +172,34 @@ class SmallEncoder(_ConvEncoder):
     )
 
 
-class MlpEncoder(nn.Module):
-    """Encodes vectors, such as the maze's one-hot states, by ReLU layers."""
+class MinAtarEncoder(_ConvEncoder):
+    """Encodes planes of 0 and 1: 16 ReLUs of 3x3/1, then a hidden layer of 128.
 
-    hidden: Sequence[int] = (256,)
+    The encoder of MinAtar's own DQN (Young and Tian 2019,
+    https://arxiv.org/abs/1903.03176).
+    """
+
+    hidden: int | None = 128
+
+    layers: ClassVar = (convolutions.LayerShape(16, 3, 1),)
+    highest: ClassVar[float] = 1.0
+
+
+class MlpEncoder(nn.Module):
+    """Encodes planes of 0 and 1, such as one-hot states, by a ReLU layer."""
+
+    hidden: int = 256
+    dtype: jnp.dtype = jnp.float32  # Of the computation.
 
     @nn.compact
     def __call__(self, observation: jax.Array) -> jax.Array:
-        """Maps `[..., X]` float to `[..., hidden[-1]]`."""
-        for index, width in enumerate(self.hidden):
-            dense = nn.Dense(width, kernel_init=_kernel_init, name=f"hidden_{index}")
-            observation = nn.relu(dense(observation))
-        return observation
+        """Maps `[..., H, W, C]` of 0 and 1 to `[..., hidden]` float32."""
+        *leading, height, width, channels = observation.shape
+        flat = observation.reshape(*leading, height * width * channels)
+        dense = nn.Dense(
+            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
+        )
+        return nn.relu(dense(flat.astype(self.dtype))).astype(jnp.float32)
 
 
 class FeatureNetwork(nn.Module):

@@ -2,7 +2,7 @@
 
 The buffer is Flashbax's trajectory buffer; sampling is our own, so that it does not
 depend on how many devices hold a part. Letters: `E` environments, `B` windows,
-`T` states of a window, `L = T + STACK_SIZE - 1` its frames.
+`S` frames of an observation, `T` states of a window, `L = T + S - 1` its frames.
 """
 
 import functools
@@ -17,7 +17,7 @@ from flashbax.buffers import trajectory_buffer
 from jax.sharding import PartitionSpec
 
 from aps_jax.replay import frames
-from aps_jax.types import FRAME_SHAPE, STACK_SIZE, Array, PRNGKey
+from aps_jax.types import Array, ObservationSpec, PRNGKey
 
 # Windows that `map_sample` and `map_all` hold at a time.
 CHUNK_SIZE = 1024
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     `frame` was reached.
     """
 
-    frame: Array  # [84, 84] uint8
+    frame: Array  # [*frame_shape] uint8
     action: Array  # [] int32
     reward: Array  # [] float32, unclipped reward.
     terminated: Array  # [] bool, game over.
@@ -48,7 +48,7 @@ class Window(NamedTuple):
     Fields other than `observation` are those of `Step`, time on the leading axis.
     """
 
-    observation: jax.Array  # [T, 84, 84, STACK_SIZE] uint8, newest frame last.
+    observation: jax.Array  # [T, *observation.shape] uint8, newest frame last.
     action: jax.Array  # [T] int32
     reward: jax.Array | None  # [T] float32; None in a reward-free phase
     terminated: jax.Array  # [T] bool
@@ -76,10 +76,13 @@ def specs(sharded: PartitionSpec) -> Buffer:
     return Buffer(sharded, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
 
 
-def init(extras: Extras, *, num_envs: int, size: int) -> Buffer:
+def init(
+    observation: ObservationSpec, extras: Extras, *, num_envs: int, size: int
+) -> Buffer:
     """Allocates an empty buffer.
 
     Args:
+      observation: What an agent sees.
       extras: Examples of what an agent wants replayed, without leading axis.
       num_envs: `E`, environments that add a step together.
       size: Agent steps held of all together; rounded down to a multiple of `num_envs`.
@@ -90,20 +93,22 @@ def init(extras: Extras, *, num_envs: int, size: int) -> Buffer:
     length = size // num_envs
     if length < 1:
         raise ValueError(f"size must be at least num_envs, got {size} and {num_envs}.")
-    state = trajectory_buffer.init(_example(extras), num_envs, length)
+    state = trajectory_buffer.init(_example(observation, extras), num_envs, length)
     return Buffer(state.experience, state.current_index, state.is_full)
 
 
-def num_bytes(extras: Extras, *, num_envs: int, size: int) -> int:
+def num_bytes(
+    observation: ObservationSpec, extras: Extras, *, num_envs: int, size: int
+) -> int:
     """Returns the bytes of a buffer, counted from its shapes."""
-    example = jax.eval_shape(functools.partial(_example, extras))
+    example = jax.eval_shape(functools.partial(_example, observation, extras))
     of_step = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(example))
     return of_step * num_envs * (size // num_envs)
 
 
-def _example(extras: Extras) -> Step:
+def _example(observation: ObservationSpec, extras: Extras) -> Step:
     return Step(
-        frame=jnp.zeros(FRAME_SHAPE, jnp.uint8),
+        frame=jnp.zeros(observation.frame_shape, jnp.uint8),
         action=jnp.zeros((), jnp.int32),
         reward=jnp.zeros((), jnp.float32),
         terminated=jnp.zeros((), bool),
@@ -132,6 +137,7 @@ def sample(
     buffer: Buffer,
     key: PRNGKey,
     *,
+    stack: int,
     num_windows: int,
     num_states: int,
     axis_name: str | None = None,
@@ -141,6 +147,7 @@ def sample(
     Args:
       buffer: With `axis_name` this device's: that of its `E / N` environments.
       key: Is consumed.
+      stack: `S`.
       num_windows: `B`.
       num_states: `T`.
       axis_name: Axis of the `N` devices on each of which this runs; None on one.
@@ -149,8 +156,9 @@ def sample(
       A `Window` with leading axis `[B]`, or of this device `[B / N]`. The windows are
       the same for every number of devices.
     """
-    indices = _sample(buffer, key, num_windows, num_states, axis_name)
-    return _read(buffer, indices, num_states)
+    num_frames = num_states + stack - 1
+    indices = _sample(buffer, key, num_windows, num_frames, axis_name)
+    return _read(buffer, indices, num_frames, stack)
 
 
 def map_sample(
@@ -158,6 +166,7 @@ def map_sample(
     buffer: Buffer,
     key: PRNGKey,
     *,
+    stack: int,
     num_windows: int,
     num_states: int,
     axis_name: str | None = None,
@@ -166,14 +175,15 @@ def map_sample(
 
     The function must treat each window by itself.
     """
-    indices = _sample(buffer, key, num_windows, num_states, axis_name)
+    num_frames = num_states + stack - 1
+    indices = _sample(buffer, key, num_windows, num_frames, axis_name)
     return _map_in_chunks(
-        lambda some: function(_read(buffer, some, num_states)), indices
+        lambda some: function(_read(buffer, some, num_frames, stack)), indices
     )
 
 
 def map_all(
-    function: Callable[[Window], Any], buffer: Buffer, *, num_steps: int
+    function: Callable[[Window], Any], buffer: Buffer, *, stack: int, num_steps: int
 ) -> Any:
     """Maps a function over the first steps held, as windows of one state.
 
@@ -182,6 +192,7 @@ def map_all(
         window by itself, and sees no more than about `CHUNK_SIZE` at a time.
       buffer: Holds at least `num_steps` steps of each environment and is not full, so
         that the first is the oldest of a run.
+      stack: `S`.
       num_steps: Steps of each environment.
 
     Returns:
@@ -192,10 +203,10 @@ def map_all(
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
         # Before the first step there is nothing: the reset frame fills the stack.
-        index = jnp.maximum(time[:, None] + jnp.arange(1 - STACK_SIZE, 1)[None, :], 0)
+        index = jnp.maximum(time[:, None] + jnp.arange(1 - stack, 1)[None, :], 0)
         steps = jax.tree.map(lambda x: x[:, index], buffer.experience)
         steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-        result = function(jax.vmap(stack_window)(steps))
+        result = function(_stack_windows(steps, stack))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -209,11 +220,10 @@ def _sample(
     buffer: Buffer,
     key: PRNGKey,
     num_windows: int,
-    num_states: int,
+    num_frames: int,
     axis_name: str | None,
 ) -> Indices:
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    num_frames = num_states + STACK_SIZE - 1
     num_held = jnp.where(buffer.is_full, buffer.length, buffer.current_index)
     oldest = jnp.where(buffer.is_full, buffer.current_index, 0)
     env, start = sample_indices(
@@ -226,13 +236,16 @@ def _sample(
     return Indices(env, oldest + start)
 
 
-def _read(buffer: Buffer, indices: Indices, num_states: int) -> Window:
-    num_frames = num_states + STACK_SIZE - 1
+def _read(buffer: Buffer, indices: Indices, num_frames: int, stack: int) -> Window:
     time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
     steps = jax.tree.map(
         lambda x: x[indices.env[:, None], time % buffer.length], buffer.experience
     )
-    return jax.vmap(stack_window)(steps)
+    return _stack_windows(steps, stack)
+
+
+def _stack_windows(steps: Step, stack: int) -> Window:
+    return jax.vmap(functools.partial(stack_window, stack=stack))(steps)
 
 
 def _map_in_chunks(
@@ -299,20 +312,22 @@ def sample_indices(
     return env, start
 
 
-def stack_window(steps: Step) -> Window:
+def stack_window(steps: Step, stack: int) -> Window:
     """Rebuilds the stacked observations of a window of single frames.
 
-    As EnvPool's own `stack_num=4`: no stack reaches over a reset. At and after it, the
+    As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
     reset frame fills the places of the frames that do not exist.
 
     Args:
-      steps: A `Step` with leading axis `[L]`, `L = T + STACK_SIZE - 1` in time order.
+      steps: A `Step` with leading axis `[L]`, `L = T + S - 1` in time order.
+      stack: `S`.
 
     Returns:
       The `Window` of the last `T` steps.
     """
-    stacks = steps.frame[frames.stack_places(steps.is_first)]  # [T, STACK_SIZE, 84, 84]
+    stacks = steps.frame[frames.stack_places(steps.is_first, stack)]  # [T, S, H, W..]
+    stacks = jnp.moveaxis(stacks, 1, 3)  # [T, H, W, S..]
     fields = steps._asdict()
     del fields["frame"]
-    fields = jax.tree.map(lambda x: x[STACK_SIZE - 1 :], fields)
-    return Window(observation=jnp.moveaxis(stacks, 1, -1), **fields)
+    fields = jax.tree.map(lambda x: x[stack - 1 :], fields)
+    return Window(observation=stacks.reshape(*stacks.shape[:3], -1), **fields)

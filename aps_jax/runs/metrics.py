@@ -25,7 +25,7 @@ _FILE_NUMBERS = itertools.count()  # of the event files of this process
 # The first columns of every stage's file: how far it is.
 COUNTERS = (
     Metric("agent_steps", "agent steps", "Steps of all environments in this stage."),
-    Metric("frames", "emulator frames", "Agent steps times the frame skip of 4."),
+    Metric("frames", "frames", "Agent steps times the frame skip: 4 on Atari, else 1."),
     Metric("updates", "updates", "Gradient steps made in this stage."),
     Metric("episodes", "games", "Games finished in this stage."),
     Metric(

@@ -21,6 +21,11 @@ def text(values: Mapping[str, Any]) -> str:
     Args:
       values: What a result holds as its `protocol`; unknown entries are named too.
     """
+    if values.get("world"):
+        return (
+            f"{values['episodes']} full episodes, epsilon {values['epsilon']} "
+            "(a world, without a standard protocol)"
+        )
     known = {name: "?" for name in STANDARD} | dict(values)
     frames = known["max_frames"]
     parts = [
@@ -38,6 +43,8 @@ def text(values: Mapping[str, Any]) -> str:
 
 def differences(values: Mapping[str, Any]) -> list[str]:
     """Returns a phrase for each value of a protocol that is not the standard."""
+    if values.get("world"):
+        return ["a world"]
     names = [*STANDARD, *sorted(values.keys() - STANDARD.keys())]
     return [
         f"{name} {values.get(name, 'unknown')} (standard {STANDARD.get(name, 'none')})"

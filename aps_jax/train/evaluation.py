@@ -8,7 +8,7 @@ import numpy as np
 
 from aps_jax import config as config_lib
 from aps_jax.agents import base
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.parallel import devices, interrupts
 from aps_jax.runs import progress as progress_lib
 from aps_jax.scores import protocol, scores
@@ -81,7 +81,7 @@ def evaluate(
     record_games: int = 0,
     record_agent_steps: int = VIDEO_AGENT_STEPS,
     only_record: bool = False,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> Evaluation:
@@ -156,6 +156,10 @@ def protocol_of(config: config_lib.Config) -> dict[str, Any]:
     values = {
         "episodes": config.evaluation.eval_episodes,
         "epsilon": config.evaluation.eval_epsilon,
+    }
+    if games.is_world(config.game):
+        return values | {"world": True}
+    values |= {
         "noop_max": config.environment.noop_max,
         "sticky": config.environment.sticky,
         "max_frames": config.environment.max_frames,

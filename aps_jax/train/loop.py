@@ -26,7 +26,7 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari
+from aps_jax.envs import atari, games
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer as buffer_lib
 from aps_jax.replay import frames
@@ -102,10 +102,11 @@ def _take(stacked: Any, index: jax.Array) -> Any:
 
 
 class Pool(Protocol):
-    """The environments of a stage; `atari.AtariPool` is one."""
+    """The environments of a stage; `games.make_pool` makes them."""
 
     num_actions: int
     num_envs: int
+    observation: types.ObservationSpec
 
     def reset(self) -> types.TimeStep: ...
     def send(self, actions: np.ndarray) -> None: ...
@@ -118,7 +119,8 @@ class Pool(Protocol):
 class ResumablePool(Protocol):
     """A pool whose state can be saved, so that a resumed run is the same run.
 
-    EnvPool's emulators have no such state: a run on Atari begins new games.
+    `worlds.WorldPool` is one. EnvPool's emulators have no such state: a run on Atari
+    begins new games.
     """
 
     def get_state(self) -> dict[str, Any]:
@@ -166,7 +168,7 @@ def make_pool(
     config: config_lib.Config,
     num_envs: int,
     stream: Stream,
-    constructor: MakePool = atari.AtariPool,
+    constructor: MakePool = games.make_pool,
     mesh: devices.Mesh = None,
     *,
     run_seeds: Sequence[int] = (),
@@ -177,7 +179,7 @@ def make_pool(
       config: The run's values.
       num_envs: `E`, environments of all processes together.
       stream: The stage's acting stream: no stage replays the games of another.
-      constructor: Makes the pool, with the arguments of `atari.AtariPool`.
+      constructor: Makes the pool, with the arguments of `games.make_pool`.
       mesh: The stage's devices. Of several processes each starts its share, with the
         seeds that these environments would have in one process.
       run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
@@ -210,7 +212,7 @@ class ActorState(NamedTuple):
     """What acting remembers from step to step."""
 
     memory: Any  # the policy's, leading axis [E]
-    stack: types.Array  # [E, 84, 84, STACK_SIZE] uint8, newest frame last
+    stack: types.Array  # [E, *observation.shape] uint8, newest frame last
     lives: types.Array  # [E] int32, lives at the step before
     num_steps: types.Array  # [] int32, time steps acted; numbers the random stream
 
@@ -219,7 +221,7 @@ def init_actor(policy: base.Policy, num_envs: int) -> ActorState:
     """Returns the state of `E` environments before their first step."""
     return ActorState(
         memory=policy.init(num_envs),
-        stack=frames.init_stack(num_envs),
+        stack=frames.init_stack(policy.observation, num_envs),
         lives=jnp.zeros((num_envs,), jnp.int32),
         num_steps=jnp.zeros((), jnp.int32),
     )
@@ -311,7 +313,9 @@ def init_rollout(
     def init() -> RolloutState:
         rollout = RolloutState(
             actor=init_actor(policy, num_envs),
-            replay=buffer_lib.init(extras, num_envs=num_envs, size=replay_size),
+            replay=buffer_lib.init(
+                policy.observation, extras, num_envs=num_envs, size=replay_size
+            ),
             episodes=atari.init_episode_stats(num_envs),
         )
         if num_seeds == 1:
@@ -396,8 +400,10 @@ def _on_each_device(
     )
 
 
-def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[..., Any]:
-    """Makes a function that draws single states.
+def make_draw_states(
+    num_states: int, stack: int, mesh: devices.Mesh = None
+) -> Callable[..., Any]:
+    """Makes a function that draws single states, of a stack of frames each.
 
     Returns:
       `draw(replay, key)` returns windows `[N, 1, ...]`, `N` at least `num_states` and
@@ -405,6 +411,7 @@ def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[...
     """
     draw = functools.partial(
         buffer_lib.sample,
+        stack=stack,
         num_windows=devices.round_up(num_states, mesh),
         num_states=1,
     )
@@ -412,7 +419,7 @@ def make_draw_states(num_states: int, mesh: devices.Mesh = None) -> Callable[...
 
 
 def make_draw(
-    learner: base.Learner,
+    phase: base.Phase,
     key: types.PRNGKey,
     *,
     reward_free: bool,
@@ -424,7 +431,8 @@ def make_draw(
     again. In a reward-free phase batches have no reward: an agent that touches it fails
     when it is traced.
     """
-    spec, encode = learner.batch, learner.encode
+    spec, encode = phase.learner.batch, phase.learner.encode
+    stack = phase.policy.observation.stack
 
     def hide_reward(windows: buffer_lib.Window) -> buffer_lib.Window:
         return windows._replace(reward=None) if reward_free else windows
@@ -443,13 +451,17 @@ def make_draw(
             reduce,
             replay,
             particle_key,
+            stack=stack,
             num_windows=spec.num_particles,
             num_states=1,
             axis_name=axis_name,
         )
 
     sample = functools.partial(
-        buffer_lib.sample, num_windows=spec.num_windows, num_states=spec.num_states
+        buffer_lib.sample,
+        stack=stack,
+        num_windows=spec.num_windows,
+        num_states=spec.num_states,
     )
     draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.REPLICATED))
     draw_particles = _on_each_device(
@@ -548,7 +560,8 @@ def make_calibrate(
     Returns:
       `calibrate(state, replay) -> state`; it always draws the same places.
     """
-    draw = make_draw_states(_CALIBRATION_STATES, mesh)
+    stack = agent.finetune.policy.observation.stack
+    draw = make_draw_states(_CALIBRATION_STATES, stack, mesh)
     return lambda state, replay: agent.calibrate(state, draw(replay, key))
 
 
@@ -561,7 +574,8 @@ def make_embed(
       `embed(state, replay, agent_steps)` returns arrays `[N, D]` float16 by name; the
       steps number the draw.
     """
-    draw = make_draw_states(_EMBEDDED_STATES, mesh)
+    stack = agent.finetune.policy.observation.stack
+    draw = make_draw_states(_EMBEDDED_STATES, stack, mesh)
 
     def embed(
         state: base.AgentState, replay: buffer_lib.Buffer, agent_steps: jax.Array
@@ -781,7 +795,7 @@ class Session:
             rows.append(
                 {
                     "agent_steps": self.agent_steps,
-                    "frames": self.agent_steps * types.FRAME_SKIP,
+                    "frames": self.agent_steps * self.pool.observation.frame_skip,
                     "updates": num_updates,
                     "episodes": int(episodes.num_episodes.sum()),
                     "episode_return": _mean_known(episodes.last_return),
@@ -828,7 +842,7 @@ class Plan(NamedTuple):
     def schedule(self, start: int = 0) -> Schedule:
         """Returns when updates are due, from `start` agent steps on at the earliest."""
         spec = self.phase.learner.batch
-        window_length = types.STACK_SIZE - 1 + spec.num_states
+        window_length = self.phase.policy.observation.stack - 1 + spec.num_states
         return Schedule(
             start=max(self.warmup_agent_steps, start, window_length * self.num_envs),
             samples_per_step=self.samples_per_step,
@@ -898,7 +912,7 @@ def start(
     seeds = tuple(seeds) or (config.seed,)
     policy, learner = plan.phase
     make_draw_of = functools.partial(
-        make_draw, learner, reward_free=plan.reward_free, mesh=mesh
+        make_draw, plan.phase, reward_free=plan.reward_free, mesh=mesh
     )
 
     def make_learn_of(key: types.PRNGKey) -> Learn:
@@ -953,7 +967,10 @@ def play_rollouts(session: Session, place: int = 0) -> base.Rollouts:
     def encode(function: Callable[..., Any], state: base.AgentState) -> Any:
         def of_all(state: base.AgentState, replay: buffer_lib.Buffer) -> Any:
             return buffer_lib.map_all(
-                functools.partial(function, state), replay, num_steps=steps
+                functools.partial(function, state),
+                replay,
+                stack=session.pool.observation.stack,
+                num_steps=steps,
             )
 
         encoded = devices.fetch(jax.jit(of_all)(state, replay), mesh)

@@ -12,11 +12,10 @@ import jax
 import rich.table
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari
+from aps_jax.envs import games
 from aps_jax.parallel import devices, processes
 from aps_jax.runs import console, folders, machine
 from aps_jax.train import loop, recorders, stages
-from aps_jax.types import FRAME_SKIP
 
 _MOST_ACTIONS = 18  # of any Atari game
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
@@ -35,7 +34,7 @@ def run_checks(
     stage_names: Sequence[str],
     *,
     seconds: float,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
 ) -> list[Check]:
     """Checks the machine and measures the rate of each stage.
 
@@ -154,7 +153,7 @@ def _disk(
     warnings: list[str] = []
     memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
     size = memory["replay_bytes"] if config.report.checkpoint_replay else 0
-    agent = config.make_agent(_MOST_ACTIONS)
+    agent = config.make_agent(_MOST_ACTIONS, config.observation)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     try:
@@ -181,7 +180,7 @@ def _rate(
     frames = len(runs.seeds) * (
         config.pretrain.pretrain_frames
         if name == stages.PRETRAIN
-        else config.finetune.finetune_agent_steps * FRAME_SKIP
+        else config.finetune.finetune_agent_steps * config.observation.frame_skip
     )
     hours = frames / frames_per_second / 3600
     text = (
@@ -197,7 +196,7 @@ def measure_rate(
     runs: recorders.Runs,
     name: str,
     seconds: float,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
 ) -> float:
     """Runs a stage's loop for some seconds, from nothing and saving nothing.
 
@@ -214,7 +213,7 @@ def measure_rate(
         config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=seeds
     )
     try:
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         states = [loop.init_state(agent, seed, mesh) for seed in seeds]
         if name == stages.FINETUNE:
             states = [
@@ -237,7 +236,7 @@ def measure_rate(
 def _plan(
     config: config_lib.Config, name: str, num_actions: int = _MOST_ACTIONS
 ) -> loop.Plan:
-    agent = config.make_agent(num_actions)
+    agent = config.make_agent(num_actions, config.observation)
     if name == stages.PRETRAIN:
         return loop.pretrain_plan(config, agent)
     return loop.finetune_plan(config, agent)
@@ -263,4 +262,5 @@ def _play(session: loop.Session, seconds: float) -> float:
             session.step()
     jax.block_until_ready(session.state)
     played = session.agent_steps - before
-    return played * FRAME_SKIP / (time.monotonic() - started)
+    frames = played * session.pool.observation.frame_skip
+    return frames / (time.monotonic() - started)

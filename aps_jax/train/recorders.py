@@ -15,7 +15,6 @@ from aps_jax.parallel import interrupts, processes
 from aps_jax.runs import checkpoints, folders, machine, metrics, snapshots, tracking
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import loop
-from aps_jax.types import FRAME_SKIP
 
 _STOP_EVERY = 8  # iterations after which several processes agree on whether to stop
 _RETRY_SECONDS = 10.0  # between tries to write what a finished stage must leave
@@ -132,11 +131,12 @@ class Recorder:
         self._lock, self._warn, self._stop = lock, warn, stop
         self._workdir = runs.workdir
         self._report = runs.config.report
+        self._frame_skip = runs.config.observation.frame_skip
         self._checkpointer = checkpoints.Checkpointer(
             self._workdir / folders.CHECKPOINTS_NAME,
             policy=checkpoints.Policy(
                 keep_last=self._report.keep_checkpoints,
-                keep_every=-(-self._report.keep_every_frames // FRAME_SKIP),
+                keep_every=-(-self._report.keep_every_frames // self._frame_skip),
                 keep_best=self._report.keep_best,
             ),
             warn=warn,
@@ -307,7 +307,7 @@ class Recorder:
         found = [row.get("episode_return") for row in self.last_rows]
         known = [x for x in found if x is not None]
         progress.tick(
-            session.agent_steps * FRAME_SKIP * len(session.seeds),
+            session.agent_steps * self._frame_skip * len(session.seeds),
             float(np.mean(known)) if known else None,
         )
         is_asked = processes.num_processes() == 1 or (
@@ -415,6 +415,7 @@ class Recorder:
             "versions": folders.versions(),
             "git_commit": folders.git_commit(),
             "num_actions": self._session.pool.num_actions,
+            "observation": self._session.pool.observation,
         }
 
     def _sync(self) -> bool:

@@ -17,13 +17,12 @@ from absl import logging
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.parallel import devices, interrupts, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import evaluation, loop, recorders
-from aps_jax.types import FRAME_SKIP
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
@@ -59,7 +58,7 @@ def pretrain(
 def pretrain_runs(
     runs: recorders.Runs,
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[dict[str, Any]]:
@@ -70,7 +69,7 @@ def pretrain_runs(
 
     Args:
       runs: From `recorders.make_runs`. Folders are made if they do not exist.
-      constructor: Makes the environments, as `atari.AtariPool`.
+      constructor: Makes the environments, as `games.make_pool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -91,7 +90,7 @@ def pretrain_runs(
             "keep_best ranks checkpoints by the score, which a reward-free stage "
             "must not see: leave it out here, and give it to fine-tuning."
         )
-    loop.pretrain_plan(config, config.make_agent(num_actions=2))
+    loop.pretrain_plan(config, config.make_agent(2, config.observation))
     found = _find_finished(runs, stage=PRETRAIN)
     if found is not None:
         return found
@@ -103,7 +102,7 @@ def pretrain_runs(
         )
         held.callback(pool.close)
         lock = _open(held, runs, warn, stage=PRETRAIN)
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         plan = loop.pretrain_plan(config, agent)
         states = [loop.init_state(agent, seed, mesh) for seed in seeds]
         state = loop.stack_seeds(states, mesh)
@@ -116,10 +115,10 @@ def pretrain_runs(
         results = [
             {
                 **_describe(one, PRETRAIN),
-                "pretrain_frames": session.agent_steps * FRAME_SKIP,
+                "pretrain_frames": session.agent_steps * config.observation.frame_skip,
                 "updates": int(last_row["updates"]),
                 "last_metrics": last_row,
-                **_rate(session.agent_steps, started),
+                **_rate(config, session.agent_steps, started),
             }
             for one, last_row in zip(
                 runs.configs.values(), recorder.last_rows, strict=True
@@ -162,9 +161,9 @@ def _explore(
         loop.map_seeds(make_embed, seeds, loop.Stream.EMBED, in_axes=(0, 0, None)),
         out_shardings=devices.sharding(mesh),
     )
-    total = -(-config.pretrain.pretrain_agent_steps // num_envs)
+    total = -(-config.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
-    frames = num_envs * FRAME_SKIP * len(seeds)
+    frames = num_envs * config.observation.frame_skip * len(seeds)
     progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
         session.step()
@@ -203,7 +202,7 @@ def finetune_runs(
     runs: recorders.Runs,
     inits: Sequence[folders.PathLike] | None,
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[dict[str, Any]]:
@@ -217,7 +216,7 @@ def finetune_runs(
       runs: From `recorders.make_runs`. Folders are made if they do not exist.
       inits: Folder of the pretraining that each seed takes over; None starts all from
         untrained agents with the same budget.
-      constructor: Makes the environments, as `atari.AtariPool`.
+      constructor: Makes the environments, as `games.make_pool`.
       progress: Where to show progress; nowhere by default.
       stop: Requests to stop, which are looked at in every step.
 
@@ -234,7 +233,9 @@ def finetune_runs(
     started = time.monotonic()
     config, seeds = runs.config, runs.seeds
     paths = None if inits is None else [folders.as_path(init) for init in inits]
-    constructor = reward_functions.constructor_for(config.finetune.reward, constructor)
+    constructor = reward_functions.constructor_for(
+        config.finetune.reward, constructor, config.observation
+    )
     for path in paths or ():
         _check_fits_config(path, config)
     found = _find_finished(runs, stage=FINETUNE, inits=paths)
@@ -248,7 +249,7 @@ def finetune_runs(
             config, num_envs, stream, constructor, mesh, run_seeds=seeds
         )
         held.callback(pool.close)
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         origins: list[Trained] | None = None
         if paths is not None:
             origins = [load_pretrained(path, warn=warn) for path in paths]
@@ -292,7 +293,8 @@ def finetune_runs(
             results.append(
                 {
                     **_describe(one, FINETUNE),
-                    "pretrain_frames": (origin_step or 0) * FRAME_SKIP,
+                    "pretrain_frames": (origin_step or 0)
+                    * config.observation.frame_skip,
                     "init_agent_steps": origin_step,
                     "finetune_agent_steps": session.agent_steps,
                     "init": None if paths is None else str(paths[place]),
@@ -301,7 +303,7 @@ def finetune_runs(
                     "reward": values.reward,
                     "adapted": {k: x for k, x in adapted.items() if k != "summary"},
                     "updates": int(recorder.last_rows[place]["updates"]),
-                    **_rate(session.agent_steps, started),
+                    **_rate(config, session.agent_steps, started),
                 }
             )
         _write_results(runs, results, warn, stop)
@@ -409,7 +411,7 @@ def roll_out(
     """
     policy = loop.pretrain_plan(config, agent).phase.policy
     total = -(-config.finetune.infer_agent_steps // session.num_envs)
-    frames = session.num_envs * FRAME_SKIP * len(session.seeds)
+    frames = session.num_envs * config.observation.frame_skip * len(session.seeds)
     progress.start("infer", total=total * frames, done=session.iteration * frames)
     act, learn = session.act, session.learn
     make_act = functools.partial(loop.make_act, policy)
@@ -520,7 +522,7 @@ def _learn(
             )
             rows[place] |= summary
         recorder.write(rows)
-        frames = num_envs * FRAME_SKIP * len(seeds)
+        frames = num_envs * config.observation.frame_skip * len(seeds)
         progress.start(FINETUNE, total=total * frames, done=session.iteration * frames)
 
     evaluate_if_due()
@@ -563,7 +565,9 @@ def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, A
         num_envs = config.finetune.finetune_num_envs
         size = config.finetune.finetune_agent_steps + num_envs
     return {
-        "replay_bytes": buffer.num_bytes({}, num_envs=num_envs, size=size),
+        "replay_bytes": buffer.num_bytes(
+            config.observation, {}, num_envs=num_envs, size=size
+        ),
         "num_devices": config.num_devices,
         "is_copied": config.report.checkpoint_replay,
     }
@@ -594,11 +598,11 @@ def load_pretrained(
     """
     folder = folders.find_stage(folders.as_path(workdir), PRETRAIN)
     trained = _load(folder, warn, is_finetuned=False)
-    total = trained.config.pretrain.pretrain_agent_steps
+    total = trained.config.pretrain_agent_steps
     if trained.step < total:
         warn(
             f"the pretraining in {folder} is not finished: the agent used is that of "
-            f"{trained.step * FRAME_SKIP:,} of {total * FRAME_SKIP:,} frames."
+            f"{trained.step:,} of {total:,} agent steps."
         )
     return trained
 
@@ -636,7 +640,7 @@ def _load(
     )
 
     def template(metadata: dict[str, Any]) -> dict[str, Any]:
-        agent = config.make_agent(metadata["num_actions"])
+        agent = config.make_agent(metadata["num_actions"], _observation_of(metadata))
 
         def init(key: types.PRNGKey) -> base.AgentState:
             state = agent.init(key)
@@ -653,12 +657,17 @@ def _load(
     num_actions = found.metadata["num_actions"]
     return Trained(
         config,
-        config.make_agent(num_actions),
+        config.make_agent(num_actions, _observation_of(found.metadata)),
         found.items["agent"],
         num_actions,
         found.metadata,
         found.step,
     )
+
+
+def _observation_of(metadata: dict[str, Any]) -> types.ObservationSpec:
+    frame_shape, *others = metadata["observation"]
+    return types.ObservationSpec(tuple(frame_shape), *others)
 
 
 def _check_fits_config(init: pathlib.Path, config: config_lib.Config) -> None:
@@ -755,11 +764,15 @@ def _score(config: config_lib.Config, played: evaluation.Evaluation) -> dict[str
     }
 
 
-def _rate(agent_steps: int, started: float) -> dict[str, Any]:
+def _rate(
+    config: config_lib.Config, agent_steps: int, started: float
+) -> dict[str, Any]:
     seconds = time.monotonic() - started
     return {
         "wall_seconds": round(seconds, 3),
-        "frames_per_second": round(agent_steps * FRAME_SKIP / seconds, 1),
+        "frames_per_second": round(
+            agent_steps * config.observation.frame_skip / seconds, 1
+        ),
         "device": jax.devices()[0].platform,
         "git_commit": folders.git_commit(),
     }

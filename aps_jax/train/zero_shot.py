@@ -12,7 +12,7 @@ import numpy as np
 
 from aps_jax import config as config_lib
 from aps_jax import types
-from aps_jax.envs import atari, reward_functions
+from aps_jax.envs import games, reward_functions
 from aps_jax.parallel import devices, interrupts
 from aps_jax.runs import progress as progress_lib
 from aps_jax.train import evaluation, loop, stages
@@ -56,7 +56,7 @@ def evaluate_rewards(
     config: config_lib.Config,
     names: Sequence[str],
     *,
-    constructor: loop.MakePool = atari.AtariPool,
+    constructor: loop.MakePool = games.make_pool,
     progress: progress_lib.Silent = progress_lib.SILENT,
     stop: interrupts.StopRequests | None = None,
 ) -> list[RewardResult]:
@@ -81,7 +81,7 @@ def evaluate_rewards(
       ValueError: There is no such reward function, or it cannot work.
       loop.EnvironmentFailure: The environments raised, or a reward function did.
     """
-    makers = {name: reward_functions.load(name) for name in names}
+    makers = {name: reward_functions.load(name, config.observation) for name in names}
     agent = trained.agent
     functions = {name: make() for name, make in makers.items()}
     num_envs = config.finetune.finetune_num_envs
@@ -105,7 +105,9 @@ def evaluate_rewards(
         seen = rollouts._replace(reward=rewards[:, index].reshape(-1))
         adapted_state, adapted = stages.adapt(agent, session, seen)
         games: dict[str, Any] = {
-            "constructor": reward_functions.constructor_for(name, constructor),
+            "constructor": reward_functions.constructor_for(
+                name, constructor, config.observation
+            ),
             "progress": progress,
             "stop": stop,
         }

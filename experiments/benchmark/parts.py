@@ -1,6 +1,7 @@
 """Rows of the benchmark for the parts: particles and kNN."""
 
 import functools
+import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -9,15 +10,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.ops import knn
-from aps_jax.types import STACK_SIZE
 from experiments.benchmark import setup
 from experiments.benchmark.loops import matrix_product
 from experiments.benchmark.setup import Size
 from experiments.benchmark.table import Row, at_most, take_turns
 
 NUM_NEIGHBORS = 12
-_STACK_BYTES = 84 * 84 * STACK_SIZE
+_STACK_BYTES = math.prod(atari.OBSERVATION.shape)
 
 
 def particles_rows(size: Size) -> list[Row]:

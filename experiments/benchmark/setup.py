@@ -8,11 +8,11 @@ import jax
 import numpy as np
 
 from aps_jax import config as config_lib
-from aps_jax import types
+from aps_jax.envs import atari
 from aps_jax.parallel import devices
 from aps_jax.train import loop
 
-FRAME_SKIP = types.FRAME_SKIP
+FRAME_SKIP = atari.FRAME_SKIP
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Setup:
         self.updates_per_step = samples / config.learner.batch_size
         pool = loop.make_pool(config, self.num_envs, loop.Stream.PRETRAIN_ACT)
         mesh = devices.make_mesh(config.num_devices)
-        agent = config.make_agent(pool.num_actions)
+        agent = config.make_agent(pool.num_actions, pool.observation)
         plan = loop.pretrain_plan(config, agent)
         state = loop.init_state(agent, config.seed, mesh)
         # Types are not followed into the loop: without learning its fields are None.

@@ -7,7 +7,7 @@ import sys
 import tempfile
 import time
 
-from aps_jax.types import FRAME_SKIP
+from aps_jax.envs.atari import FRAME_SKIP
 from experiments.benchmark import setup
 from experiments.benchmark.setup import Size
 from experiments.benchmark.table import Row, Turns, at_least, at_most

@@ -10,6 +10,7 @@ import references_agent
 
 from aps_jax import config as config_lib
 from aps_jax.agents import base
+from aps_jax.envs import atari
 from aps_jax.networks import modules
 from aps_jax.ops import whitening
 from aps_jax.replay import buffer
@@ -38,7 +39,7 @@ def make_config(**options):
 
 @functools.cache
 def make_agent(config):
-    return config.make_agent(NUM_ACTIONS)
+    return config.make_agent(NUM_ACTIONS, atari.OBSERVATION)
 
 
 @functools.cache
@@ -115,7 +116,9 @@ def with_task(windows, task):
 
 
 def features_of(config, state, observation):
-    network = modules.FeatureNetwork(base.make_encoder(config.learner), DIM)
+    network = modules.FeatureNetwork(
+        base.make_encoder(config.learner, atari.OBSERVATION), DIM
+    )
     return jax.device_get(network.apply(state.params["features"], observation))
 
 
@@ -175,7 +178,7 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     # Features that differ by little lose digits when their mean is subtracted.
     rtol = 1e-3 if learner.whiten_features else 2e-5
     successor = modules.SuccessorNetwork(
-        base.make_encoder(learner),
+        base.make_encoder(learner, atari.OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -375,7 +378,7 @@ def test_the_share_of_actions_that_depend_on_the_task():
     _, metrics = make_update(config)(state, opposite, particles)
     # Three windows with signs +, -, + and the window before them -- +, +, -.
     successor = modules.SuccessorNetwork(
-        base.make_encoder(config.learner),
+        base.make_encoder(config.learner, atari.OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -456,7 +459,7 @@ def test_finetuning_minimises_the_td_error_of_the_reward(unit_values):
     w, scale = np.float32([0.6, -0.8]), np.float32(0.25)
     _, metrics = make_finetune_update(config)(state, windows, w, scale)
     successor = modules.SuccessorNetwork(
-        base.make_encoder(learner),
+        base.make_encoder(learner, atari.OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -704,7 +707,7 @@ def test_greedy_actions_maximise_the_value(form, explore):
         state, policy.init(40), observation, jax.random.key(5)
     )
     successor = modules.SuccessorNetwork(
-        base.make_encoder(config.learner),
+        base.make_encoder(config.learner, atari.OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,

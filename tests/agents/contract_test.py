@@ -1,4 +1,4 @@
-"""The contract of every agent in `AGENTS`; see `aps_jax.agents.base`."""
+"""The contract of every agent in `AGENTS`, on grey images and on planes of a world."""
 
 import functools
 import json
@@ -17,27 +17,37 @@ from aps_jax.train import loop
 NUM_ENVS, NUM_ACTIONS = 4, fakes.ChainPool.num_actions
 
 
-@functools.cache
-def make_agent(name):
-    return config_lib.preset_config("smoke", name).make_agent(NUM_ACTIONS)
+# An agent's name and a preset, which decides what it sees.
+CASES = [(name, preset) for name in AGENTS for preset in ("smoke", "maze")]
 
 
 @functools.cache
-def initial_state(name):
-    return jax.jit(make_agent(name).init)(jax.random.key(0))
+def make_agent(case):
+    name, preset = case
+    config = config_lib.preset_config(preset, name)
+    return config.make_agent(NUM_ACTIONS, config.observation)
 
 
-def phases(name):
+@functools.cache
+def initial_state(case):
+    return jax.jit(make_agent(case).init)(jax.random.key(0))
+
+
+def phases(case):
     """The agent's phases, each with whether it is reward-free."""
-    agent = make_agent(name)
+    agent = make_agent(case)
     found = [(agent.finetune, False)]
     return found if agent.pretrain is None else [*found, (agent.pretrain, True)]
 
 
-def observation(seed=0):
-    frames = np.random.default_rng(seed).integers(
-        0, 256, (NUM_ENVS, 84, 84, 4), dtype=np.uint8
-    )
+def random_pixels(rng, spec, shape):
+    return rng.integers(0, 256 if spec.is_image else 2, shape, dtype=np.uint8)
+
+
+def observation(case):
+    spec = make_agent(case).finetune.policy.observation
+    rng = np.random.default_rng(0)
+    frames = random_pixels(rng, spec, (NUM_ENVS, *spec.shape))
     return base.Observation(jnp.asarray(frames), jnp.zeros((NUM_ENVS,), bool))
 
 
@@ -45,11 +55,12 @@ def filled_replay(policy, state):
     """A replay of 30 random steps of each environment."""
     rng = np.random.default_rng(1)
     extras = loop.replayed_extras(policy, state)
-    replay = buffer.init(extras, num_envs=NUM_ENVS, size=NUM_ENVS * 40)
+    spec = policy.observation
+    replay = buffer.init(spec, extras, num_envs=NUM_ENVS, size=NUM_ENVS * 40)
     add = jax.jit(buffer.add)
     for time in range(30):
         step = buffer.Step(
-            frame=rng.integers(0, 256, (NUM_ENVS, 84, 84), dtype=np.uint8),
+            frame=random_pixels(rng, spec, (NUM_ENVS, *spec.frame_shape)),
             action=rng.integers(0, NUM_ACTIONS, NUM_ENVS).astype(np.int32),
             reward=rng.normal(size=NUM_ENVS).astype(np.float32),
             terminated=rng.random(NUM_ENVS) < 0.1,
@@ -73,18 +84,18 @@ def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_updates_keep_the_state_and_return_what_is_declared(name):
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_updates_keep_the_state_and_return_what_is_declared(case):
     """Run twice: traced once, and the same for the same keys."""
-    state = initial_state(name)
-    for phase, reward_free in phases(name):
+    state = initial_state(case)
+    for phase, reward_free in phases(case):
         learner = phase.learner
         replay = filled_replay(phase.policy, state)
         start = state
         if not reward_free:
-            agent = make_agent(name)
+            agent = make_agent(case)
             start, _ = agent.adapt(jax.random.key(2), agent.start_finetune(state), None)
-        draw = loop.make_draw(learner, jax.random.key(3), reward_free=reward_free)
+        draw = loop.make_draw(phase, jax.random.key(3), reward_free=reward_free)
         traces = []
 
         @jax.jit
@@ -106,10 +117,10 @@ def test_updates_keep_the_state_and_return_what_is_declared(name):
         assert any(jax.tree.leaves(moved.params))
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_all_policies_share_a_memory_and_what_is_replayed(name):
-    agent, state = make_agent(name), initial_state(name)
-    policies = [phase.policy for phase, _ in phases(name)]
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_all_policies_share_a_memory_and_what_is_replayed(case):
+    agent, state = make_agent(case), initial_state(case)
+    policies = [phase.policy for phase, _ in phases(case)]
     policies += [agent.play(0.5), agent.play_adapted(0.5)]
     if agent.play_skills is not None:
         policies.append(agent.play_skills(0.5))
@@ -117,7 +128,7 @@ def test_all_policies_share_a_memory_and_what_is_replayed(name):
     for policy in policies:
         memory = policy.init(NUM_ENVS)
         act = jax.eval_shape(
-            policy.act, state, memory, observation(), jax.random.key(0)
+            policy.act, state, memory, observation(case), jax.random.key(0)
         )
         assert shapes(act[0]) == shapes(memory)
         assert act[1].action.shape == (NUM_ENVS,)
@@ -126,17 +137,17 @@ def test_all_policies_share_a_memory_and_what_is_replayed(name):
     assert all(each == seen[0] for each in seen)
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_random_actions_come_with_epsilon_one_alone(name):
-    agent = make_agent(name)
-    start = agent.start_finetune(initial_state(name))
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_random_actions_come_with_epsilon_one_alone(case):
+    agent = make_agent(case)
+    start = agent.start_finetune(initial_state(case))
     state, _ = agent.adapt(jax.random.key(2), start, None)
     actions = {}
     for epsilon in (0.0, 1.0):
         policy = agent.play(epsilon)
         memory = policy.init(NUM_ENVS)
         drawn = [
-            policy.act(state, memory, observation(), key)[1].action
+            policy.act(state, memory, observation(case), key)[1].action
             for key in jax.random.split(jax.random.key(1), 8)
         ]
         actions[epsilon] = np.stack(drawn)
@@ -144,11 +155,12 @@ def test_random_actions_come_with_epsilon_one_alone(name):
     assert set(actions[1.0].ravel()) == set(range(NUM_ACTIONS))
 
 
-@pytest.mark.parametrize("name", AGENTS)
-def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(name):
-    agent, state = make_agent(name), initial_state(name)
+@pytest.mark.parametrize("case", CASES, ids="-".join)
+def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(case):
+    agent, state = make_agent(case), initial_state(case)
     policy = agent.finetune.policy
-    windows = loop.make_draw_states(16)(filled_replay(policy, state), jax.random.key(0))
+    draw = loop.make_draw_states(16, policy.observation.stack)
+    windows = draw(filled_replay(policy, state), jax.random.key(0))
     calibrated = agent.calibrate(state, windows)
     assert shapes(calibrated) == shapes(state)
     assert_same(calibrated.params, state.params)
@@ -174,7 +186,7 @@ def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(name):
 @pytest.mark.parametrize("preset", config_lib.PRESETS)
 def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
     """Traced, not run: the networks of the large presets take long on a CPU."""
-    agent = config_lib.preset_config(preset, name).make_agent(NUM_ACTIONS)
+    agent = make_agent((name, preset))
     state = jax.eval_shape(agent.init, jax.random.key(0))
     for phase, reward_free in [(agent.finetune, False), (agent.pretrain, True)]:
         if phase is None:
@@ -182,9 +194,12 @@ def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
         start = state if reward_free else jax.eval_shape(agent.start_finetune, state)
         extras = loop.replayed_extras(phase.policy, state)
         replay = jax.eval_shape(
-            functools.partial(buffer.init, num_envs=8, size=800), extras
+            functools.partial(
+                buffer.init, phase.policy.observation, num_envs=8, size=800
+            ),
+            extras,
         )
-        draw = loop.make_draw(phase.learner, jax.random.key(0), reward_free=reward_free)
+        draw = loop.make_draw(phase, jax.random.key(0), reward_free=reward_free)
         batch = jax.eval_shape(draw, start, replay, np.int32(0))
         after, _ = jax.eval_shape(phase.learner.update, start, batch, jax.random.key(0))
         assert shapes(after) == shapes(start)

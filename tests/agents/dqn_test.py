@@ -10,6 +10,7 @@ import references_agent
 
 from aps_jax import config as config_lib
 from aps_jax.agents import base
+from aps_jax.envs import atari
 from aps_jax.networks import modules
 from aps_jax.replay import buffer
 from aps_jax.train import stages
@@ -44,13 +45,15 @@ def make_windows(rng, num_windows, num_states):
 @pytest.mark.parametrize("life_cut", [True, False])
 def test_the_loss_is_that_of_double_q_learning_written_slowly(life_cut):
     config = make_config(cut_at_life_loss=life_cut, window_targets=2)
-    agent = config.make_agent(NUM_ACTIONS)
+    agent = config.make_agent(NUM_ACTIONS, atari.OBSERVATION)
     state = agent.init(jax.random.key(0))
     state = state._replace(target_params=agent.init(jax.random.key(1)).params["values"])
     windows = make_windows(np.random.default_rng(0), 4, 5)
     batch = base.Batch(windows, None)
     _, metrics = jax.jit(agent.finetune.learner.update)(state, batch, jax.random.key(2))
-    network = modules.ValueNetwork(base.make_encoder(config.learner), NUM_ACTIONS, 16)
+    network = modules.ValueNetwork(
+        base.make_encoder(config.learner, atari.OBSERVATION), NUM_ACTIONS, 16
+    )
     online, slow = (
         np.float64(network.apply(params, windows.observation))
         for params in (state.params["values"], state.target_params)

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from aps_jax.agents import AGENTS, base, dqn
+from aps_jax.envs import atari
 from aps_jax.replay.buffer import Window
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -80,8 +81,10 @@ def test_with_a_new_target_network_it_learns_what_double_dqn_learns(q_learning):
     batch = base.Batch(jax.tree.map(jnp.asarray, random_windows(32)), None)
     learned = []
     for agent in (
-        q_learning.make(q_learning.Config(**values, huber_delta=16.0), 3),
-        dqn.make(dqn.Config(**values), 3),
+        q_learning.make(
+            q_learning.Config(**values, huber_delta=16.0), 3, atari.OBSERVATION
+        ),
+        dqn.make(dqn.Config(**values), 3, atari.OBSERVATION),
     ):
         state = jax.jit(agent.init)(jax.random.key(0))
         update = jax.jit(agent.finetune.learner.update)

@@ -8,7 +8,7 @@ import pytest
 
 from aps_jax import config as config_lib
 from aps_jax import types
-from aps_jax.envs import reward_functions
+from aps_jax.envs import atari, reward_functions
 from aps_jax.train import stages, zero_shot
 
 
@@ -30,7 +30,7 @@ def step(**changes):
 class Tape:
     """A pool that plays given time steps."""
 
-    num_actions, num_envs = 3, 2
+    num_actions, num_envs, observation = 3, 2, atari.OBSERVATION
 
     def __init__(self, *steps):
         self._steps = list(steps)
@@ -45,7 +45,7 @@ class Tape:
 
 
 def pool_of(name, *steps):
-    return reward_functions.constructor_for(name, Tape)(*steps)
+    return reward_functions.constructor_for(name, Tape, atari.OBSERVATION)(*steps)
 
 
 FIRST = {"is_first": np.array([True, True])}
@@ -135,7 +135,7 @@ not_callable = 3
 )
 def test_a_function_that_cannot_work_is_one_clear_line_at_once(name, message):
     with pytest.raises(ValueError, match=message) as caught:
-        reward_functions.constructor_for(name, Tape)
+        reward_functions.constructor_for(name, Tape, atari.OBSERVATION)
     assert "\n" not in str(caught.value)
 
 

@@ -5,6 +5,7 @@ from absl.testing import flagsaver
 
 from aps_jax import agents
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.runs import metrics
 from experiments import pages
 
@@ -19,7 +20,7 @@ def declared_metrics():
     """Every metric that a phase of an agent declares, and those of the loop."""
     found = [*metrics.COUNTERS, *metrics.EVALUATION]
     for name in agents.AGENTS:
-        agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+        agent = config_lib.preset_config("smoke", name).make_agent(2, atari.OBSERVATION)
         for phase in (agent.pretrain, agent.finetune):
             found += phase.learner.metrics if phase else ()
     return found

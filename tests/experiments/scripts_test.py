@@ -376,6 +376,16 @@ def test_flags_change_the_run_that_is_taken_over():
         common_flags.config_from_flags(base)
 
 
+def test_options_of_emulators_are_refused_for_a_world_in_one_line():
+    set_flags(preset="minatar")
+    assert common_flags.config_from_flags().game == "minatar/Breakout"
+    set_flags(sticky=0.25, noop_max=3)
+    with pytest.raises(ValueError, match="--noop_max, --sticky: .*minatar/Breakout"):
+        common_flags.config_from_flags()
+    set_flags(game="Pong", encoder="small")  # The same flags on Atari.
+    assert common_flags.config_from_flags().environment.sticky == 0.25
+
+
 WHOLE_NUMBERS = st.one_of(
     st.sampled_from([-1, 0, 1, 2, 12, 256, 2**31 - 1, 2**31, 2**63, 10**30]),
     st.integers(-(10**4), 10**8),
@@ -418,7 +428,7 @@ def test_no_value_of_a_flag_ends_in_a_traceback(words, preset):
             return
     assert config_lib.from_dict(config_lib.to_dict(config)) == config
     loop.stream_key(config.seed, loop.Stream.EVALUATE)
-    agent = config.make_agent(num_actions=2)
+    agent = config.make_agent(2, config.observation)
     plans = [loop.finetune_plan(config, agent)]
     if config.has_pretraining:
         plans.append(loop.pretrain_plan(config, agent))

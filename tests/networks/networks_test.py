@@ -243,30 +243,42 @@ def test_what_is_no_image_is_refused(observation, error):
 
 
 def test_mlp_encoder_matches_by_hand():
-    encoder = modules.MlpEncoder(hidden=(2, 1))
-    params = {
-        "params": {
-            "hidden_0": {"kernel": np.eye(2, dtype=np.float32), "bias": np.zeros(2)},
-            "hidden_1": {"kernel": np.float32([[1.0], [2.0]]), "bias": np.ones(1)},
-        }
-    }
-    params = jax.tree.map(np.float32, params)
-    # relu(3, -4) = (3, 0), then 3 + 2 * 0 + 1 = 4; and (-1, 5) gives 2 * 5 + 1 = 11.
-    observation = np.float32([[3.0, -4.0], [-1.0, 5.0]])
+    encoder = modules.MlpEncoder(hidden=2)
+    kernel = np.float32([[1, 0], [2, 1], [0, -3]])
+    params = {"params": {"hidden": {"kernel": kernel, "bias": np.float32([0, 1])}}}
+    # Planes (1, 1, 0): relu(1 + 2, 1 + 1); and (0, 0, 1): relu(0, -3 + 1).
+    planes = np.uint8([[1, 1, 0], [0, 0, 1]]).reshape(2, 1, 3, 1)
     np.testing.assert_array_equal(
-        encoder.apply(params, observation), np.float32([[4.0], [11.0]])
+        encoder.apply(params, planes), np.float32([[3, 2], [0, 0]])
+    )
+
+
+def test_minatar_encoder_sees_planes_as_they_are_and_has_the_papers_layers():
+    planes = np.random.default_rng(0).integers(0, 2, (2, 10, 10, 4), dtype=np.uint8)
+    encoder = modules.MinAtarEncoder()
+    params = with_random_biases(encoder.init(jax.random.key(0), planes))
+    # By hand: 3x3x4 to 16, then 8x8x16 to 128.
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert count == (36 * 16 + 16) + (1024 * 128 + 128)
+    own = jax.device_get(params["params"])
+    windows = np.lib.stride_tricks.sliding_window_view(planes, (3, 3), axis=(1, 2))
+    conv = np.einsum("bijchw,hwco->bijo", windows, np.float64(own["conv_0"]["kernel"]))
+    flat = np.maximum(conv + own["conv_0"]["bias"], 0).reshape(2, -1)
+    expected = references_networks.relu(references_networks.dense(flat, own["hidden"]))
+    np.testing.assert_allclose(
+        encoder.apply(params, planes), expected, rtol=1e-4, atol=1e-5
     )
 
 
 def make_maze_states(leading=(3,)):
     rng = np.random.default_rng(0)
-    return np.eye(7, dtype=np.float32)[rng.integers(0, 7, leading)]
+    return np.eye(7, dtype=np.uint8)[rng.integers(0, 7, leading)][..., None, None]
 
 
 @pytest.mark.parametrize("dim", [1, 5])
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3)], ids=str)
 def test_features_lie_on_the_sphere(dim, leading):
-    network = modules.FeatureNetwork(modules.MlpEncoder((8,)), feature_dim=dim)
+    network = modules.FeatureNetwork(modules.MlpEncoder(8), feature_dim=dim)
     states = make_maze_states(leading)
     features = network.apply(init(network, states), states)
     assert features.h.shape == features.phi.shape == (*leading, dim)
@@ -325,7 +337,7 @@ class RecordingEncoder(nn.Module):
     @nn.compact
     def __call__(self, observation):
         self.record(observation.shape)
-        return nn.Dense(4)(observation)
+        return nn.Dense(4)(observation[..., 0, 0].astype(jnp.float32))
 
 
 def make_successor(encoder, dim=2, num_actions=3, exploration_head=True):
@@ -347,14 +359,14 @@ def test_the_encoder_runs_once_for_all_tasks():
     params = network.init(jax.random.key(0), states, tasks)
     calls.clear()
     network.apply(params, states, tasks)
-    assert calls == [(5, 7)]
+    assert calls == [(5, 7, 1, 1)]
 
 
 @pytest.mark.parametrize("dim", [1, 2])
 @pytest.mark.parametrize("num_tasks", [1, 4])
 @pytest.mark.parametrize("leading", [(), (1,), (2, 3)], ids=str)
 def test_successor_matches_the_reference(dim, num_tasks, leading):
-    encoder = modules.MlpEncoder((6,))
+    encoder = modules.MlpEncoder(6)
     network = make_successor(encoder, dim)
     states, tasks = make_maze_states(leading), make_tasks(leading, num_tasks, dim)
     params = with_random_biases(init(network, states, tasks))
@@ -365,7 +377,9 @@ def test_successor_matches_the_reference(dim, num_tasks, leading):
     params = jax.device_get(params["params"])
     for index in np.ndindex(*leading, num_tasks):
         encoded = references_networks.relu(
-            references_networks.dense(states[index[:-1]], params["encoder"]["hidden_0"])
+            references_networks.dense(
+                states[index[:-1]].reshape(-1), params["encoder"]["hidden"]
+            )
         )
         psi, exploration = references_networks.successor(
             params, encoded, tasks[index], num_actions=3
@@ -377,7 +391,7 @@ def test_successor_matches_the_reference(dim, num_tasks, leading):
 
 
 def test_without_the_head_there_is_no_exploration():
-    network = make_successor(modules.MlpEncoder((6,)), exploration_head=False)
+    network = make_successor(modules.MlpEncoder(6), exploration_head=False)
     states, tasks = make_maze_states(), make_tasks((3,), 2, 2)
     params = init(network, states, tasks)
     assert "exploration" not in params["params"]
@@ -395,13 +409,13 @@ def test_without_the_head_there_is_no_exploration():
     ids=["rank", "dim", "batch", "dtype"],
 )
 def test_tasks_are_checked(tasks):
-    network = make_successor(modules.MlpEncoder((6,)))
+    network = make_successor(modules.MlpEncoder(6))
     with pytest.raises(AssertionError):
         network.init(jax.random.key(0), make_maze_states((3,)), tasks)
 
 
 def test_psi_depends_on_the_task():
-    network = make_successor(modules.MlpEncoder((6,)))
+    network = make_successor(modules.MlpEncoder(6))
     state, tasks = make_maze_states(()), make_tasks((), 2, 2)
     psi = network.apply(init(network, state, tasks), state, tasks).psi
     assert np.abs(psi[0] - psi[1]).max() > 1e-3

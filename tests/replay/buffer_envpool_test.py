@@ -33,7 +33,9 @@ def played():
         noop_max=30,
     )
     add = jax.jit(buffer.add, donate_argnums=0)
-    state = buffer.init({}, num_envs=NUM_ENVS, size=NUM_ENVS * NUM_STEPS)
+    state = buffer.init(
+        atari.OBSERVATION, {}, num_envs=NUM_ENVS, size=NUM_ENVS * NUM_STEPS
+    )
     rng = np.random.default_rng(0)
     timestep, stacks = pool.reset(), [stacking.reset()[0]]
     firsts, lives = [], timestep.lives
@@ -62,7 +64,9 @@ def played():
 def test_stacks_out_of_the_replay_equal_envpools_own(played):
     state, firsts, stacks = played
     assert firsts.sum() > 60
-    windows = buffer.sample(state, jax.random.key(0), num_windows=150, num_states=12)
+    windows = buffer.sample(
+        state, jax.random.key(0), stack=4, num_windows=150, num_states=12
+    )
     for observation, ids in zip(
         np.asarray(windows.observation), np.asarray(windows.id), strict=True
     ):
@@ -75,7 +79,7 @@ def test_no_target_crosses_a_reset(played):
     state, firsts, _ = played
 
     def draw(key):
-        windows = buffer.sample(state, key, num_windows=3000, num_states=12)
+        windows = buffer.sample(state, key, stack=4, num_windows=3000, num_states=12)
         lay_out = functools.partial(
             returns.window_targets, num_targets=2, n_steps=10, discount=0.99
         )

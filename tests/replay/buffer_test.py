@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from hypothesis import strategies as st
 
+from aps_jax.envs import atari
 from aps_jax.replay import buffer, frames
 
 
@@ -35,7 +36,10 @@ EXTRAS = {"task": jax.ShapeDtypeStruct((3,), np.float32)}
 def filled(num_envs, size, num_steps, seed=0):
     """Adds steps to a buffer and to a list."""
     rng = np.random.default_rng(seed)
-    state, steps = buffer.init(EXTRAS, num_envs=num_envs, size=size), []
+    state, steps = (
+        buffer.init(atari.OBSERVATION, EXTRAS, num_envs=num_envs, size=size),
+        [],
+    )
     add = jax.jit(buffer.add, donate_argnums=0)
     for time in range(num_steps):
         first = np.ones(num_envs, bool) if time == 0 else None
@@ -49,7 +53,7 @@ def sample(state, seed, *, num_windows, num_states, pixels=False):
 
     def draw(state, key):
         window = buffer.sample(
-            state, key, num_windows=num_windows, num_states=num_states
+            state, key, stack=4, num_windows=num_windows, num_states=num_states
         )
         return window if pixels else window._replace(observation=None)
 
@@ -91,7 +95,7 @@ def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
 MODEL_ENVS, MODEL_LENGTH, MODEL_STATES = 2, 9, 3
 model_add = jax.jit(buffer.add, donate_argnums=0)
 model_sample = jax.jit(
-    functools.partial(buffer.sample, num_windows=8, num_states=MODEL_STATES)
+    functools.partial(buffer.sample, stack=4, num_windows=8, num_states=MODEL_STATES)
 )
 
 
@@ -103,7 +107,9 @@ model_sample = jax.jit(
 )
 def test_random_adds_and_samples_agree_with_a_list(seed, adds):
     rng = np.random.default_rng(seed)
-    state = buffer.init(EXTRAS, num_envs=MODEL_ENVS, size=MODEL_ENVS * MODEL_LENGTH)
+    state = buffer.init(
+        atari.OBSERVATION, EXTRAS, num_envs=MODEL_ENVS, size=MODEL_ENVS * MODEL_LENGTH
+    )
     steps = []
     for count, key in zip(adds, range(len(adds)), strict=True):
         for _ in range(count):
@@ -132,7 +138,7 @@ def test_random_adds_and_samples_agree_with_a_list(seed, adds):
 def test_stacks_equal_those_that_acting_saw():
     num_envs, num_states = 2, 6
     state, steps = filled(num_envs, 60, 45)
-    seen, stack = [], frames.init_stack(num_envs)
+    seen, stack = [], frames.init_stack(atari.OBSERVATION, num_envs)
     for step in steps:
         stack = frames.push_frame(stack, step.frame, step.is_first)
         seen.append(np.asarray(stack))
@@ -168,7 +174,7 @@ def test_mapping_in_chunks_is_mapping_what_is_sampled(monkeypatch, chunk_size):
         seen.append(window.id.shape[0])
         return {"ids": window.id, "sum": jnp.sum(window.reward, axis=1)}
 
-    draw = {"num_windows": 11, "num_states": 4}
+    draw = {"stack": 4, "num_windows": 11, "num_states": 4}
     key = jax.random.key(5)
     found = jax.jit(lambda state, key: buffer.map_sample(function, state, key, **draw))(
         state, key
@@ -184,7 +190,7 @@ def test_mapping_over_all_keeps_the_order_and_rebuilds_each_stack(
 ):
     monkeypatch.setattr(buffer, "CHUNK_SIZE", chunk_size)
     state, steps = filled(2, 60, 25)
-    seen, stack = [], frames.init_stack(2)
+    seen, stack = [], frames.init_stack(atari.OBSERVATION, 2)
     for step in steps:
         stack = frames.push_frame(stack, step.frame, step.is_first)
         seen.append(np.asarray(stack))
@@ -193,18 +199,18 @@ def test_mapping_over_all_keeps_the_order_and_rebuilds_each_stack(
         assert window.id.shape[1] == 1
         return window.id[:, 0], window.observation[:, 0]
 
-    ids, stacks = jax.jit(lambda state: buffer.map_all(function, state, num_steps=25))(
-        state
-    )
+    ids, stacks = jax.jit(
+        lambda state: buffer.map_all(function, state, stack=4, num_steps=25)
+    )(state)
     np.testing.assert_array_equal(ids, np.stack([step.id for step in steps]))
     np.testing.assert_array_equal(stacks, np.stack(seen))
 
 
 def test_a_step_takes_one_percent_more_than_its_frame_at_most():
     extras = {"task": jax.ShapeDtypeStruct((5,), np.float32)}
-    num_bytes = buffer.num_bytes(extras, num_envs=8, size=1_000_000)
+    num_bytes = buffer.num_bytes(atari.OBSERVATION, extras, num_envs=8, size=1_000_000)
     assert 7056 <= num_bytes / 1_000_000 <= 1.01 * 7056
-    make = functools.partial(buffer.init, num_envs=8, size=1_000_000)
+    make = functools.partial(buffer.init, atari.OBSERVATION, num_envs=8, size=1_000_000)
     state = jax.eval_shape(make, extras)
     stored = sum(
         np.prod(leaf.shape, dtype=np.int64) * leaf.dtype.itemsize
@@ -214,18 +220,18 @@ def test_a_step_takes_one_percent_more_than_its_frame_at_most():
 
 
 def test_adding_is_in_place():
-    make = functools.partial(buffer.init, num_envs=4, size=4000)
+    make = functools.partial(buffer.init, atari.OBSERVATION, num_envs=4, size=4000)
     state = jax.eval_shape(make, EXTRAS)
     step = jax.eval_shape(lambda: random_step(np.random.default_rng(0), 4, 0))
     compiled = jax.jit(buffer.add, donate_argnums=0).lower(state, step).compile()
     memory = compiled.memory_analysis()
-    num_bytes = buffer.num_bytes(EXTRAS, num_envs=4, size=4000)
+    num_bytes = buffer.num_bytes(atari.OBSERVATION, EXTRAS, num_envs=4, size=4000)
     assert memory.alias_size_in_bytes >= num_bytes
     assert memory.temp_size_in_bytes <= 0.01 * num_bytes
 
 
 def test_size_is_rounded_down_to_whole_steps_of_all_environments():
-    state = buffer.init({}, num_envs=3, size=11)
+    state = buffer.init(atari.OBSERVATION, {}, num_envs=3, size=11)
     assert state.experience.id.shape == (3, 3) and state.length == 3
     with pytest.raises(ValueError, match="at least num_envs, got 2 and 3"):
-        buffer.init({}, num_envs=3, size=2)
+        buffer.init(atari.OBSERVATION, {}, num_envs=3, size=2)

@@ -4,6 +4,7 @@ import jax
 import numpy as np
 import pytest
 
+from aps_jax.envs import atari
 from aps_jax.replay import frames
 
 
@@ -33,7 +34,7 @@ def test_pushed_frames_follow_the_walk_back(transform):
         [random_episode_starts(rng, length) for _ in range(num_envs)], axis=1
     )
     push = transform(frames.push_frame)
-    stack = frames.init_stack(num_envs)
+    stack = frames.init_stack(atari.OBSERVATION, num_envs)
     for time in range(length):
         stack = push(stack, pixels[time], is_first[time])
         for env in range(num_envs):
@@ -50,7 +51,7 @@ def test_places_follow_the_walk_back(num_states, seed):
     pixels = np.arange(length)
     is_first = random_episode_starts(rng, length)
     window = slice(history, None)
-    places = np.asarray(frames.stack_places(is_first[window]))
+    places = np.asarray(frames.stack_places(is_first[window], 4))
     assert places.shape == (num_states, 4)
     for state in range(num_states):
         expected = stack_by_hand(pixels, is_first, history + 3 + state)
@@ -61,6 +62,6 @@ def test_places_by_hand():
     # Frames 0 to 6, a reset at 4: stacks of frames 3, 4, 5 and 6.
     is_first = np.array([False, False, False, False, True, False, False])
     np.testing.assert_array_equal(
-        frames.stack_places(is_first),
+        frames.stack_places(is_first, 4),
         [[0, 1, 2, 3], [4, 4, 4, 4], [4, 4, 4, 5], [4, 4, 5, 6]],
     )

@@ -10,6 +10,7 @@ from faults import harness
 
 from aps_jax import agents
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.runs import metrics
 
 COLUMNS = ("agent_steps", "frames", "loss_td")
@@ -101,7 +102,7 @@ def test_events_are_written_for_tensorboard(tmp_path):
 
 @pytest.mark.parametrize("name", agents.AGENTS)
 def test_every_metric_is_declared_once(name):
-    agent = config_lib.preset_config("smoke", name).make_agent(num_actions=2)
+    agent = config_lib.preset_config("smoke", name).make_agent(2, atari.OBSERVATION)
     learned = agent.finetune.learner.metrics
     columns = metrics.finetune_columns(learned)
     assert columns[0] == "agent_steps" and len(set(columns)) == len(columns)

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
+from aps_jax.envs import atari
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
 from aps_jax.train import loop
@@ -36,10 +37,10 @@ def make_config(**options):
 
 @functools.cache
 def make_parts(config):
-    agent = config.make_agent(fakes.ChainPool.num_actions)
+    agent = config.make_agent(fakes.ChainPool.num_actions, atari.OBSERVATION)
     plan = loop.pretrain_plan(config, agent)
     key = jax.random.key(7)
-    draw = loop.make_draw(plan.phase.learner, key, reward_free=True)
+    draw = loop.make_draw(plan.phase, key, reward_free=True)
     act = loop.jit_act(loop.make_act(plan.phase.policy, key))
     learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, key))
     return agent, plan, act, learn, draw
@@ -348,7 +349,10 @@ def learn_shapes(config):
     sums = jax.eval_shape(lambda: loop.init_sums(names))
     extras = loop.replayed_extras(plan.phase.policy, state)
     replay = jax.eval_shape(
-        functools.partial(buffer.init, num_envs=NUM_ENVS, size=NUM_ENVS * 40), extras
+        functools.partial(
+            buffer.init, atari.OBSERVATION, num_envs=NUM_ENVS, size=NUM_ENVS * 40
+        ),
+        extras,
     )
     return learn, (state, sums, replay)
 
