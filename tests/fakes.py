@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from aps_jax import types
-from aps_jax.envs import atari
+from aps_jax.envs import atari, games
 
 
 class ScriptedStep(NamedTuple):
@@ -237,7 +237,7 @@ class ChainPool:
     def render(self, index: int) -> np.ndarray:
         """Draws environment `index`, `[84, 84, 3]` uint8."""
         assert self._pending is None, "render() must wait for recv()."
-        return np.repeat(self._frames()[index][:, :, None], 3, axis=2)
+        return np.repeat(ChainPool._frames(self)[index][:, :, None], 3, axis=2)
 
     def close(self) -> None:
         """Has nothing to free."""
@@ -315,6 +315,25 @@ class ChainPool:
             return choose(returns)
 
         return value(0, 0, 0)
+
+
+PLANES = "ChainPlanes"  # the game that `PlanesPool` plays
+_of_planes = types.ObservationSpec((1, 5, 1), 1, 4)
+_of_others = games.observation_of
+games.observation_of = lambda game: _of_planes if game == PLANES else _of_others(game)
+
+
+class PlanesPool(ChainPool):
+    """The chain of `num_states=5` as planes of 0 and 1, for the encoder `mlp`.
+
+    What does not depend on pictures is tested on it: a stage takes a quarter of the
+    time that it takes on images.
+    """
+
+    observation = _of_planes
+
+    def _frames(self) -> np.ndarray:
+        return np.eye(5, dtype=np.uint8)[self._state][:, None, :, None]
 
 
 class CornersPool(ChainPool):

@@ -9,18 +9,18 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
-from aps_jax.envs import atari
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
 from aps_jax.train import loop
 
 NUM_ENVS = 3
+IMAGES = {"game": "Chain", "encoder": "small"}
 
 
 def make_config(**options):
     options = {
-        "game": "Chain",
-        "encoder": "small",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "hidden_units": 8,
         "feature_dim": 2,
         "num_neighbors": 2,
@@ -37,7 +37,7 @@ def make_config(**options):
 
 @functools.cache
 def make_parts(config):
-    agent = config.make_agent(fakes.ChainPool.num_actions, atari.OBSERVATION)
+    agent = config.make_agent(fakes.PlanesPool.num_actions, config.observation)
     plan = loop.pretrain_plan(config, agent)
     key = jax.random.key(7)
     draw = loop.make_draw(plan.phase, key, reward_free=True)
@@ -54,7 +54,10 @@ def make_session(config, *, learns=True):
     state = loop.init_state(agent, 0)
     return loop.Session(
         pool=loop.make_pool(
-            config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
+            config,
+            NUM_ENVS,
+            loop.Stream.PRETRAIN_ACT,
+            fakes.ChainPool if config.observation.is_image else fakes.PlanesPool,
         ),
         state=state,
         rollout=loop.init_rollout(
@@ -147,7 +150,7 @@ def test_each_action_leads_where_the_next_frame_shows():
     for _ in range(35):
         session.step()
     stored = jax.device_get(session.rollout.replay.experience)
-    twin = fakes.ChainPool("Chain", NUM_ENVS, seeds=[0] * NUM_ENVS)
+    twin = fakes.PlanesPool(fakes.PLANES, NUM_ENVS, seeds=[0] * NUM_ENVS)
     timestep = twin.reset()
     for time in range(34):
         np.testing.assert_array_equal(stored.frame[:, time], timestep.frame)
@@ -239,7 +242,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     assert "in update 4, noticed at agent step 81" in words
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
-    assert "features/params/encoder/conv_0/bias" in words
+    assert "features/params/encoder/hidden/bias" in words
     windows, particles = session.draws[0](session.state, replay_then, np.int32(4))
     assert {name for name in caught.value.batch if name.startswith("windows.")} == {
         *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
@@ -350,7 +353,10 @@ def learn_shapes(config):
     extras = loop.replayed_extras(plan.phase.policy, state)
     replay = jax.eval_shape(
         functools.partial(
-            buffer.init, atari.OBSERVATION, num_envs=NUM_ENVS, size=NUM_ENVS * 40
+            buffer.init,
+            config.observation,
+            num_envs=NUM_ENVS,
+            size=NUM_ENVS * 40,
         ),
         extras,
     )
@@ -362,7 +368,7 @@ def test_memory_of_an_update_does_not_grow_with_the_particles():
     few, many = 1024, 65_536
     taken = []
     for num_particles in (few, many):
-        learn, shapes = learn_shapes(make_config(num_particles=num_particles))
+        learn, shapes = learn_shapes(make_config(**IMAGES, num_particles=num_particles))
         analysis = learn.lower(*shapes).compile().memory_analysis()
         taken.append(analysis.temp_size_in_bytes)
     # What grows: 2 features, the id and the place (two numbers) of each.
@@ -370,7 +376,7 @@ def test_memory_of_an_update_does_not_grow_with_the_particles():
 
 
 def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
-    config = make_config()
+    config = make_config(**IMAGES)
     session = make_session(config)
     for _ in range(12):
         session.step()

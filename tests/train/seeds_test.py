@@ -16,8 +16,8 @@ from aps_jax.train import loop, preflight, recorders, stages
 
 SEEDS = (4, 5)
 
-pretrain_runs = functools.partial(stages.pretrain_runs, constructor=fakes.ChainPool)
-finetune_runs = functools.partial(stages.finetune_runs, constructor=fakes.ChainPool)
+pretrain_runs = functools.partial(stages.pretrain_runs, constructor=fakes.PlanesPool)
+finetune_runs = functools.partial(stages.finetune_runs, constructor=fakes.PlanesPool)
 
 
 def make_config(**options):
@@ -28,7 +28,8 @@ def make_config(**options):
     usual rate an action can fall on the other side of a tie.
     """
     options = {
-        "game": "Chain",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "feature_dim": 2,
         "num_particles": 32,
         "feature_learning_rate": 1e-6,
@@ -104,10 +105,10 @@ def newest(workdir, stage, seeds):
     )
     is_pretraining = stage == "pretrain"
     make_plan = loop.pretrain_plan if is_pretraining else loop.finetune_plan
-    agent = config.make_agent(num_actions=3)
+    agent = config.make_agent(3, fakes.PlanesPool.observation)
     plan = make_plan(config, agent)
     pool = loop.make_pool(
-        config, plan.num_envs, plan.act_stream, fakes.ChainPool, run_seeds=seeds
+        config, plan.num_envs, plan.act_stream, fakes.PlanesPool, run_seeds=seeds
     )
     start = agent.start_finetune if stage == "finetune" else lambda state: state
     states = [start(loop.init_state(agent, seed)) for seed in seeds]
@@ -237,7 +238,7 @@ def test_a_finished_seed_has_its_agent_and_names_its_companions(runs):
 
 
 def test_a_reward_that_is_not_finite_names_its_seed(tmp_path):
-    class Poisoned(fakes.ChainPool):
+    class Poisoned(fakes.PlanesPool):
         steps = 0
 
         def recv(self):
@@ -261,10 +262,10 @@ def test_a_reward_that_is_not_finite_names_its_seed(tmp_path):
 
 def test_an_update_that_is_not_finite_names_its_seed():
     config = make_config()
-    agent = config.make_agent(num_actions=3)
+    agent = config.make_agent(3, fakes.PlanesPool.observation)
     plan = loop.pretrain_plan(config, agent)
     pool = loop.make_pool(
-        config, 4, loop.Stream.PRETRAIN_ACT, fakes.ChainPool, run_seeds=SEEDS
+        config, 4, loop.Stream.PRETRAIN_ACT, fakes.PlanesPool, run_seeds=SEEDS
     )
     state = loop.stack_seeds([loop.init_state(agent, seed) for seed in SEEDS])
     session = loop.start(config, plan, pool, state, seeds=SEEDS)
@@ -317,7 +318,7 @@ def test_memory_counts_every_replay():
     config = make_config(replay_size=10**6)
     memory = stages.memory_of(config, is_pretraining=True)
     ring = memory["replay_bytes"]
-    assert ring == 10**6 * 7071  # Of a step without the agent's extras.
+    assert ring == 10**6 * 20  # Of a step without the agent's extras.
     one, four = (machine.needed_bytes(**memory, num_seeds=count) for count in (1, 4))
     assert four - one == (4 + 1 + 4 - 2) * ring
     large = recorders.make_runs(make_config(replay_size=2 * 10**9), "nowhere", SEEDS)
@@ -330,15 +331,15 @@ def test_memory_counts_every_replay():
 
 def test_preflight_counts_and_measures_all_seeds(tmp_path, monkeypatch):
     monkeypatch.setattr(preflight, "_play", lambda *_: 500.0)
-    config = make_config(pretrain_frames=7_200_000)
+    config = make_config(pretrain_frames=7_200_000, replay_size=10**6)
     checks = preflight.run_checks(
         recorders.make_runs(config, tmp_path, (1, 2, 3)),
         ["pretrain"],
         seconds=20.0,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     found = {check.name: check.found for check in checks}
-    ring = 3 * 160 * 7071 / 2**20
+    ring = 3 * 10**6 * 20 / 2**20
     assert f"{ring:.1f} MiB of it the replay" in found["memory, pretrain"]
     # Three times 7.2 million frames, at three times 500.
     assert found["rate, pretrain"] == (

@@ -18,14 +18,15 @@ from aps_jax.agents import AGENTS, aps, base
 from aps_jax.runs import checkpoints, metrics
 from aps_jax.train import evaluation, loop, recorders, stages
 
-pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
-finetune = functools.partial(stages.finetune, constructor=fakes.ChainPool)
+pretrain = functools.partial(stages.pretrain, constructor=fakes.PlanesPool)
+finetune = functools.partial(stages.finetune, constructor=fakes.PlanesPool)
 
 
 def make_config(**options):
     """The smoke preset on the chain, smaller still."""
     options = {
-        "game": "Chain",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "pretrain_frames": 4 * 240,
         "replay_size": 240,
         "warmup_agent_steps": 60,
@@ -69,7 +70,7 @@ def test_result_files_keep_their_contract(run):
     assert finetuned["schema"] == 1
     assert finetuned["stage"] == "finetune"
     expected = {
-        "game": "Chain",
+        "game": fakes.PLANES,
         "agent": "aps",
         "seed": 0,
         "preset": "smoke",
@@ -149,7 +150,7 @@ def test_the_inferred_task_is_the_one_that_is_evaluated(run):
         trained.config,
         evaluation.make_player(trained.config, trained.agent),
         trained.state,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     np.testing.assert_array_equal(played.returns, finetuned["returns"])
 
@@ -169,8 +170,8 @@ def test_scratch_learns_from_reward_for_all_of_the_budget(run, tmp_path):
     assert scratch["init"] is None and scratch["pretrain_frames"] == 0
     for name in ("finetune_agent_steps", "protocol"):
         assert scratch[name] == finetuned[name]
-    # From the first window on (8 frames of 4 environments), and no inference before.
-    assert scratch["updates"] == (120 - 32) // 16 and finetuned["updates"] == 3
+    # From the first window on (5 states of 4 environments), and no inference before.
+    assert scratch["updates"] == (120 - 20) // 16 and finetuned["updates"] == 3
     assert [e["agent_steps"] for e in scratch["evaluations"]] == [0, 120]
 
 
@@ -189,7 +190,7 @@ class Stop(BaseException):
 def interrupted(num_steps):
     """A chain whose process dies after some steps of all environments."""
 
-    class Interrupted(fakes.ChainPool):
+    class Interrupted(fakes.PlanesPool):
         steps = 0
 
         def send(self, actions):
@@ -222,7 +223,7 @@ def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
 def test_a_game_that_raises_is_saved_first(run, tmp_path):
     folder, pretrained, _ = run
 
-    class Broken(fakes.ChainPool):
+    class Broken(fakes.PlanesPool):
         steps = 0
 
         def recv(self):
@@ -244,7 +245,7 @@ def test_a_game_that_raises_is_saved_first(run, tmp_path):
 
 
 def test_a_reward_that_is_not_finite_leaves_its_batch_and_the_last_good(tmp_path):
-    class Poisoned(fakes.ChainPool):
+    class Poisoned(fakes.PlanesPool):
         steps = 0
 
         def recv(self):
@@ -272,8 +273,8 @@ def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
     """The loss of one update is spoilt on the device, as by an overflow."""
     entry = AGENTS["aps"]
 
-    def spoilt(config, num_actions):
-        agent = entry.make(config, num_actions)
+    def spoilt(config, num_actions, observation):
+        agent = entry.make(config, num_actions, observation)
         learner = agent.pretrain.learner
 
         def update(state, batch, key):
@@ -296,7 +297,7 @@ def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
     with np.load(tmp_path / "p" / "nonfinite_240.npz", allow_pickle=False) as batch:
         # Windows of what had been played by then; ids count the steps.
         assert batch["windows.id"].max() < 192
-        assert batch["windows.observation"].shape == (4, 5, 84, 84, 4)
+        assert batch["windows.observation"].shape == (4, 5, 1, 5, 1)
         assert batch["particles.id"].shape == (8,)
 
 
@@ -365,7 +366,7 @@ def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, monkeypatch, cap
     wait_for_saves(monkeypatch)
     workdir = tmp_path / "p"
 
-    class Deleting(fakes.ChainPool):
+    class Deleting(fakes.PlanesPool):
         steps = 0
 
         def send(self, actions):
@@ -422,7 +423,7 @@ def test_an_unfinished_or_damaged_init_is_warned_of_and_named(run, tmp_path):
     trained = stages.load_pretrained(tmp_path / "p", warn=warnings.append)
     assert trained.step == 160
     (text,) = warnings  # 640 of 960 frames.
-    assert "640" in text and "960" in text and str(tmp_path / "p") in text
+    assert "160" in text and "240" in text and str(tmp_path / "p") in text
     damaged = max(newest.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     warnings.clear()
@@ -441,9 +442,12 @@ def test_the_best_is_not_kept_where_it_would_be_chosen_by_a_hidden_reward(tmp_pa
 def test_an_agent_that_does_not_fit_is_refused_with_both_sides(run, tmp_path):
     folder, _, _ = run
     for options, words in (
-        ({"game": "Maze"}, "game is 'Chain' there and 'Maze' here"),
+        (
+            {"game": "Pong", "encoder": "small"},
+            f"game is '{fakes.PLANES}' there and 'Pong' here",
+        ),
         ({"feature_dim": 3}, "feature_dim is 5 there and 3 here"),
-        ({"encoder": "nature"}, "encoder is 'small' there and 'nature' here"),
+        ({"encoder": "minatar"}, "encoder is 'mlp' there and 'minatar' here"),
     ):
         with pytest.raises(ValueError, match=words):
             finetune(make_config(**options), tmp_path / "f", folder / "pretrain")
@@ -476,7 +480,7 @@ def test_a_missing_checkpoint_says_what_is_there(run, tmp_path):
 
 
 def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
-    class Barren(fakes.ChainPool):
+    class Barren(fakes.PlanesPool):
         def recv(self):
             timestep = super().recv()
             return timestep._replace(reward=np.zeros_like(timestep.reward))
@@ -503,9 +507,9 @@ def test_evaluation_counts_the_first_game_of_each_environment(run):
         config,
         evaluation.make_player(config, trained.agent, adapted=True),
         trained.state,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
-    expected = fakes.ChainPool("Chain", 1, seeds=[0]).random_return
+    expected = fakes.PlanesPool(fakes.PLANES, 1, seeds=[0]).random_return
     standard_error = played.returns.std() / math.sqrt(500)
     assert abs(played.returns.mean() - expected) < 4 * standard_error
     assert played.returns.shape == played.lengths.shape == (500,)
@@ -521,7 +525,7 @@ def test_a_recorded_game_has_a_picture_per_step(run):
         evaluation.make_player(make_config(), trained.agent),
         trained.state,
         record_games=1,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     (pictures,) = played.pictures
     assert len(pictures) == played.lengths[0]
@@ -540,7 +544,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
         record_games=2,
         record_agent_steps=4,
         only_record=True,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     assert [len(pictures) for pictures in played.pictures] == [4, 4]
     np.testing.assert_array_equal(played.lengths, [4, 4, 4])
@@ -621,7 +625,7 @@ def test_set_steps_are_checked(steps, message):
 @pytest.mark.parametrize("max_frames, expected", [(108_000, 0.0), (400, math.nan)])
 def test_only_whole_games_are_normalised(max_frames, expected):
     config = config_lib.replace_options(
-        make_config(), game="Pong", max_frames=max_frames
+        config_lib.preset_config("smoke"), game="Pong", max_frames=max_frames
     )
     scores = np.array([-20.7, -20.7])
     # Returns of another reward do not count.
@@ -640,7 +644,7 @@ def test_evaluations_of_a_player_compile_once(run):
     counts = []
     for _ in range(2):
         evaluation.evaluate(
-            trained.config, player, trained.state, constructor=fakes.ChainPool
+            trained.config, player, trained.state, constructor=fakes.PlanesPool
         )
         counts.append((player.act._cache_size(), player.init._cache_size()))
     assert counts == [(1, 1), (1, 1)]
