@@ -513,7 +513,7 @@ PRESETS: dict[str, dict[str, Any]] = {
     },
     # The talk's and the papers' own values.
     "paper": {},
-    # About an hour on two cores: MinAtar with the encoder of its paper.
+    # MinAtar with the encoder of its paper, in sizes for two cores.
     "minatar": {
         "game": "minatar/Breakout",
         "pretrain_frames": 1_000_000,
@@ -529,7 +529,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "report_agent_steps": 10_000,
         "checkpoint_agent_steps": 250_000,
     },
-    # Two cores, minutes: one-hot mazes.
+    # One-hot mazes, in sizes for two cores.
     "maze": {
         "game": "maze/four_rooms",
         "pretrain_frames": 100_000,

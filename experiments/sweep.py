@@ -240,7 +240,8 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
     elif stage != "finetune":  # Which takes all this from the pretraining.
         words = [f"--preset={config.preset}", *words]
         passed |= {"game": config.game, "agent": config.agent, "seed": config.seed}
-    file = f"{stage}_{config.game}_{config.agent}_{config.seed}.log"
+    game = config.game.replace("/", "_")  # Worlds have a slash in their name.
+    file = f"{stage}_{game}_{config.agent}_{config.seed}.log"
     job = Job(
         name=f"{stage} {config.game} {config.agent} seed {config.seed}",
         command=(

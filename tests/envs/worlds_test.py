@@ -1,5 +1,6 @@
 """Tests of worlds against gymnax stepped by hand, and of their pools."""
 
+import functools
 import json
 
 import chex
@@ -38,10 +39,10 @@ def play(pool, actions):
     return jax.tree.map(lambda *x: np.stack(x), *steps)
 
 
-def step_gymnax(environment, params, key, actions):
-    """One environment after gymnax's own functions, in one compiled loop."""
+def step_gymnax(environment, params, keys, actions):
+    """Environments after gymnax's own functions, for actions [T, E]."""
 
-    def step(state, inputs):
+    def step(key, state, inputs):
         (inner, is_done), (number, action) = state, inputs
         reset_key, step_key = jax.random.split(jax.random.fold_in(key, number))
         first = environment.reset_env(reset_key, params)
@@ -59,15 +60,16 @@ def step_gymnax(environment, params, key, actions):
         inner = jax.tree.map(lambda x, y: jnp.where(is_done, x, y), first[1], after)
         return (inner, result["terminated"] | result["truncated"]), result
 
-    @jax.jit
-    def run(actions):
+    def run(key, actions):
         # Any state will do before the first reset.
         inner = jax.tree.map(jnp.asarray, environment.reset_env(key, params)[1])
         inputs = jnp.arange(len(actions)), actions
-        return jax.lax.scan(step, (inner, jnp.bool_(True)), inputs)[1]
+        one_step = functools.partial(step, key)
+        return jax.lax.scan(one_step, (inner, jnp.bool_(True)), inputs)[1]
 
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        return jax.device_get(run(actions))
+        in_axes, out_axes = (0, 1), 1
+        return jax.device_get(jax.jit(jax.vmap(run, in_axes, out_axes))(keys, actions))
 
 
 @pytest.mark.parametrize("name", worlds.MINATAR)
@@ -86,12 +88,9 @@ def test_minatar_is_gymnax_stepped_by_hand(name):
         return jax.tree.map(lambda x, y: jnp.concatenate([x[None], y]), first, rest)
 
     found = jax.device_get(run(actions))
-    for env in range(2):
-        expected = step_gymnax(environment, params, KEYS[env], actions[:, env])
-        for field, values in expected.items():
-            np.testing.assert_array_equal(
-                getattr(found, field)[:, env], values, err_msg=field
-            )
+    expected = step_gymnax(environment, params, KEYS, actions)
+    for field, values in expected.items():
+        np.testing.assert_array_equal(getattr(found, field), values, err_msg=field)
     assert found.frame.dtype == np.uint8 and set(found.frame.ravel()) == {0, 1}
     if name != "Freeway":  # Whose episodes end by time alone.
         assert found.terminated.any() and found.is_first[1:].any()

@@ -76,6 +76,16 @@ def test_a_dry_run_prints_a_command_for_each_game_agent_and_seed(tmp_path, capsy
     assert not (tmp_path / "a b").exists()
 
 
+def test_worlds_are_swept_like_games(tmp_path, capsys):
+    worlds = ("maze/snake", "minatar/Breakout")
+    words = (f"--games={','.join(worlds)}", "--preset=maze", f"--workdir={tmp_path}")
+    for game, command in zip(worlds, commands(capsys, *words), strict=True):
+        assert f"--game={game}" in command
+        assert f"--workdir={tmp_path}/{game}/aps/seed_0" in command
+    with pytest.raises(ValueError, match="Unknown world 'maze/snakes'"):
+        run_sweep("--games=maze/snakes", "--preset=maze", f"--workdir={tmp_path}")
+
+
 def test_an_agent_without_pretraining_is_swept_from_scratch(tmp_path, capsys):
     words = ["--agents=aps,dqn", "--preset=cpu", f"--workdir={tmp_path}"]
     aps, dqn = commands(capsys, *words)
