@@ -209,7 +209,8 @@ def stages_on_two(folder, *, is_stopped):
     Pretraining goes on on two devices, fine-tuning on one.
     """
     options = {
-        "game": "Chain",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "pretrain_frames": 4 * 160,
         "replay_size": 160,
         "warmup_agent_steps": 60,
@@ -221,13 +222,13 @@ def stages_on_two(folder, *, is_stopped):
     }
     config = config_lib.replace_options(config_lib.preset_config("smoke"), **options)
     pretrain = functools.partial(
-        stages.pretrain, workdir=folder / "pretrain", constructor=fakes.ChainPool
+        stages.pretrain, workdir=folder / "pretrain", constructor=fakes.PlanesPool
     )
     finetune = functools.partial(
         stages.finetune,
         workdir=folder / "finetune",
         init=folder / "pretrain",
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     for stage, goes_on_with in ((pretrain, 2), (finetune, 1)):
         count = 2

@@ -21,7 +21,8 @@ from aps_jax.train import stages
 from experiments import common_flags
 
 OPTIONS = {
-    "game": "Chain",
+    "game": fakes.PLANES,
+    "encoder": "mlp",
     "num_envs": 8,
     "pretrain_frames": 4 * 240,
     "replay_size": 200,
@@ -42,7 +43,7 @@ _RAISE_AT = flags.DEFINE_integer("raise_at", 0, "Step at which --raise_in raises
 _RAISE_IN = flags.DEFINE_integer("raise_in", 0, "Process whose environments raise.")
 
 
-class Pool(fakes.ChainPool):
+class Pool(fakes.PlanesPool):
     """A chain that takes its time, and may raise."""
 
     steps = 0

@@ -23,7 +23,8 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 def make_config(**options):
     options = {
-        "game": "Chain",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "pretrain_frames": 4 * 240,
         "replay_size": 240,
         "warmup_agent_steps": 60,
@@ -39,7 +40,7 @@ def make_config(**options):
 def signalled(num_steps, number=signal.SIGTERM):
     """A chain whose process gets a signal after some steps of all environments."""
 
-    class Signalled(fakes.ChainPool):
+    class Signalled(fakes.PlanesPool):
         steps = 0
 
         def send(self, actions):
@@ -60,7 +61,7 @@ def test_pretraining_saves_at_the_step_of_the_request(tmp_path, number):
     assert trained.facts["agent_steps"] == 31 * 4
     # (124 - 60) steps, half a sample each, 8 samples an update.
     assert int(trained.state.num_updates) == 4
-    done = stages.pretrain(config, tmp_path, constructor=fakes.ChainPool)
+    done = stages.pretrain(config, tmp_path, constructor=fakes.PlanesPool)
     assert done["updates"] == 11
     columns = metrics.read_metrics(tmp_path / "metrics.csv")
     assert columns["agent_steps"] == [80.0, 160.0, 240.0]
@@ -70,9 +71,9 @@ def test_pretraining_saves_at_the_step_of_the_request(tmp_path, number):
 def whole(tmp_path_factory):
     """A pretraining, and the result of a fine-tuning of it that nobody interrupted."""
     root = tmp_path_factory.mktemp("whole")
-    stages.pretrain(make_config(), root / "init", constructor=fakes.ChainPool)
+    stages.pretrain(make_config(), root / "init", constructor=fakes.PlanesPool)
     return root / "init", stages.finetune(
-        make_config(), root / "whole", root / "init", constructor=fakes.ChainPool
+        make_config(), root / "whole", root / "init", constructor=fakes.PlanesPool
     )
 
 
@@ -87,12 +88,12 @@ def test_finetuning_goes_on_from_any_phase(tmp_path, whole, num_steps):
             config, folder, init, constructor=signalled(num_steps), stop=stop
         )
     assert not (folder / "result.json").exists()
-    resumed = stages.finetune(config, folder, init, constructor=fakes.ChainPool)
+    resumed = stages.finetune(config, folder, init, constructor=fakes.PlanesPool)
     for name in ("updates", "finetune_agent_steps"):
         assert resumed[name] == whole[name]
     assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
     if num_steps > 15:
-        assert resumed["task"] == whole["task"]
+        assert resumed["adapted"] == whole["adapted"]
         assert resumed["evaluations"][0] == whole["evaluations"][0]
     rows = metrics.read_metrics(folder / "metrics.csv")["agent_steps"]
     assert rows == [60.0, 80.0, 120.0]

@@ -56,7 +56,8 @@ def fake(monkeypatch):
 
 def make_config(**options):
     options = {
-        "game": "Chain",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "pretrain_frames": 4 * 120,
         "replay_size": 240,
         "warmup_agent_steps": 60,
@@ -66,7 +67,7 @@ def make_config(**options):
     return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
-pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+pretrain = functools.partial(stages.pretrain, constructor=fakes.PlanesPool)
 
 
 def test_rows_go_to_wandb_under_the_same_names(fake, tmp_path):
