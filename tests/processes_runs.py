@@ -11,7 +11,6 @@ import forks
 import jax
 import numpy as np
 
-from aps_jax.envs import atari
 from aps_jax.runs import checkpoints, folders
 from aps_jax.train import loop, stages
 
@@ -148,7 +147,7 @@ def learned(workdir):
 def remembered(workdir):
     """The replay and all else of pretraining that lies with its environments."""
     _, config = folders.read_run(workdir / "pretrain")
-    agent = config.make_agent(3, atari.OBSERVATION)
+    agent = config.make_agent(3, config.observation)
     plan = loop.pretrain_plan(config, agent)
 
     def init():

@@ -293,7 +293,7 @@ class WorldPool:
 
     def __init__(self, world: World, seeds: Sequence[int]):
         """Makes an environment for each seed, from `atari.environment_seeds`."""
-        self._world = world
+        self.world = world
         self.num_envs = len(seeds)
         self.num_actions = world.num_actions
         self.observation = world.observation
@@ -305,7 +305,7 @@ class WorldPool:
     def reset(self) -> types.TimeStep:
         """Begins a new episode in every environment, and its random stream anew."""
         self._check_call("reset", in_flight=False)
-        self._state, self._timestep = _reset(self._world, self._keys)
+        self._state, self._timestep = _reset(self.world, self._keys)
         return jax.device_get(self._timestep)
 
     def send(self, actions: types.Array) -> None:
@@ -324,7 +324,7 @@ class WorldPool:
                 f"Actions must be in [0, {self.num_actions}), got {actions}."
             )
         actions = jax.device_put(actions)
-        self._state, self._timestep = _step(self._world, self._state, actions)
+        self._state, self._timestep = _step(self.world, self._state, actions)
         self._is_in_flight = True
 
     def recv(self) -> types.TimeStep:
@@ -339,7 +339,16 @@ class WorldPool:
         if not 0 <= index < self.num_envs:
             raise ValueError(f"index must be in [0, {self.num_envs}), got {index}.")
         assert self._state is not None
-        return self._world.render(self._state, index)
+        return self.world.render(self._state, index)
+
+    def lend(self) -> tuple[WorldState | None, types.TimeStep | None]:
+        """Returns state and time step on the device, for a caller who steps them."""
+        self._check_call("lend", in_flight=False)
+        return self._state, self._timestep
+
+    def take_back(self, state: WorldState, timestep: types.TimeStep) -> None:
+        """Goes on from where a caller has stepped to."""
+        self._state, self._timestep = state, timestep
 
     def close(self) -> None:
         """Frees the state."""
@@ -359,7 +368,7 @@ class WorldPool:
         self._check_call("set_state", in_flight=False)
         rows = [zlib.decompress(base64.b64decode(row)) for row in state["world"]]
         data = np.stack([np.frombuffer(row, np.uint8) for row in rows])
-        shapes, tree = jax.tree.flatten(jax.eval_shape(self._world.reset, self._keys))
+        shapes, tree = jax.tree.flatten(jax.eval_shape(self.world.reset, self._keys))
         ends = np.cumsum([x.size * x.dtype.itemsize // self.num_envs for x in shapes])
         leaves = [
             np.ascontiguousarray(part).view(x.dtype).reshape(x.shape)

@@ -26,7 +26,7 @@ import numpy as np
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari, games
+from aps_jax.envs import atari, games, worlds
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer as buffer_lib
 from aps_jax.replay import frames
@@ -587,6 +587,46 @@ def make_embed(
     return embed
 
 
+# ------------------------------------------------------------------- on the device
+
+# Iterations of one call: between two calls stops are looked at.
+_MOST_ITERATIONS = 128
+
+
+@functools.lru_cache(maxsize=4)
+def _make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..., Any]:
+    """Makes the loop over a world: acting, the world's step and updates in one program.
+
+    Args:
+      world: Its pure functions; of many seeds it steps all environments.
+      act: From `jit_act`.
+      learn: From `jit_learn`; None while nothing is learned.
+
+    Returns:
+      `run(carry, due, count) -> carry`, the carry being agent state, sums, rollout,
+      world state and time step. `due[i]` updates follow the i-th of `count` iterations.
+    """
+
+    def run(carry: Any, due: jax.Array, count: jax.Array) -> Any:
+        def iterate(number: jax.Array, carry: Any) -> Any:
+            state, sums, rollout, world_state, timestep = carry
+            rollout, action = act(state, rollout, timestep)
+            world_state, reached = world.step(world_state, action.reshape(-1))
+            reached = jax.tree.map(lambda x, y: x.reshape(y.shape), reached, timestep)
+            if learn is not None:
+                state, sums = jax.lax.fori_loop(
+                    0,
+                    due[number],
+                    lambda _, c: learn(c[0], c[1], rollout.replay),
+                    (state, sums),
+                )
+            return state, sums, rollout, world_state, reached
+
+        return jax.lax.fori_loop(0, count, iterate, carry)
+
+    return jax.jit(run, donate_argnums=0)
+
+
 # --------------------------------------------------------------------------- session
 
 # Iterations between two looks at whether all updates so far were finite.
@@ -645,8 +685,12 @@ class Session:
         """Copies what is one seed's out of a pytree on the device."""
         return tree if len(self.seeds) == 1 else _take(tree, np.int32(place))
 
-    def step(self) -> None:
-        """Makes one agent step in every environment and enqueues the updates due.
+    def step(self, most: int = 1) -> None:
+        """Makes agent steps in every environment and enqueues the updates due.
+
+        Args:
+          most: Steps that may be made before the caller looks again. Worlds make many
+            at once, emulators one.
 
         Raises:
           EnvironmentFailure: The environments raised. The session can be saved, and
@@ -656,6 +700,9 @@ class Session:
         if self.timestep is None:
             with environment_errors():
                 self.timestep = self.pool.reset()
+        if isinstance(self.pool, worlds.WorldPool) and self.mesh is None:
+            self._step_on_device(self.pool, min(most, _MOST_ITERATIONS))
+            return
         shown = self.timestep
         if len(self.seeds) > 1:  # The pool has the seeds one after the other.
             axes = (len(self.seeds), self.num_envs)
@@ -680,14 +727,39 @@ class Session:
             self.timestep = self.pool.recv() if reached is None else reached
         self._check_rewards(sent, self.timestep)
 
-    def _make_updates(self, before: int) -> None:
-        """Enqueues the updates that are due since `before` agent steps."""
+    def _step_on_device(self, pool: worlds.WorldPool, count: int) -> None:
+        """Makes `count` iterations in one call."""
+        world_state, timestep = pool.lend()
+        if len(self.seeds) > 1:  # The pool has the seeds one after the other.
+            axes = (len(self.seeds), self.num_envs)
+            timestep = jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), timestep)
+        due = np.zeros(_MOST_ITERATIONS, np.int32)
+        for number in range(count):
+            before, self.iteration = self.agent_steps, self.iteration + 1
+            due[number] = self._num_due(before)
+        carry = (self.state, self.sums, self.rollout, world_state, timestep)
+        run = _make_run(pool.world, self.act, self.learn)
+        carry = run(devices.device_put(carry), *jax.device_put((due, np.int32(count))))
+        self.state, self.sums, self.rollout, world_state, timestep = carry
+        if len(self.seeds) > 1:
+            timestep = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), timestep)
+        pool.take_back(world_state, timestep)
+        self.timestep = timestep
+        if self.learn is not None:
+            self._look()
+
+    def _num_due(self, before: int) -> int:
+        """Returns the number of updates that are due since `before` agent steps."""
         if self.learn is None or self.agent_steps <= self.learn_from:
-            return
+            return 0
         assert self.schedule is not None
         start = max(before, self.learn_from)
-        due = self.schedule.num_due(self.agent_steps) - self.schedule.num_due(start)
-        for _ in range(due):
+        return self.schedule.num_due(self.agent_steps) - self.schedule.num_due(start)
+
+    def _make_updates(self, before: int) -> None:
+        """Enqueues the updates that are due since `before` agent steps."""
+        for _ in range(self._num_due(before)):
+            assert self.learn is not None
             self.state, self.sums = self.learn(
                 self.state, self.sums, self.rollout.replay
             )

@@ -287,6 +287,18 @@ class Recorder:
         session = self._session
         return loop.is_due(every, session.agent_steps, session.num_envs)
 
+    def steps_to_go(self, total: int) -> int:
+        """Returns after how many iterations the next row, checkpoint or end is due."""
+        session = self._session
+        left = [
+            -(-(every - session.agent_steps % every) // session.num_envs)
+            for every in (
+                self._report.report_agent_steps,
+                self._report.checkpoint_agent_steps,
+            )
+        ]
+        return max(1, min(total - session.iteration, *left))
+
     def record(self, *, is_last: bool, progress: progress_lib.Silent) -> None:
         """Writes a row and a checkpoint where they are due, and shows progress.
 

@@ -166,7 +166,7 @@ def _explore(
     frames = num_envs * config.observation.frame_skip * len(seeds)
     progress.start(PRETRAIN, total=total * frames, done=session.iteration * frames)
     while session.iteration < total:
-        session.step()
+        session.step(recorder.steps_to_go(total))
         is_last = session.iteration == total
         if session.agent_steps >= schedule.start and (is_last or recorder.is_row_due()):
             session.prepare_save()
@@ -418,7 +418,7 @@ def roll_out(
     playing = loop.map_seeds(make_act, session.seeds, loop.Stream.INFER_ACT)
     session.act, session.learn = loop.jit_act(playing, session.mesh), None
     while session.iteration < total:
-        session.step()
+        session.step(1 if recorder is None else recorder.steps_to_go(total))
         if recorder is not None:
             recorder.record(is_last=False, progress=progress)
         else:
@@ -527,7 +527,9 @@ def _learn(
 
     evaluate_if_due()
     while session.iteration < total:
-        session.step()
+        to_point = min(point for point in points if point > session.iteration)
+        to_point -= session.iteration
+        session.step(min(to_point, recorder.steps_to_go(total)))
         is_last = session.iteration == total
         if is_last:
             recorder.save()

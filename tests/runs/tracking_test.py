@@ -75,7 +75,7 @@ def test_rows_go_to_wandb_under_the_same_names(fake, tmp_path):
     pretrain(config, tmp_path / "p")
     (started,) = fake.started
     assert started["project"] == "aps_jax" and started["resume"] == "allow"
-    assert started["name"] == "Chain aps seed 0 p"
+    assert started["name"] == "ChainPlanes aps seed 0 p"
     assert started["config"] == config_lib.to_dict(config)
     written = metrics.read_metrics(tmp_path / "p" / "metrics.csv")
     steps = [row["agent_steps"] for row in fake.rows]

@@ -393,3 +393,58 @@ def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
         jax.device_get(whole),
         jax.device_get(chunked),
     )
+
+
+class Hidden:
+    """A pool of a world that the loop takes for one of emulators."""
+
+    def __init__(self, pool):
+        for name in ("num_envs", "num_actions", "observation", "reset", "send", "recv"):
+            setattr(self, name, getattr(pool, name))
+
+
+@pytest.mark.parametrize("seeds", [(3,), (3, 4)])
+def test_a_world_in_one_program_does_what_the_host_loop_does(seeds):
+    """Forty iterations of three environments, in calls of 7 and one by one."""
+    config = config_lib.replace_options(
+        config_lib.preset_config("smoke"),
+        game="maze/spiral",
+        encoder="mlp",
+        num_envs=NUM_ENVS,
+        warmup_agent_steps=30,
+        pretrain_epsilon=1.0,  # Else rounding may decide between two actions.
+        samples_per_step=3.0,
+    )
+
+    def played(hide, most):
+        pool = loop.make_pool(
+            config, NUM_ENVS, loop.Stream.PRETRAIN_ACT, run_seeds=seeds
+        )
+        agent = config.make_agent(pool.num_actions, pool.observation)
+        state = loop.stack_seeds([loop.init_state(agent, seed) for seed in seeds])
+        session = loop.start(
+            config,
+            loop.pretrain_plan(config, agent),
+            Hidden(pool) if hide else pool,
+            state,
+            seeds=seeds,
+        )
+        while session.iteration < 40:
+            session.step(min(most, 40 - session.iteration))
+        return session
+
+    one_by_one, at_once = played(True, 1), played(False, 7)
+    assert int(np.max(at_once.state.num_updates)) == (120 - 30) * 3 // 8
+    for name in ("replay", "episodes"):
+        jax.tree.map(
+            np.testing.assert_array_equal,
+            getattr(one_by_one.rollout, name),
+            getattr(at_once.rollout, name),
+        )
+    for left, right in zip(one_by_one.rows(), at_once.rows(), strict=True):
+        np.testing.assert_allclose(list(left.values()), list(right.values()), rtol=1e-3)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4),
+        one_by_one.state.params,
+        at_once.state.params,
+    )
