@@ -47,9 +47,8 @@ def _torch_forward(encoder: str, weights: Mapping[str, Any], images: Any) -> Any
     activation = functional.elu if encoder == "paper" else functional.relu
     x = images.float() * (1.0 / 255.0)
     for index, layer in enumerate(ENCODERS[encoder].layers):
-        if layer.is_padded:
-            rows, columns = (-side % layer.stride for side in x.shape[2:])
-            x = functional.pad(x, (0, columns, 0, rows))
+        rows, columns = map(layer.zeros, x.shape[2:])
+        x = functional.pad(x, (*columns, *rows))
         kernel, bias = weights[f"conv_{index}"]
         x = activation(functional.conv2d(x, kernel, bias, stride=layer.stride))
     x = x.flatten(1)
