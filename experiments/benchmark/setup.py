@@ -201,7 +201,7 @@ class Setup:
 
     def _learn(self, learn: Callable[..., Any], *arguments: Any) -> None:
         session = self._session
-        session.state, session.sums = learn(
+        session.state, session.sums, _ = learn(
             session.state, session.sums, *arguments, session.rollout.replay
         )
 
@@ -237,7 +237,7 @@ class Setup:
             state, sums = jax.lax.fori_loop(
                 0,
                 due.astype(jnp.int32),
-                lambda _, both: learn(*both, rollout.replay),
+                lambda _, both: learn(*both, rollout.replay)[:2],
                 (state, sums),
             )
             return (handle, state, sums, rollout, timestep), None

@@ -93,9 +93,9 @@ def test_updates_keep_the_state_and_return_what_is_declared(name):
             batch = draw(state, replay, state.num_updates)
             return learner.update(state, batch, jax.random.key(4))
 
-        after, metrics = update(start, replay)
-        again, _ = update(start, replay)
-        last, _ = update(after, replay)
+        after, metrics, _ = update(start, replay)
+        again, *_ = update(start, replay)
+        last, *_ = update(after, replay)
         assert len(traces) == 1
         assert_same(after, again)
         assert shapes(after) == shapes(start)
@@ -186,7 +186,9 @@ def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
         )
         draw = loop.make_draw(phase.learner, jax.random.key(0), reward_free=reward_free)
         batch = jax.eval_shape(draw, start, replay, np.int32(0))
-        after, _ = jax.eval_shape(phase.learner.update, start, batch, jax.random.key(0))
+        after, *_ = jax.eval_shape(
+            phase.learner.update, start, batch, jax.random.key(0)
+        )
         assert shapes(after) == shapes(start)
 
 

@@ -85,7 +85,7 @@ def test_with_a_new_target_network_it_learns_what_double_dqn_learns(q_learning):
     ):
         state = jax.jit(agent.init)(jax.random.key(0))
         update = jax.jit(agent.finetune.learner.update)
-        state, metrics = update(state, batch, jax.random.key(1))
+        state, metrics, _ = update(state, batch, jax.random.key(1))
         learned.append((state.params, metrics))
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), *learned)
 
