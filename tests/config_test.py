@@ -96,7 +96,9 @@ def test_the_exploration_value_is_apart_in_two_forms(form):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="smoke, cpu, gpu, paper, got 'tpu'"):
+    with pytest.raises(
+        ValueError, match="smoke, cpu, gpu, paper, atari100k, got 'tpu'"
+    ):
         config_lib.preset_config("tpu")
 
 
