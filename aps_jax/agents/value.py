@@ -161,11 +161,10 @@ class Config(base.Config):
         return 1 + max(self.n_steps, jumps)
 
 
-def make(config: Config, num_actions: int) -> base.Agent:
-    """Binds a value agent to a config; see `base.Agent`."""
-    encoder = base.make_encoder(config).clone(hidden=None)
-    network: Any = value_heads.DistributionalNetwork(
-        encoder,
+def make_network(config: Config, num_actions: int) -> value_heads.DistributionalNetwork:
+    """Returns the network of the values that a config describes."""
+    return value_heads.DistributionalNetwork(
+        base.make_encoder(config).clone(hidden=None),
         value_heads.ValueHead(
             num_actions,
             config.atoms,
@@ -176,15 +175,37 @@ def make(config: Config, num_actions: int) -> base.Agent:
         is_renormalised=config.auxiliary == "spr",
         gradient_scale=config.head_gradient_scale,
     )
-    optimizer = base.adam(config, config.learning_rate)
-    change = functools.partial(_augment, config)
-    auxiliary = _make_auxiliary(config, network, num_actions)
-    atoms = np.linspace(
+
+
+def make_atoms(config: Config) -> np.ndarray:
+    """Returns the values `[N]` float32 of the atoms."""
+    return np.linspace(
         config.value_min, config.value_max, config.atoms, dtype=np.float32
     )
-    epsilon_of = optax.linear_schedule(
+
+
+def mean_values(atoms: np.ndarray, logits: jax.Array) -> jax.Array:
+    """Returns the values `[..., A]` of logits `[..., A, N]`."""
+    if len(atoms) == 1:
+        return logits[..., 0]
+    return jax.nn.softmax(logits) @ jnp.asarray(atoms)
+
+
+def epsilon_schedule(config: Config) -> optax.Schedule:
+    """Returns the probability of a random action by the number of the update."""
+    return optax.linear_schedule(
         config.epsilon_start, config.finetune_epsilon, config.epsilon_updates
     )
+
+
+def make(config: Config, num_actions: int) -> base.Agent:
+    """Binds a value agent to a config; see `base.Agent`."""
+    network: Any = make_network(config, num_actions)
+    optimizer = base.adam(config, config.learning_rate)
+    change = functools.partial(augmented, config)
+    auxiliary = _make_auxiliary(config, network, num_actions)
+    atoms = make_atoms(config)
+    epsilon_of = epsilon_schedule(config)
 
     def untrained(key: PRNGKey) -> dict[str, Params]:
         values_key, auxiliary_key = jax.random.split(key)
@@ -207,11 +228,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
     def draw_noise(key: PRNGKey, params: Params) -> dict[str, value_heads.Noise]:
         return value_heads.draw_noise(key, params["params"]["head"])
 
-    def mean_values(logits: jax.Array) -> jax.Array:
-        """Returns `[..., A]` values of logits `[..., A, N]`."""
-        if config.atoms == 1:
-            return logits[..., 0]
-        return jax.nn.softmax(logits) @ jnp.asarray(atoms)
+    value_of = functools.partial(mean_values, atoms)
 
     def policy(epsilon: float | None) -> base.Policy:
         """Makes a policy: noisy and scheduled where no epsilon is given."""
@@ -224,7 +241,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
                 params = state.target_params
             noise_key, action_key = jax.random.split(key)
             noise = draw_noise(noise_key, params) if epsilon is None else {}
-            q = mean_values(network.apply(params, observation.frames, noise))
+            q = value_of(network.apply(params, observation.frames, noise))
             chance = epsilon_of(state.num_updates) if epsilon is None else epsilon
             return memory, Decision(acting.epsilon_greedy(action_key, q, chance), {})
 
@@ -253,13 +270,13 @@ def make(config: Config, num_actions: int) -> base.Agent:
         encoded = network.apply(values, s_tm1, method="encode")
         logits_tm1 = network.apply(values, encoded, online_noise, method="values")
         frozen = jax.lax.stop_gradient(values)
-        selector_t = mean_values(network.apply(frozen, s_t, online_noise))
+        selector_t = value_of(network.apply(frozen, s_t, online_noise))
         target_noise = draw_noise(keys["target"], state.target_params)
         logits_t = network.apply(state.target_params, s_t, target_noise)
         a_tm1 = windows.action[:, 0]
-        of_one = _scalar_loss
+        of_one = scalar_loss
         if config.atoms > 1:
-            of_one = functools.partial(_categorical_loss, atoms)
+            of_one = functools.partial(categorical_loss, atoms)
         losses, divergence, errors = jax.vmap(of_one)(
             logits_tm1, a_tm1, r_t[:, 0], discount_t[:, 0], logits_t, selector_t
         )
@@ -277,7 +294,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
         total = losses + config.auxiliary_weight * others
         is_valid = targets.is_valid[:, 0]
         weight = is_valid if batch.weight is None else is_valid * batch.weight
-        chosen = take_states(mean_values(logits_tm1), a_tm1)
+        chosen = take_states(value_of(logits_tm1), a_tm1)
         metrics = {
             "loss_value": masked_mean(losses, is_valid),
             "td_error": masked_mean(jnp.abs(errors), is_valid),
@@ -321,8 +338,8 @@ def make(config: Config, num_actions: int) -> base.Agent:
     def reset(key: PRNGKey, state: AgentState) -> AgentState:
         """Makes head and optimiser new, and the encoders in part."""
         fresh = untrained(key)
-        params = _mixed(state.params, fresh, config.reset_keep)
-        target = _mixed(state.target_params, fresh["values"], config.reset_keep)
+        params = mixed(state.params, fresh, config.reset_keep)
+        target = mixed(state.target_params, fresh["values"], config.reset_keep)
         return state._replace(
             params=params, target_params=target, opt_state=optimizer.init(params)
         )
@@ -338,7 +355,7 @@ def make(config: Config, num_actions: int) -> base.Agent:
     return agent._replace(finetune=base.Phase(policy(None), learner))
 
 
-def _augment(config: Config, key: PRNGKey, images: jax.Array) -> jax.Array:
+def augmented(config: Config, key: PRNGKey, images: jax.Array) -> jax.Array:
     """Changes each image of a batch `[B, H, W, C]` in its own way."""
 
     def change(key: PRNGKey, image: jax.Array) -> jax.Array:
@@ -367,7 +384,7 @@ def _make_auxiliary(
             channels=encoder.layers[-1].features,
             jumps=config.spr_jumps,
             is_batch_normalised=config.spr_batch_norm,
-            change=functools.partial(_augment, config),
+            change=functools.partial(augmented, config),
             cut_at_life_loss=config.cut_at_life_loss,
         )
     return auxiliary_lib.curl(
@@ -389,7 +406,7 @@ def _priorities(config: Config) -> base.Prioritised | None:
     )
 
 
-def _scalar_loss(
+def scalar_loss(
     logits_tm1: jax.Array,
     a_tm1: jax.Array,
     r_t: jax.Array,
@@ -397,7 +414,7 @@ def _scalar_loss(
     logits_t: jax.Array,
     selector_t: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Huber's loss of double Q-learning of one target; see `_categorical_loss`."""
+    """Huber's loss of double Q-learning of one target; see `categorical_loss`."""
     error = rlax.double_q_learning(
         logits_tm1[:, 0], a_tm1, r_t, discount_t, logits_t[:, 0], selector_t
     )
@@ -405,7 +422,7 @@ def _scalar_loss(
     return loss, loss, error
 
 
-def _categorical_loss(
+def categorical_loss(
     atoms: np.ndarray,
     logits_tm1: jax.Array,
     a_tm1: jax.Array,
@@ -441,7 +458,7 @@ def _categorical_loss(
     return cross_entropy, cross_entropy - entropy, error
 
 
-def _mixed(params: Any, fresh: Any, keep: float) -> Any:
+def mixed(params: Any, fresh: Any, keep: float) -> Any:
     """Returns fresh parameters, with encoder and transition mixed from old and new."""
 
     def mix(path: tuple[Any, ...], old: jax.Array, new: jax.Array) -> jax.Array:

@@ -21,17 +21,17 @@ class Priorities(NamedTuple):
     """How often steps are drawn as the first of a window, in proportion."""
 
     weight: jax.Array  # [E, length] float32, p^alpha
-    largest: jax.Array  # [] float32, the largest p^alpha so far; new steps have it
+    largest: jax.Array  # [] float32, the largest p^alpha so far
 
 
 def init(num_envs: int, length: int) -> Priorities:
-    """Returns the priorities of an empty ring; the first steps will have 1."""
-    return Priorities(jnp.zeros((num_envs, length)), jnp.ones(()))
+    """Returns the priorities of an empty ring."""
+    return Priorities(jnp.zeros((num_envs, length)), jnp.zeros(()))
 
 
 def add(priorities: Priorities, index: jax.Array) -> Priorities:
-    """Gives the step that is written at `index` of every environment the largest."""
-    weight = priorities.weight.at[:, index].set(priorities.largest)
+    """Gives the steps at `index` of every environment the largest, at least 1."""
+    weight = priorities.weight.at[:, index].set(jnp.maximum(priorities.largest, 1.0))
     return priorities._replace(weight=weight)
 
 
@@ -42,7 +42,7 @@ def draw(
 
     Args:
       key: Is consumed.
-      weight: `[E, length]` float32, 0 where no window may begin; not all are 0.
+      weight: `[E, length]` float32, 0 where no window may begin.
       num_windows: `B`.
       importance: `[]` float, beta: how far the importance weights undo the priorities.
 
@@ -62,7 +62,9 @@ def draw(
     place = block * _BLOCK + _find(jnp.cumsum(blocks[block], axis=1), height - before)
     drawn = flat[place]
     env, index = jnp.divmod(place, weight.shape[1])
-    return env, index, (jnp.min(drawn) / drawn) ** importance
+    # Where nothing can be drawn, nothing is learned.
+    ratio = jnp.min(drawn) / jnp.maximum(drawn, jnp.finfo(drawn.dtype).tiny)
+    return env, index, ratio**importance
 
 
 def _find(sums: jax.Array, height: jax.Array) -> jax.Array:

@@ -111,7 +111,8 @@ def test_it_trains_as_any_other_agent(path, tmp_path):
 
 def test_the_page_names_each_agent():
     table = PAGE.split("## What an agent is")[0]
-    assert re.findall(r"^\| `(\w+)` \|", table, flags=re.MULTILINE) == list(AGENTS)
+    cells = re.findall(r"^\| (`[^|]+) \|", table, flags=re.MULTILINE)
+    assert re.findall(r"`(\w+)`", ", ".join(cells)) == [*AGENTS]
 
 
 def test_the_page_names_each_type():

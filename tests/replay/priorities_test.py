@@ -58,6 +58,28 @@ def test_importance_weights_undo_priorities_of_any_unit(importance, expected, un
     np.testing.assert_allclose(weights, np.array(expected)[index], atol=5e-5)
 
 
+def test_seeds_at_once_draw_what_each_would_alone():
+    weight = np.random.default_rng(0).random((2, 3, 200)).astype(np.float32)
+    keys = jax.random.split(jax.random.key(0))
+
+    def draw(key, weight):
+        return priorities.draw(key, weight, num_windows=16, importance=0.5)
+
+    both = jax.vmap(draw)(keys, weight)
+    for seed in (0, 1):
+        one = draw(keys[seed], weight[seed])
+        for left, right in zip(one, both, strict=True):
+            np.testing.assert_allclose(left, right[seed], rtol=1e-5)
+
+
+def test_where_nothing_can_be_drawn_nothing_is_learned():
+    env, index, weights = priorities.draw(
+        jax.random.key(0), np.zeros((2, 3), np.float32), num_windows=4, importance=0.5
+    )
+    assert weights.tolist() == [0.0] * 4
+    assert set(env.tolist()) <= {0, 1} and set(index.tolist()) <= {0, 1, 2}
+
+
 def test_a_draw_at_the_very_end_is_the_last_place_with_a_weight(monkeypatch):
     monkeypatch.setattr(jax.random, "uniform", lambda key, shape: jnp.ones(shape))
     weight = np.array([[1.0, 1.0, 0.0, 0.0]], np.float32)
