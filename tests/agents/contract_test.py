@@ -184,7 +184,7 @@ def agents_presets():
         yield from ((name, preset) for preset in [*entry.presets, *unchanged[:1]])
 
 
-@pytest.mark.parametrize("name, preset", agents_presets())
+@pytest.mark.parametrize("name, preset", list(agents_presets()))
 def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
     """Traced, not run: the networks of the large presets take long on a CPU."""
     agent = config_lib.preset_config(preset, name).make_agent(NUM_ACTIONS)

@@ -14,9 +14,13 @@ from aps_jax.agents import base, value
 from aps_jax.replay import buffer
 
 NUM_STATES, NUM_ACTIONS, DISCOUNT = 5, 3, 0.8
-UPDATES = 400
+UPDATES = 300
 # Noisy and dueling distributions, a dueling scalar, a plain distribution.
-HEADS = {"der": {}, "drq": {"shift_pad": 0}, "sr_spr": {"dueling": "none"}}
+HEADS = {
+    "der": {},
+    "drq": {"shift_pad": 0, "intensity_scale": 0.0, "learning_rate": 3e-3},
+    "der_dopamine": {"dueling": "none", "noisy_sigma": 0.0},
+}
 
 
 def step(state, action):
@@ -72,7 +76,6 @@ def learned_values(name):
         config_lib.preset_config("smoke", name),
         **{
             "n_steps": 1,
-            "spr_jumps": 1,
             "discount": DISCOUNT,
             "batch_size": NUM_STATES * NUM_ACTIONS,
             "hidden_units": 64,
@@ -80,7 +83,6 @@ def learned_values(name):
             "value_max": 3.0,
             "learning_rate": 2e-3,
             "target_period": 10,
-            "target_tau": 1.0,
             **HEADS[name],
         },
     ).learner
