@@ -534,12 +534,16 @@ def _learn(
             {"agent_steps": session.agent_steps, **loop.without_nan(summary)}
         )
         recorder.write({**session.row(), **summary})
+        show()
+
+    def show() -> None:
         progress.start(
             FINETUNE,
             total=total * num_envs * FRAME_SKIP,
             done=session.agent_steps * FRAME_SKIP,
         )
 
+    show()
     evaluate_if_due()
     while session.iteration < total:
         session.step()

@@ -75,8 +75,8 @@ def assert_same(left, right):
     jax.tree.map(np.testing.assert_array_equal, left, right)
 
 
-# Agents that differ in numbers alone from one whose update is compiled here.
-ALIKE = ("der_dopamine", "drq_eps", "curl_clean")
+# Agents whose updates differ little from one that is compiled here (value_test.py).
+ALIKE = ("der_dopamine", "drq_eps", "curl", "curl_clean", "sr_spr")
 
 
 @pytest.mark.parametrize("name", [name for name in AGENTS if name not in ALIKE])
@@ -178,10 +178,11 @@ def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(name):
 
 
 def agents_presets():
-    """Agents with the presets that change their options, and one that does not."""
-    for name, entry in AGENTS.items():
-        unchanged = [p for p in config_lib.PRESETS if p not in entry.presets]
-        yield from ((name, preset) for preset in [*entry.presets, *unchanged[:1]])
+    """Agents with presets, one for each that gives an agent other options."""
+    for name in AGENTS:
+        presets = reversed(config_lib.PRESETS)
+        of = {config_lib.preset_config(p, name).learner: p for p in presets}
+        yield from ((name, preset) for preset in of.values())
 
 
 @pytest.mark.parametrize("name, preset", list(agents_presets()))

@@ -27,21 +27,21 @@ def test_places_are_drawn_in_proportion_and_in_strata(exponent, shares):
     _, weight = set_all(P, exponent)
     draw = jax.jit(
         lambda key, weight: priorities.draw(
-            key, weight, num_windows=100_000, importance=1.0
+            key, weight, num_windows=20_000, importance=1.0
         )
     )
     env, index, _ = jax.device_get(draw(jax.random.key(0), weight))
-    counts = np.bincount(2 * env + index, minlength=6) / 100_000
+    counts = np.bincount(2 * env + index, minlength=6) / 20_000
     np.testing.assert_allclose(counts, [*shares, 0, 0], atol=2e-4)
     assert np.all(np.diff(2 * env + index) >= 0)
     # A single draw has no strata, and the same shares.
-    keys = jax.random.split(jax.random.key(1), 20_000)
+    keys = jax.random.split(jax.random.key(1), 4_000)
     one = jax.vmap(
         lambda key: priorities.draw(key, weight, num_windows=1, importance=1.0)
     )
     env, index, _ = jax.device_get(jax.jit(one)(keys))
-    counts = np.bincount(2 * env[:, 0] + index[:, 0], minlength=6) / 20_000
-    np.testing.assert_allclose(counts, [*shares, 0, 0], atol=0.012)
+    counts = np.bincount(2 * env[:, 0] + index[:, 0], minlength=6) / 4_000
+    np.testing.assert_allclose(counts, [*shares, 0, 0], atol=0.025)
 
 
 @pytest.mark.parametrize(
