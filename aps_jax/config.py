@@ -111,6 +111,11 @@ class FinetuneConfig:
         "Agent steps played as in pretraining, to whose rewards the agent adapts.",
         low=1,
     )
+    finetune_warmup_agent_steps: int = option(
+        0,
+        "Agent steps of fine-tuning before its first update, inference included.",
+        low=0,
+    )
     finetune_num_envs: int = option(
         8, "Environments that fine-tuning steps together.", low=1, high=65536
     )
@@ -274,7 +279,12 @@ class Config:
         if not isinstance(learner, self.entry.config):
             wrong = f"The learner's options are not those of {self.agent}."
             raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
-        base.check_encoder(learner, self.observation)
+        learner.check_fits(self.observation)
+        if self.num_devices > 1 and self._is_prioritised:
+            raise ValueError(
+                "Prioritised replay is for one device: give --num_devices=1, or "
+                "--priority_exponent=0 to replay uniformly."
+            )
         if max(self.evaluation.set_agent_steps, default=0) > (
             finetune.finetune_agent_steps
         ):
@@ -334,6 +344,11 @@ class Config:
         """Agent steps of pretraining, of all environments together."""
         return self.pretrain.pretrain_frames // self.observation.frame_skip
 
+    @property
+    def _is_prioritised(self) -> bool:
+        learner = self.make_agent(2, self.observation).finetune.learner
+        return learner.batch.priorities is not None
+
     def make_agent(self, num_actions: int, observation: ObservationSpec) -> base.Agent:
         """Makes the agent for a game of that many actions that is seen so."""
         return self.entry.make(self.learner, num_actions, observation)
@@ -349,8 +364,17 @@ _LEARNER = "learner"
 
 def _learner_of(agent: str, preset: str) -> base.Config:
     entry = agents.AGENTS[agent]
-    values = {**entry.presets.get(preset, {}), **entry.options}
-    return entry.config(**values)
+    values = {**entry.options, **entry.presets.get(preset, {})}
+    known = options.fields_of(entry.config)
+    return entry.config(**{name: x for name, x in values.items() if name in known})
+
+
+def _run_values_of(agent: str, preset: str) -> dict[str, Any]:
+    """Returns the values of a run's options, not the agent's own, by preset."""
+    entry = agents.AGENTS[agent]
+    values = {**PRESETS.get(preset, {}), **entry.presets.get(preset, {})}
+    own = options.fields_of(entry.config)
+    return {name: x for name, x in values.items() if name not in own}
 
 
 def option_fields(agent: str) -> dict[str, tuple[str | None, dataclasses.Field]]:
@@ -408,8 +432,19 @@ def replace_options(config: Config, **values: Any) -> Config:
     agent = values.get("agent", config.agent)
     top: dict[str, Any] = {}
     if agent in agents.AGENTS and agent != config.agent:
-        top[_LEARNER] = _learner_of(agent, values.get("preset", config.preset))
+        preset = values.get("preset", config.preset)
+        top[_LEARNER] = _learner_of(agent, preset)
+        before, after = (
+            _run_values_of(config.agent, preset),
+            _run_values_of(agent, preset),
+        )
         config = dataclasses.replace(config, agent=agent, **top)
+        defaults = option_fields(agent)
+        values = {
+            **{name: defaults[name][1].default for name in set(before) - set(after)},
+            **dict(after.items() - before.items()),
+            **values,
+        }
     fields = option_fields(config.agent)
     sections: dict[str, dict[str, Any]] = {}
     for name, value in values.items():
@@ -545,6 +580,15 @@ PRESETS: dict[str, dict[str, Any]] = {
         "report_agent_steps": 4_000,
         "checkpoint_agent_steps": 50_000,
     },
+    # The protocol of 100,000 agent steps (400,000 frames) from scratch, as the talk's
+    # rivals are run: one environment, one update per agent step.
+    "atari100k": {
+        "finetune_num_envs": 1,
+        "finetune_warmup_agent_steps": 1_600,
+        "evaluations": 1,
+        "report_agent_steps": 5_000,
+        "checkpoint_agent_steps": 25_000,
+    },
 }
 
 
@@ -560,7 +604,7 @@ def preset_config(preset: str, agent: str = DEFAULT_AGENT) -> Config:
         raise ValueError(
             f"agent must be one of {', '.join(agents.AGENTS)}, got {agent!r}."
         )
-    values = PRESETS[preset]
+    values = _run_values_of(agent, preset)
     config = Config(
         game=values.get("game", Config.game),
         agent=agent,

@@ -33,7 +33,8 @@ _PRESET = flags.DEFINE_enum(
     list(config_lib.PRESETS),
     "Values for all options not given: smoke (seconds, learns nothing), cpu (minutes "
     "on two cores, a small encoder), gpu (the paper's quantities, many environments), "
-    "paper, or minatar or maze for these worlds.",
+    "paper, minatar or maze for these worlds, or atari100k (100,000 agent steps from "
+    "scratch, as the talk's rivals).",
 )
 _COMPILATION_CACHE = flags.DEFINE_string(
     "compilation_cache",

@@ -131,7 +131,7 @@ def test_the_exploration_value_is_apart_in_two_forms(form):
 
 
 def test_an_unknown_preset_names_the_known_ones():
-    with pytest.raises(ValueError, match="paper, minatar, maze, got 'tpu'"):
+    with pytest.raises(ValueError, match="minatar, maze, atari100k, got 'tpu'"):
         config_lib.preset_config("tpu")
 
 

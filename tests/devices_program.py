@@ -119,7 +119,7 @@ def learned(config, num_devices, *, is_pretraining):
     losses = []
     for _ in range(NUM_UPDATES):
         before = float(sums.totals["loss_td"])
-        state, sums = learn(state, sums, replay)
+        state, sums, _ = learn(state, sums, replay)
         losses.append(float(sums.totals["loss_td"]) - before)
     left = {
         "ids": drawn.windows.id,

@@ -644,9 +644,7 @@ def _make_pretrain_learner(
         )
         return distances, scale, jax.vmap(reward)(distances).reshape(is_used.shape)
 
-    def update(
-        state: AgentState, batch: Batch, key: PRNGKey
-    ) -> tuple[AgentState, dict[str, jax.Array]]:
+    def update(state: AgentState, batch: Batch, key: PRNGKey) -> base.Updated:
         del key
         moments = state.stats.whitening
         if config.whiten_features:
@@ -666,7 +664,7 @@ def _make_pretrain_learner(
             unit=config.value_unit,
         )
         stats = state.stats._replace(whitening=moments, distance_scale=distance_scale)
-        return state._replace(stats=stats), metrics
+        return base.Updated(state._replace(stats=stats), metrics)
 
     def encode(state: AgentState, windows: Window) -> Particles:
         h = networks.h(state.params["features"], windows.observation[:, 0])
@@ -777,9 +775,7 @@ def _make_finetune_learner(
             "q_value": masked_mean(_chosen_q(output_tm1, a_tm1, w), targets.is_valid),
         }
 
-    def update(
-        state: AgentState, batch: Batch, key: PRNGKey
-    ) -> tuple[AgentState, dict[str, jax.Array]]:
+    def update(state: AgentState, batch: Batch, key: PRNGKey) -> base.Updated:
         del key
         grads, metrics = jax.grad(loss, has_aux=True)(
             state.params, state, batch.windows
@@ -793,7 +789,7 @@ def _make_finetune_learner(
             target_period=config.target_period,
             unit=state.stats.unit,
         )
-        return state, metrics
+        return base.Updated(state, metrics)
 
     spec = base.BatchSpec(
         num_samples=config.finetune_batch_size,

@@ -18,13 +18,15 @@ from aps_jax import options
 from aps_jax.networks import modules
 from aps_jax.ops import losses, returns
 from aps_jax.options import option
-from aps_jax.replay.buffer import Extras, Window
+from aps_jax.replay.buffer import Extras, Indices, Window
 from aps_jax.types import Array, Metric, ObservationSpec, Params, PRNGKey
 
 IMAGE_ENCODERS = {
     "small": modules.SmallEncoder,
     "nature": modules.NatureEncoder,
     "paper": modules.PaperEncoder,
+    "small_valid": modules.SmallValidEncoder,
+    "nature_same": modules.NatureSameEncoder,
 }
 PLANE_ENCODERS = {"minatar": modules.MinAtarEncoder, "mlp": modules.MlpEncoder}
 ENCODERS: dict[str, Any] = {**IMAGE_ENCODERS, **PLANE_ENCODERS}
@@ -105,6 +107,14 @@ class Config:
         """States of one window: its targets and the steps that the last one sums."""
         return self.window_targets + self.n_steps
 
+    def check_fits(self, observation: ObservationSpec) -> None:
+        """Checks that the networks are made for what an agent sees.
+
+        Raises:
+          ValueError: They are not.
+        """
+        check_encoder(self, observation)
+
     def sharded_sizes(self) -> dict[str, int]:
         """Returns what every device gets an equal part of, by the option's name."""
         return {
@@ -155,6 +165,14 @@ class BatchSpec(NamedTuple):
     num_windows: int  # B
     num_states: int  # T
     num_particles: int = 0  # P, further states drawn from the whole replay
+    priorities: "Prioritised | None" = None  # None: windows are drawn uniformly
+
+
+class Prioritised(NamedTuple):
+    """How windows are drawn by what they taught when they were last learned from."""
+
+    exponent: float  # alpha, to which priorities are raised
+    importance: optax.Schedule  # number of the update -> beta, of importance weights
 
 
 class Batch(NamedTuple):
@@ -162,16 +180,24 @@ class Batch(NamedTuple):
 
     windows: Window  # [B, T, ...]; its reward is None in a reward-free phase
     particles: Any  # what `Learner.encode` returns of [P] states; None without any
+    weight: jax.Array | None = None  # [B], importance; None where drawn uniformly
+    places: Indices | None = None  # [B], for the loop, which sets their priorities
+
+
+class Updated(NamedTuple):
+    """What an update leaves."""
+
+    state: AgentState
+    metrics: dict[str, jax.Array]  # exactly those declared, each []
+    priorities: jax.Array | None = None  # [B], not negative; None: drawn uniformly
 
 
 class Learner(NamedTuple):
     """How an agent learns."""
 
     batch: BatchSpec
-    # state, batch, key (consumed) -> state, metrics: exactly those declared, each []
-    update: Callable[
-        [AgentState, Batch, PRNGKey], tuple[AgentState, dict[str, jax.Array]]
-    ]
+    # state, batch, key (consumed) ->
+    update: Callable[[AgentState, Batch, PRNGKey], Updated]
     metrics: tuple[Metric, ...]
     # Reduces particles to what the update needs of them: state, windows of one state
     # [P, 1, ...] -> a pytree [P, ...]. It must treat each by itself.
@@ -245,8 +271,9 @@ class Entry(NamedTuple):
     make: MakeAgent
     config: type[Config]
     about: str  # one line, for help and tables
-    options: Mapping[str, Any]  # what makes it this agent, by option
-    presets: Mapping[str, Mapping[str, Any]]  # values of its options by preset
+    options: Mapping[str, Any]  # what makes it this agent, by its own option
+    # By preset, values of its options and of the run's, before those above.
+    presets: Mapping[str, Mapping[str, Any]]
     transferred: tuple[str, ...]  # options that a fine-tuning shares with its init
 
 
@@ -314,9 +341,10 @@ def apply_gradients(
     *,
     target: str,
     target_period: int,
+    target_tau: float = 1.0,
     unit: float | jax.Array = 1.0,
 ) -> AgentState:
-    """Makes one step of the optimiser, and copies a network to its target when due.
+    """Makes one step of the optimiser, and moves a network's target when due.
 
     Args:
       optimizer: Whose state is `state.opt_state`.
@@ -324,6 +352,7 @@ def apply_gradients(
       state: The state before.
       target: The network of `params` whose slow copy `state.target_params` is.
       target_period: Updates between two copies.
+      target_tau: How far the target then moves: 1 copies.
       unit: Of the values that are learned; see `adam`.
     """
     # Optax raises a Python float to the power of an integer array, which strict
@@ -333,11 +362,13 @@ def apply_gradients(
             grads, state.opt_state, state.params, unit=unit
         )
     params = optax.apply_updates(state.params, updates)
-    num_updates = state.num_updates + 1
+    num_updates, moved = state.num_updates + 1, params[target]
+    if target_tau < 1.0:
+        moved = optax.incremental_update(moved, state.target_params, target_tau)
     return state._replace(
         params=params,
         target_params=optax.periodic_update(
-            params[target], state.target_params, num_updates, target_period
+            moved, state.target_params, num_updates, target_period
         ),
         opt_state=opt_state,
         num_updates=num_updates,

@@ -72,9 +72,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
             "q_value": masked_mean(chosen, targets.is_valid),
         }
 
-    def update(
-        state: AgentState, batch: Batch, key: PRNGKey
-    ) -> tuple[AgentState, dict[str, jax.Array]]:
+    def update(state: AgentState, batch: Batch, key: PRNGKey) -> base.Updated:
         del key
         grads, metrics = jax.grad(loss, has_aux=True)(
             state.params, state.target_params, batch.windows
@@ -84,7 +82,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         state = base.apply_gradients(
             optimizer, grads, state, target="values", target_period=period
         )
-        return state, metrics
+        return base.Updated(state, metrics)
 
     spec = base.BatchSpec(config.batch_size, config.batch_size // m, m + config.n_steps)
     learner = base.Learner(spec, update, base.LEARNING)

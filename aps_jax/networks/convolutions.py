@@ -42,7 +42,17 @@ class LayerShape(NamedTuple):
     features: int  # O, channels out.
     side: int  # P = Q, height and width of the kernel.
     stride: int  # Pixels between neighbouring outputs, in both directions.
-    is_padded: bool = False  # Zeros up to whole strides below and on the right.
+    # VALID: none. WHOLE: zeros up to whole strides, below and on the right. SAME: zeros
+    # on all sides, one output for each stride begun.
+    padding: str = "VALID"
+
+    def zeros(self, length: int) -> tuple[int, int]:
+        """Returns the zeros before and behind a row of `length` pixels."""
+        if self.padding == "SAME":
+            last = (length - 1) // self.stride * self.stride
+            total = max(last + self.side - length, 0)
+            return total // 2, total - total // 2
+        return 0, -length % self.stride if self.padding == "WHOLE" else 0
 
 
 class LayerWeights(NamedTuple):
@@ -231,8 +241,7 @@ def convolve_forward_only(images: Array, kernel: Array, *, stride: int) -> jax.A
 
 def _output_side(side: int, layer: LayerShape) -> int:
     """Returns how many outputs a layer makes of a row of `side` pixels."""
-    if layer.is_padded:
-        side += -side % layer.stride
+    side += sum(layer.zeros(side))
     return (side - layer.side) // layer.stride + 1
 
 
@@ -361,9 +370,9 @@ def apply_layers(
         if jnp.issubdtype(chunk.dtype, jnp.floating):
             chunk = chunk.astype(dtype)
         for layer, layer_weights, form in zip(layers, weights, plan.forms):
-            if layer.is_padded:
-                rows, columns = (-side % layer.stride for side in chunk.shape[1:3])
-                chunk = jnp.pad(chunk, ((0, 0), (0, rows), (0, columns), (0, 0)))
+            if layer.padding != "VALID":
+                rows, columns = map(layer.zeros, chunk.shape[1:3])
+                chunk = jnp.pad(chunk, ((0, 0), rows, columns, (0, 0)))
             # Cast here: in a loop over chunks the gradient is summed before the cast.
             kernel = layer_weights.kernel.astype(dtype)
             bias = layer_weights.bias.astype(dtype).reshape(1, 1, 1, -1)

@@ -17,6 +17,7 @@ from flashbax.buffers import trajectory_buffer
 from jax.sharding import PartitionSpec
 
 from aps_jax.replay import frames
+from aps_jax.replay import priorities as priorities_lib
 from aps_jax.types import Array, ObservationSpec, PRNGKey
 
 # Windows that `map_sample` and `map_all` hold at a time.
@@ -64,6 +65,8 @@ class Buffer(NamedTuple):
     experience: Step  # [E, length, ...]
     current_index: jax.Array  # [] int32, where the next step is written
     is_full: jax.Array  # [] bool
+    # None where windows are drawn uniformly.
+    priorities: priorities_lib.Priorities | None = None
 
     @property
     def length(self) -> int:
@@ -73,11 +76,17 @@ class Buffer(NamedTuple):
 
 def specs(sharded: PartitionSpec) -> Buffer:
     """Returns which fields are sharded with the environments, the others replicated."""
-    return Buffer(sharded, PartitionSpec(), PartitionSpec())  # type: ignore[arg-type]
+    whole: Any = PartitionSpec()
+    return Buffer(sharded, whole, whole, sharded)  # type: ignore[arg-type]
 
 
 def init(
-    observation: ObservationSpec, extras: Extras, *, num_envs: int, size: int
+    observation: ObservationSpec,
+    extras: Extras,
+    *,
+    num_envs: int,
+    size: int,
+    is_prioritised: bool = False,
 ) -> Buffer:
     """Allocates an empty buffer.
 
@@ -86,6 +95,7 @@ def init(
       extras: Examples of what an agent wants replayed, without leading axis.
       num_envs: `E`, environments that add a step together.
       size: Agent steps held of all together; rounded down to a multiple of `num_envs`.
+      is_prioritised: Whether it has priorities, for `sample_prioritised`.
 
     Raises:
       ValueError: The buffer would hold less than one step of each environment.
@@ -94,7 +104,12 @@ def init(
     if length < 1:
         raise ValueError(f"size must be at least num_envs, got {size} and {num_envs}.")
     state = trajectory_buffer.init(_example(observation, extras), num_envs, length)
-    return Buffer(state.experience, state.current_index, state.is_full)
+    return Buffer(
+        state.experience,
+        state.current_index,
+        state.is_full,
+        priorities_lib.init(num_envs, length) if is_prioritised else None,
+    )
 
 
 def num_bytes(
@@ -121,9 +136,17 @@ def _example(observation: ObservationSpec, extras: Extras) -> Step:
 
 def add(buffer: Buffer, step: Step) -> Buffer:
     """Adds a step `[E]` of every environment; in place where the buffer is donated."""
-    state = trajectory_buffer.TrajectoryBufferState(**buffer._asdict())
+    given, index = buffer.priorities, buffer.current_index
+    state = trajectory_buffer.TrajectoryBufferState(
+        experience=buffer.experience, current_index=index, is_full=buffer.is_full
+    )
     state = trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
-    return Buffer(state.experience, state.current_index, state.is_full)
+    return Buffer(
+        state.experience,
+        state.current_index,
+        state.is_full,
+        None if given is None else priorities_lib.add(given, index),
+    )
 
 
 class Indices(NamedTuple):
@@ -159,6 +182,69 @@ def sample(
     num_frames = num_states + stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
     return _read(buffer, indices, num_frames, stack)
+
+
+def sample_prioritised(
+    buffer: Buffer,
+    key: PRNGKey,
+    *,
+    stack: int,
+    num_windows: int,
+    num_states: int,
+    importance: float | jax.Array,
+) -> tuple[Window, Indices, jax.Array]:
+    """Draws windows by the priorities of their first states, on one device.
+
+    They are those of `sample`, without the windows whose first step is no transition
+    because a game begins at the second.
+
+    Args:
+      buffer: With priorities.
+      key: Is consumed.
+      stack: `S`.
+      num_windows: `B`.
+      num_states: `T`.
+      importance: `[]` float, beta: how far the importance weights undo the priorities.
+
+    Returns:
+      The `Window` with leading axis `[B]`, where their first states lie, and their
+      importance weights `[B]`, at most 1.
+    """
+    assert buffer.priorities is not None
+    history = stack - 1
+    num_frames = num_states + history
+    oldest, num_starts = _starts(buffer, num_frames)
+    # How much newer than the oldest each place is.
+    age = (jnp.arange(buffer.length, dtype=jnp.int32) - oldest) % buffer.length
+    is_start = (age >= history) & (age < history + num_starts)
+    is_last = jnp.roll(buffer.experience.is_first, -1, axis=1)
+    weight = jnp.where(is_start[None, :] & ~is_last, buffer.priorities.weight, 0.0)
+    env, place, weight = priorities_lib.draw(
+        key, weight, num_windows=num_windows, importance=importance
+    )
+    windows = _read(buffer, Indices(env, place - history), num_frames, stack)
+    return windows, Indices(env, place), weight
+
+
+def set_priorities(
+    buffer: Buffer,
+    indices: Indices,
+    priority: jax.Array,
+    *,
+    exponent: float,
+) -> priorities_lib.Priorities:
+    """Returns a buffer's priorities after those of some windows have changed.
+
+    Args:
+      buffer: With priorities.
+      indices: `[B]`, from `sample_prioritised`.
+      priority: `[B]` float.
+      exponent: alpha, to which they are raised.
+    """
+    assert buffer.priorities is not None
+    return priorities_lib.update(
+        buffer.priorities, indices.env, indices.time, priority, exponent=exponent
+    )
 
 
 def map_sample(
@@ -224,16 +310,22 @@ def _sample(
     axis_name: str | None,
 ) -> Indices:
     num_devices = 1 if axis_name is None else jax.lax.axis_size(axis_name)
-    num_held = jnp.where(buffer.is_full, buffer.length, buffer.current_index)
-    oldest = jnp.where(buffer.is_full, buffer.current_index, 0)
+    oldest, num_starts = _starts(buffer, num_frames)
     env, start = sample_indices(
         key,
         num_envs=buffer.experience.action.shape[0] * num_devices,
-        num_starts=jnp.maximum(num_held - num_frames + 1, 0),
+        num_starts=num_starts,
         num_windows=num_windows,
         axis_name=axis_name,
     )
     return Indices(env, oldest + start)
+
+
+def _starts(buffer: Buffer, num_frames: int) -> tuple[jax.Array, jax.Array]:
+    """Returns the oldest place, and from how many on a window can begin."""
+    num_held = jnp.where(buffer.is_full, buffer.length, buffer.current_index)
+    oldest = jnp.where(buffer.is_full, buffer.current_index, 0)
+    return oldest, jnp.maximum(num_held - num_frames + 1, 0)
 
 
 def _read(buffer: Buffer, indices: Indices, num_frames: int, stack: int) -> Window:

@@ -30,6 +30,7 @@ from aps_jax.envs import atari, games, worlds
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer as buffer_lib
 from aps_jax.replay import frames
+from aps_jax.replay import priorities as priorities_lib
 from aps_jax.train import sums as sums_lib
 
 
@@ -260,13 +261,17 @@ class RolloutState(NamedTuple):
     replay: buffer_lib.Buffer
     episodes: atari.EpisodeStats
 
+    def prioritised(self, found: priorities_lib.Priorities | None) -> "RolloutState":
+        """Returns the same with the priorities that an update has set, if any."""
+        return self._replace(replay=self.replay._replace(priorities=found))
+
 
 Act = Callable[
     [base.AgentState, RolloutState, types.TimeStep], tuple[RolloutState, jax.Array]
 ]
 Learn = Callable[
     [base.AgentState, sums_lib.RunningSums, buffer_lib.Buffer],
-    tuple[base.AgentState, sums_lib.RunningSums],
+    tuple[base.AgentState, sums_lib.RunningSums, priorities_lib.Priorities | None],
 ]
 
 # What of a rollout is sharded with the environments.
@@ -302,6 +307,7 @@ def init_rollout(
     *,
     num_envs: int,
     replay_size: int,
+    is_prioritised: bool = False,
     mesh: devices.Mesh = None,
     num_seeds: int = 1,
 ) -> RolloutState:
@@ -314,7 +320,11 @@ def init_rollout(
         rollout = RolloutState(
             actor=init_actor(policy, num_envs),
             replay=buffer_lib.init(
-                policy.observation, extras, num_envs=num_envs, size=replay_size
+                policy.observation,
+                extras,
+                num_envs=num_envs,
+                size=replay_size,
+                is_prioritised=is_prioritised,
             ),
             episodes=atari.init_episode_stats(num_envs),
         )
@@ -476,7 +486,17 @@ def make_draw(
         if spec.num_particles:
             window_key, particle_key = jax.random.split(window_key)
             particles = draw_particles(state, replay, particle_key)
-        return base.Batch(hide_reward(draw_windows(replay, window_key)), particles)
+        if spec.priorities is None:
+            return base.Batch(hide_reward(draw_windows(replay, window_key)), particles)
+        windows, places, weight = buffer_lib.sample_prioritised(
+            replay,
+            window_key,
+            num_windows=spec.num_windows,
+            num_states=spec.num_states,
+            stack=stack,
+            importance=spec.priorities.importance(number),
+        )
+        return base.Batch(hide_reward(windows), particles, weight, places)
 
     return draw
 
@@ -506,19 +526,25 @@ def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
       key: Key of the stage's learning stream.
 
     Returns:
-      `learn(state, sums, replay) -> state, sums`.
+      `learn(state, sums, replay) -> state, sums, priorities`; None without any.
     """
+    wanted = learner.batch.priorities
 
     def learn(
         state: base.AgentState, sums: sums_lib.RunningSums, replay: buffer_lib.Buffer
-    ) -> tuple[base.AgentState, sums_lib.RunningSums]:
+    ) -> tuple[base.AgentState, sums_lib.RunningSums, priorities_lib.Priorities | None]:
         number = state.num_updates
         batch = draw(state, replay, number)
         # Another stream than the draw's, whose keys are folded once.
         update_key = jax.random.fold_in(jax.random.fold_in(key, number), 1)
-        state, values = learner.update(state, batch, update_key)
+        state, values, found = learner.update(state, batch, update_key)
         sums = sums_lib.add_to_sums(sums, values, update=number, extras=_place(replay))
-        return state, sums
+        if wanted is None or found is None or batch.places is None:
+            return state, sums, replay.priorities
+        changed = buffer_lib.set_priorities(
+            replay, batch.places, found, exponent=wanted.exponent
+        )
+        return state, sums, changed
 
     return learn
 
@@ -614,11 +640,14 @@ def _make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..
             world_state, reached = world.step(world_state, action.reshape(-1))
             reached = jax.tree.map(lambda x, y: x.reshape(y.shape), reached, timestep)
             if learn is not None:
-                state, sums = jax.lax.fori_loop(
-                    0,
-                    due[number],
-                    lambda _, c: learn(c[0], c[1], rollout.replay),
-                    (state, sums),
+
+                def update(_: jax.Array, carry: Any) -> Any:
+                    state, sums, rollout = carry
+                    state, sums, found = learn(state, sums, rollout.replay)
+                    return state, sums, rollout.prioritised(found)
+
+                state, sums, rollout = jax.lax.fori_loop(
+                    0, due[number], update, (state, sums, rollout)
                 )
             return state, sums, rollout, world_state, reached
 
@@ -760,9 +789,10 @@ class Session:
         """Enqueues the updates that are due since `before` agent steps."""
         for _ in range(self._num_due(before)):
             assert self.learn is not None
-            self.state, self.sums = self.learn(
+            self.state, self.sums, found = self.learn(
                 self.state, self.sums, self.rollout.replay
             )
+            self.rollout = self.rollout.prioritised(found)
 
     def _check_rewards(self, action: np.ndarray, timestep: types.TimeStep) -> None:
         """Raises a `NonFinite` that names the environment if a reward is not finite."""
@@ -955,7 +985,7 @@ def finetune_plan(config: config_lib.Config, agent: base.Agent) -> Plan:
         # Rounded up, so that nothing is overwritten.
         replay_size=-(-values.finetune_agent_steps // num_envs) * num_envs,
         samples_per_step=values.finetune_samples_per_step,
-        warmup_agent_steps=0,
+        warmup_agent_steps=values.finetune_warmup_agent_steps,
         act_stream=Stream.FINETUNE_ACT,
         learn_stream=Stream.FINETUNE_LEARN,
         reward_free=False,
@@ -999,6 +1029,7 @@ def start(
             state,
             num_envs=plan.num_envs,
             replay_size=plan.replay_size,
+            is_prioritised=learner.batch.priorities is not None,
             mesh=mesh,
             num_seeds=len(seeds),
         ),

@@ -251,9 +251,10 @@ def _play(session: loop.Session, seconds: float) -> float:
         session.step()
     session.learn = learn
     if schedule.samples_per_step > 0:
-        session.state, session.sums = learn(
+        session.state, session.sums, found = learn(
             session.state, session.sums, session.rollout.replay
         )
+        session.rollout = session.rollout.prioritised(found)
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
     # Several processes end at the same step.

@@ -522,9 +522,13 @@ def _learn(
             )
             rows[place] |= summary
         recorder.write(rows)
+        show()
+
+    def show() -> None:
         frames = num_envs * config.observation.frame_skip * len(seeds)
         progress.start(FINETUNE, total=total * frames, done=session.iteration * frames)
 
+    show()
     evaluate_if_due()
     while session.iteration < total:
         to_point = min(point for point in points if point > session.iteration)

@@ -142,7 +142,7 @@ class Setup:
         """Learns from the replay as it is."""
         session = self._session
         for _ in range(updates):
-            session.state, session.sums = self._learn_step(
+            session.state, session.sums, _ = self._learn_step(
                 session.state, session.sums, session.rollout.replay
             )
         jax.block_until_ready(session.state)

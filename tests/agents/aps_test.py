@@ -54,7 +54,7 @@ def make_update(config):
 def apply_update(agent, state, windows, particles):
     learner = agent.pretrain.learner
     batch = base.Batch(windows._replace(reward=None), learner.encode(state, particles))
-    return learner.update(state, batch, jax.random.key(9))
+    return learner.update(state, batch, jax.random.key(9))[:2]
 
 
 @functools.cache
@@ -66,7 +66,7 @@ def make_finetune_update(config):
     def of_task(state, windows, task, reward_scale):
         stats = state.stats._replace(task=task, reward_scale=reward_scale)
         state = state._replace(stats=stats)
-        return update(state, base.Batch(windows, None), jax.random.key(9))
+        return update(state, base.Batch(windows, None), jax.random.key(9))[:2]
 
     return of_task
 

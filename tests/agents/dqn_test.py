@@ -50,7 +50,8 @@ def test_the_loss_is_that_of_double_q_learning_written_slowly(life_cut):
     state = state._replace(target_params=agent.init(jax.random.key(1)).params["values"])
     windows = make_windows(np.random.default_rng(0), 4, 5)
     batch = base.Batch(windows, None)
-    _, metrics = jax.jit(agent.finetune.learner.update)(state, batch, jax.random.key(2))
+    update = jax.jit(agent.finetune.learner.update)
+    metrics = update(state, batch, jax.random.key(2)).metrics
     network = modules.ValueNetwork(
         base.make_encoder(config.learner, atari.OBSERVATION), NUM_ACTIONS, 16
     )

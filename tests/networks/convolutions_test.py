@@ -183,7 +183,7 @@ def test_activations_at_zero():
 LAYERS = (
     convolutions.LayerShape(3, 4, 2),
     convolutions.LayerShape(4, 3, 1),
-    convolutions.LayerShape(5, 2, 2, is_padded=True),
+    convolutions.LayerShape(5, 2, 2, padding="WHOLE"),
 )
 
 
@@ -228,7 +228,7 @@ def test_layers_match_the_reference():
     weights = make_weights()
     x = np.float64(images)
     for layer, (kernel, bias) in zip(LAYERS, weights):
-        if layer.is_padded:
+        if layer.padding == "WHOLE":
             x = references_networks.pad_to_strides(x, layer.stride)
         x = references_networks.elu(
             references_networks.convolve(x, kernel, layer.stride) + bias
@@ -301,8 +301,33 @@ def test_half_precision_gradients_are_summed_in_float32():
     np.testing.assert_allclose(many, 512.0 * one, rtol=1e-5)
 
 
+@pytest.mark.parametrize("side, stride", [(8, 4), (4, 2), (3, 1), (1, 3)])
+@pytest.mark.parametrize("shape", [(20, 21), (7, 5)])
+def test_same_padding_is_that_of_xla(side, stride, shape):
+    rng = np.random.default_rng(0)
+    images = rng.normal(size=(2, *shape, 3)).astype(np.float32)
+    layer = convolutions.LayerShape(4, side, stride, padding="SAME")
+    (weights,) = make_weights((layer,), channels=3)
+    result = convolutions.apply_layers(
+        images,
+        (weights,),
+        layers=(layer,),
+        activation=lambda x: x,
+        dtype=jnp.float32,
+        plan=make_plan(None, num_layers=1),
+    )
+    expected = jax.lax.conv_general_dilated(
+        images,
+        weights.kernel,
+        (stride, stride),
+        "SAME",
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+    )
+    np.testing.assert_allclose(result, np.asarray(expected) + weights.bias, atol=1e-4)
+
+
 def test_padding_leaves_no_pixel_unseen():
-    layer = convolutions.LayerShape(1, 5, 5, is_padded=True)
+    layer = convolutions.LayerShape(1, 5, 5, padding="WHOLE")
     weights = convolutions.LayerWeights(
         kernel=np.ones((5, 5, 1, 1), np.float32), bias=np.zeros(1, np.float32)
     )

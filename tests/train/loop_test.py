@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from aps_jax import config as config_lib
+from aps_jax.agents import base
 from aps_jax.parallel import devices
 from aps_jax.replay import buffer
 from aps_jax.train import loop
@@ -183,9 +184,8 @@ def test_a_reward_free_phase_is_traced_without_reward():
     batch = jax.eval_shape(draw, state, rollout.replay, np.int32(0))
     assert batch.windows.reward is None
     learner = plan.phase.learner._replace(
-        update=lambda state, batch, key: (
-            state,
-            {"loss": jnp.sum(batch.windows.reward)},
+        update=lambda state, batch, key: base.Updated(
+            state, {"loss": jnp.sum(batch.windows.reward)}
         )
     )
     learn = loop.make_learn(learner, draw, jax.random.key(0))
@@ -243,7 +243,7 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/hidden/bias" in words
-    windows, particles = session.draws[0](session.state, replay_then, np.int32(4))
+    windows, particles, *_ = session.draws[0](session.state, replay_then, np.int32(4))
     assert {name for name in caught.value.batch if name.startswith("windows.")} == {
         *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
         "windows.extras.task",

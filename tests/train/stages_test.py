@@ -279,9 +279,9 @@ def test_an_update_that_is_not_finite_leaves_its_batch_and_the_last_good(
 
         def update(state, batch, key):
             is_bad = state.num_updates == 7
-            state, values = learner.update(state, batch, key)
-            values["loss_td"] = jax.numpy.where(is_bad, np.inf, values["loss_td"])
-            return state, values
+            updated = learner.update(state, batch, key)
+            loss = jax.numpy.where(is_bad, np.inf, updated.metrics["loss_td"])
+            return updated._replace(metrics={**updated.metrics, "loss_td": loss})
 
         spoilt_learner = learner._replace(update=update)
         return agent._replace(pretrain=agent.pretrain._replace(learner=spoilt_learner))

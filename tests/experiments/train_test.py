@@ -1,0 +1,53 @@
+"""Tests of experiments.train: an agent from reward alone, on the real Pong."""
+
+import json
+
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import train
+
+
+@pytest.fixture(autouse=True)
+def parsed_flags():
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test"])
+        yield
+
+
+def set_flags(**values):
+    for name, value in values.items():
+        flags.FLAGS[name].value = value
+        flags.FLAGS[name].present = 1
+
+
+def test_an_agent_learns_from_scratch_and_goes_on_where_it_stopped(tmp_path, capsys):
+    run = {"preset": "smoke", "agent": "der", "max_frames": 200, "evaluations": 1}
+    run |= {"finetune_agent_steps": 80, "infer_agent_steps": 40}
+    set_flags(workdir=str(tmp_path / "run"), **run)
+    train.main(["train"])
+    said = capsys.readouterr().out
+    assert "2 full games" in said
+    result = json.loads((tmp_path / "run" / "result.json").read_text())
+    assert (result["agent"], result["init"], result["pretrain_frames"]) == (
+        "der",
+        None,
+        0,
+    )
+    assert result["updates"] > 0
+    train.main(["train"])  # Finished: nothing is played again.
+    assert json.loads((tmp_path / "run" / "result.json").read_text()) == result
+
+
+def test_wrong_words_and_options_are_named(tmp_path):
+    with pytest.raises(ValueError, match="Unexpected words 'Pong'"):
+        train.main(["train", "Pong"])
+    with pytest.raises(ValueError, match="--workdir=DIR is needed"):
+        train.main(["train"])
+    set_flags(
+        workdir=str(tmp_path / "run"), preset="smoke", agent="der", value_min=20.0
+    )
+    with pytest.raises(ValueError, match="value_min must be less than value_max"):
+        train.main(["train"])
+    assert not (tmp_path / "run").exists()
