@@ -73,6 +73,12 @@ _SLURM = flags.DEFINE_list(
     "Parameters of the submission as submitit names them, such as "
     "partition=gpu,timeout_min=1440,gpus_per_node=1,cpus_per_task=16,mem_gb=64.",
 )
+_SLURM_CLUSTER = flags.DEFINE_enum(
+    "slurm_cluster",
+    "slurm",
+    ["slurm", "local"],
+    "local tries --run=slurm without a cluster, in processes of this machine.",
+)
 _KEEP = flags.DEFINE_string(
     "keep",
     None,
@@ -388,7 +394,7 @@ def _run_slurm(jobs: Sequence[Job]) -> dict[Job, int]:
             "--run=slurm needs the package submitit: pip install 'aps_jax[sweep]'."
         ) from error
     folder = jobs[0].log.parent / "submitit"
-    executor = submitit.AutoExecutor(folder=folder, cluster="slurm")
+    executor = submitit.AutoExecutor(folder=folder, cluster=_SLURM_CLUSTER.value)
     executor.update_parameters(name="aps_jax", **dict(_slurm_parameters(_SLURM.value)))
     submitted = [(job, executor.submit(SlurmRun(job))) for job in jobs]
     print(

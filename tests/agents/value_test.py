@@ -481,7 +481,10 @@ def test_sr_spr_acts_by_its_target():
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"shift_pad": 84}, "shift_pad must be less than an image.s side of 84, got 84"),
+        (
+            {"shift_pad": 84},
+            "shift_pad must be less than an image.s side of 84, got 84",
+        ),
         (
             {"value_min": 10.0},
             "value_min must be less than value_max, got 10.0 and 10.0",

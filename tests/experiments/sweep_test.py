@@ -330,9 +330,7 @@ def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
 def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
     # In a process of its own: submitit closes what pytest captures.
     program = (
-        "import pathlib, sys, submitit, sweep_test\n"
-        "executor = submitit.AutoExecutor\n"
-        "submitit.AutoExecutor = lambda folder, cluster: executor(folder, 'local')\n"
+        "import pathlib, sys, sweep_test\n"
         "from experiments import common_flags, sweep\n"
         "jobs = sweep_test.make_jobs(pathlib.Path(sys.argv[1]), sys.argv[2])\n"
         "sweep.make_jobs = lambda workdir: jobs\n"
@@ -345,7 +343,7 @@ def test_submitit_runs_jobs_and_begins_stopped_ones_again(tmp_path, kind):
         [
             *(sys.executable, "-c", program, str(tmp_path), kind),
             f"--workdir={tmp_path}",
-            *("--run=slurm", "--slurm=timeout_min=5"),
+            *("--run=slurm", "--slurm_cluster=local", "--slurm=timeout_min=5"),
         ],
         capture_output=True,
         text=True,
