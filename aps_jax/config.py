@@ -200,6 +200,14 @@ class ReportConfig:
         compared=False,
         resumable=True,
     )
+    skill_steps: int = option(
+        128,
+        "Agent steps of each environment that are played for each checkpoint of "
+        "pretraining, to measure whether task vectors are obeyed; 0 for none.",
+        low=0,
+        compared=False,
+        resumable=True,
+    )
     wandb: bool = option(
         False,
         "Whether metrics go to Weights & Biases too, besides TensorBoard.",
@@ -524,6 +532,7 @@ PRESETS: dict[str, dict[str, Any]] = {
         "finetune_samples_per_step": 0.5,
         "max_frames": 400,
         "eval_episodes": 2,
+        "skill_steps": 0,
         "report_agent_steps": 100,
         "checkpoint_agent_steps": 200,
     },

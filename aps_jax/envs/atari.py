@@ -18,6 +18,7 @@ checkpoint continues its learning exactly, but in new episodes.
 
 import difflib
 import importlib.util
+import math
 import os
 import pathlib
 import sys
@@ -31,12 +32,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from aps_jax import types
+from aps_jax.ops import hashing
 
 _ROMS = pathlib.Path("atari", "roms")
 
 # One agent step repeats its action for this many emulator frames, as in every published
 # Atari protocol that the project compares with.
 FRAME_SKIP = 4
+_NUM_BITS = 2**20  # that count visited states
 OBSERVATION = types.ObservationSpec((84, 84), 4, FRAME_SKIP)
 
 
@@ -351,6 +354,7 @@ class EpisodeStats(NamedTuple):
     last_return: jax.Array  # [E] float32, of the last whole episode; NaN before.
     last_length: jax.Array  # [E] float32, agent steps; NaN before an episode ends.
     num_episodes: jax.Array  # [E] int32, episodes that have ended.
+    visited: jax.Array  # [2^20] bool, by a hash of the memory of a state
 
 
 def init_episode_stats(num_envs: int) -> EpisodeStats:
@@ -361,6 +365,7 @@ def init_episode_stats(num_envs: int) -> EpisodeStats:
         last_return=jnp.full(num_envs, jnp.nan, jnp.float32),
         last_length=jnp.full(num_envs, jnp.nan, jnp.float32),
         num_episodes=jnp.zeros(num_envs, jnp.int32),
+        visited=jnp.zeros(_NUM_BITS, bool),
     )
 
 
@@ -391,4 +396,23 @@ def update_episode_stats(stats: EpisodeStats, step: types.TimeStep) -> EpisodeSt
             is_last, running_length.astype(jnp.float32), stats.last_length
         ),
         num_episodes=stats.num_episodes + is_last.astype(jnp.int32),
+        visited=stats.visited.at[_place_of(step.ram)].set(True),
     )
+
+
+def _place_of(ram: types.Array) -> jax.Array:
+    """Hashes memories `[E, M]` uint8 to places `[E]` int32 among the bits."""
+    words = jax.vmap(hashing.hash_bytes)(jnp.asarray(ram))[:, :4]
+    whole = jax.lax.bitcast_convert_type(words, jnp.uint32)
+    return (whole % jnp.uint32(_NUM_BITS)).astype(jnp.int32)
+
+
+def num_visited(stats: EpisodeStats) -> float:
+    """Estimates how many states were visited that differ in their memory.
+
+    Linear counting (Whang et al. 1990, https://doi.org/10.1145/78922.78925): of `m`
+    bits `x` are set by `-m ln(1 - x / m)` states, to 1 % up to a million.
+    It is exact for few; memories that agree in the hash count as one.
+    """
+    share = min(float(np.mean(stats.visited)), 1.0 - 1.0 / _NUM_BITS)
+    return round(-_NUM_BITS * math.log1p(-share), 1)

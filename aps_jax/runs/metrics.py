@@ -39,6 +39,19 @@ COUNTERS = (
         "agent steps",
         "Mean over environments of the length of the last finished game.",
     ),
+    Metric(
+        "visited",
+        "states",
+        "Estimated number of states visited in this stage that differ in the game's "
+        "memory (in worlds: exact up to collisions of a hash).",
+    ),
+)
+FOLLOWING = Metric(
+    "skill_following",
+    "-",
+    "Mean of phi^T w in fresh greedy play, minus the same with the tasks of other "
+    "environments: 0 where tasks are not obeyed, 1 at best. NaN in rows without a "
+    "measurement; one is made for each checkpoint.",
 )
 
 EVALUATION = (
@@ -64,7 +77,7 @@ EVALUATION = (
 
 def pretrain_columns(learned: Sequence[Metric]) -> tuple[str, ...]:
     """Returns the columns of a stage without evaluations, for a learner's metrics."""
-    return tuple(m.name for m in (*COUNTERS, *learned))
+    return tuple(m.name for m in (*COUNTERS, FOLLOWING, *learned))
 
 
 def finetune_columns(learned: Sequence[Metric]) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ class Stream(enum.IntEnum):
     ADAPT = 7
     EMBED = 8
     CALIBRATE = 9
+    FOLLOW = 10
 
 
 def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
@@ -285,7 +286,10 @@ ROLLOUT_SPECS = RolloutState(
         num_steps=devices.REPLICATED,  # type: ignore[arg-type]
     ),
     replay=REPLAY_SPECS,
-    episodes=_SHARDED,
+    episodes=atari.EpisodeStats(
+        *(_SHARDED,) * 5,
+        visited=devices.REPLICATED,  # type: ignore[arg-type]
+    ),
 )
 
 
@@ -629,13 +633,14 @@ def _make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..
       learn: From `jit_learn`; None while nothing is learned.
 
     Returns:
-      `run(carry, due, count) -> carry`, the carry being agent state, sums, rollout,
-      world state and time step. `due[i]` updates follow the i-th of `count` iterations.
+      `run(state, others, due, count)` returns the agent's state and the others: sums,
+      rollout, world state and time step. `due[i]` updates follow the i-th of `count`
+      iterations.
     """
 
-    def run(carry: Any, due: jax.Array, count: jax.Array) -> Any:
+    def run(state: Any, others: Any, due: jax.Array, count: jax.Array) -> Any:
         def iterate(number: jax.Array, carry: Any) -> Any:
-            state, sums, rollout, world_state, timestep = carry
+            state, (sums, rollout, world_state, timestep) = carry
             rollout, action = act(state, rollout, timestep)
             world_state, reached = world.step(world_state, action.reshape(-1))
             reached = jax.tree.map(lambda x, y: x.reshape(y.shape), reached, timestep)
@@ -649,11 +654,12 @@ def _make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..
                 state, sums, rollout = jax.lax.fori_loop(
                     0, due[number], update, (state, sums, rollout)
                 )
-            return state, sums, rollout, world_state, reached
+            return state, (sums, rollout, world_state, reached)
 
-        return jax.lax.fori_loop(0, count, iterate, carry)
+        return jax.lax.fori_loop(0, count, iterate, (state, others))
 
-    return jax.jit(run, donate_argnums=0)
+    # What is not learned may belong to a caller.
+    return jax.jit(run, donate_argnums=1 if learn is None else (0, 1))
 
 
 # --------------------------------------------------------------------------- session
@@ -766,10 +772,12 @@ class Session:
         for number in range(count):
             before, self.iteration = self.agent_steps, self.iteration + 1
             due[number] = self._num_due(before)
-        carry = (self.state, self.sums, self.rollout, world_state, timestep)
+        others = devices.device_put((self.sums, self.rollout, world_state, timestep))
         run = _make_run(pool.world, self.act, self.learn)
-        carry = run(devices.device_put(carry), *jax.device_put((due, np.int32(count))))
-        self.state, self.sums, self.rollout, world_state, timestep = carry
+        self.state, others = run(
+            self.state, others, *jax.device_put((due, np.int32(count)))
+        )
+        self.sums, self.rollout, world_state, timestep = others
         if len(self.seeds) > 1:
             timestep = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), timestep)
         pool.take_back(world_state, timestep)
@@ -902,6 +910,7 @@ class Session:
                     "episodes": int(episodes.num_episodes.sum()),
                     "episode_return": _mean_known(episodes.last_return),
                     "episode_length": _mean_known(episodes.last_length),
+                    "visited": atari.num_visited(episodes),
                     **sums_lib.means(sums),
                 }
             )

@@ -299,8 +299,19 @@ class Recorder:
         ]
         return max(1, min(total - session.iteration, *left))
 
-    def record(self, *, is_last: bool, progress: progress_lib.Silent) -> None:
+    def record(
+        self,
+        *,
+        is_last: bool,
+        progress: progress_lib.Silent,
+        more: Sequence[dict[str, float]] | None = None,
+    ) -> None:
         """Writes a row and a checkpoint where they are due, and shows progress.
+
+        Args:
+          is_last: Whether the stage ends here.
+          progress: Where to show progress.
+          more: Of each seed, what its row has besides the session's.
 
         Raises:
           interrupts.Interrupted: A stop was requested.
@@ -308,7 +319,9 @@ class Recorder:
         session = self._session
         is_row = self.is_row_due() or is_last
         if is_row:
-            self.write(session.rows())
+            others = more or [{}] * len(session.seeds)
+            rows = zip(session.rows(), others, strict=True)
+            self.write([row | other for row, other in rows])
             self._is_behind = processes.broadcast_from_primary(lambda: self._is_behind)
         failure = self._checkpointer.failure()
         if failure is not None:

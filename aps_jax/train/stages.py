@@ -22,7 +22,7 @@ from aps_jax.parallel import devices, interrupts, processes
 from aps_jax.replay import buffer
 from aps_jax.runs import checkpoints, folders, machine, metrics
 from aps_jax.runs import progress as progress_lib
-from aps_jax.train import evaluation, loop, recorders
+from aps_jax.train import evaluation, following, loop, recorders
 
 PRETRAIN = "pretrain"
 FINETUNE = "finetune"
@@ -111,17 +111,24 @@ def pretrain_runs(
         columns = metrics.pretrain_columns(plan.phase.learner.metrics)
         with recorders.Recorder(runs, columns, session, lock, warn, stop) as recorder:
             recorder.resume()
-            _explore(config, agent, session, recorder, progress)
+            follower = None
+            if config.report.skill_steps and agent.play_skills and mesh is None:
+                follower = following.Follower(
+                    config, agent, plan, session.seeds, constructor
+                )
+                held.callback(follower.close)
+            _explore(config, agent, session, recorder, progress, follower)
         results = [
             {
                 **_describe(one, PRETRAIN),
                 "pretrain_frames": session.agent_steps * config.observation.frame_skip,
                 "updates": int(last_row["updates"]),
                 "last_metrics": last_row,
+                "skill_following": recorder.facts["skills"][place],
                 **_rate(config, session.agent_steps, started),
             }
-            for one, last_row in zip(
-                runs.configs.values(), recorder.last_rows, strict=True
+            for place, (one, last_row) in enumerate(
+                zip(runs.configs.values(), recorder.last_rows, strict=True)
             )
         ]
         _write_results(runs, results, warn, stop)
@@ -145,8 +152,10 @@ def _explore(
     session: loop.Session,
     recorder: recorders.Recorder,
     progress: progress_lib.Silent,
+    follower: following.Follower | None,
 ) -> None:
     """Pretrains from where the session stands to the end."""
+    skills = recorder.facts.setdefault("skills", [None] * len(session.seeds))
     num_envs, mesh, seeds = session.num_envs, session.mesh, session.seeds
     schedule = session.schedule
     assert schedule is not None
@@ -173,7 +182,21 @@ def _explore(
             steps = devices.device_put(np.int32(session.agent_steps), mesh)
             visited = embed(session.state, session.rollout.replay, steps)
             recorder.write_snapshot(jax.device_get(visited))
-        recorder.record(is_last=is_last, progress=progress)
+        more = None
+        is_checkpoint = is_last or loop.is_due(
+            config.report.checkpoint_agent_steps,
+            session.agent_steps,
+            config.report.report_agent_steps,
+        )
+        if (
+            follower is not None
+            and is_checkpoint
+            and (is_last or recorder.is_row_due())
+        ):
+            found = follower.measure(session.state)
+            skills[:] = [loop.without_nan(one._asdict()) for one in found]
+            more = [{"skill_following": one.mean} for one in found]
+        recorder.record(is_last=is_last, progress=progress, more=more)
 
 
 def finetune(

@@ -14,6 +14,7 @@ import pytest
 from aps_jax import config as config_lib
 from aps_jax import types
 from aps_jax.envs import games, maze, worlds
+from aps_jax.ops import hashing
 from aps_jax.runs import metrics
 from aps_jax.train import loop, stages
 
@@ -172,7 +173,7 @@ def test_hashes_of_all_small_inputs_differ_in_every_lane():
     for row in data[1:]:
         row[rng.integers(0, 23, 2)] = 1 << rng.integers(0, 8, 2)
     data = np.unique(data, axis=0)
-    hashes = np.asarray(jax.jit(jax.vmap(worlds.hash_bytes))(data))
+    hashes = np.asarray(jax.jit(jax.vmap(hashing.hash_bytes))(data))
     lanes = hashes.reshape(len(data), 4, 4)
     assert len(data) > 3000
     for lane in range(4):
