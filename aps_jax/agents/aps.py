@@ -35,7 +35,7 @@ METRICS = (
     ),
     Metric("loss_feature", "-", "-phi(s_t)^T w_tm1: the skill's likelihood."),
     Metric(
-        "cosine_phi_task",
+        "replayed_cosine",
         "-",
         "Cosine between phi(s_t) and the task under which s_t was reached, over the "
         "replay that phi is trained on.",
@@ -600,7 +600,7 @@ def _make_pretrain_learner(
         metrics = {
             "loss_feature": loss_feature,
             "loss_td": loss_td,
-            "cosine_phi_task": -loss_feature,
+            "replayed_cosine": -loss_feature,
             "reward_skill": masked_mean(cosines, used),
             "reward_entropy": masked_mean(r_entropy, is_used.astype(jnp.float32)),
             "task_dependence": jnp.mean(
