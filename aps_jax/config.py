@@ -128,12 +128,6 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         options.check(self)
-        if self.infer_agent_steps >= self.finetune_agent_steps:
-            raise ValueError(
-                "infer_agent_steps must be less than finetune_agent_steps, which "
-                f"includes them; got {self.infer_agent_steps} and "
-                f"{self.finetune_agent_steps}."
-            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -288,6 +282,14 @@ class Config:
             wrong = f"The learner's options are not those of {self.agent}."
             raise ValueError(wrong)  # noqa: TRY004  A wrong value of the caller's.
         learner.check_fits(self.observation)
+        if finetune.infer_agent_steps >= finetune.finetune_agent_steps and (
+            self.has_pretraining
+        ):
+            raise ValueError(
+                "infer_agent_steps must be less than finetune_agent_steps, which "
+                f"includes them; got {finetune.infer_agent_steps} and "
+                f"{finetune.finetune_agent_steps}."
+            )
         if self.num_devices > 1 and self._is_prioritised:
             raise ValueError(
                 "Prioritised replay is for one device: give --num_devices=1, or "

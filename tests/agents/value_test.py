@@ -524,6 +524,14 @@ def test_agents_have_their_papers_values():
         assert finetune.finetune_warmup_agent_steps == warmup
 
 
+def test_agents_that_infer_nothing_may_learn_for_fewer_steps():
+    options = {"finetune_agent_steps": 3_000}
+    der = config_lib.preset_config("atari100k", "der")
+    assert config_lib.replace_options(der, **options).finetune.infer_agent_steps > 3_000
+    with pytest.raises(ValueError, match="infer_agent_steps must be less than"):
+        config_lib.replace_options(der, agent="aps", **options)
+
+
 def test_changing_the_agent_changes_the_runs_values_that_are_its_own():
     spr = config_lib.preset_config("atari100k", "spr")
     der = config_lib.preset_config("atari100k", "der")
