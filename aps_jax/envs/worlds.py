@@ -36,6 +36,7 @@ NAMES = (
     *(f"minatar/{name}" for name in MINATAR),
     *(f"maze/{name}{way}" for name in maze.MAPS for way in ("", "/pixels")),
 )
+_MAZE_SCALE = 2  # sides of a video's pixel in those of what the agent sees
 _RAM_BYTES = 16  # A longer state is hashed to as many.
 
 
@@ -110,7 +111,9 @@ def make(name: str) -> World:
     params = maze.MazeParams(maze.HORIZONS[of_family.partition("/")[0]])
 
     def draw(state: maze.MazeState) -> np.ndarray:
-        return np.repeat(np.asarray(environment.draw(state.place))[..., None], 3, -1)
+        picture = np.asarray(environment.draw(state.place))
+        picture = picture.repeat(_MAZE_SCALE, axis=0).repeat(_MAZE_SCALE, axis=1)
+        return np.repeat(picture[..., None], 3, axis=-1)
 
     return from_gymnax(environment, params, observation, draw)
 

@@ -37,7 +37,7 @@ def tile(
     corners = [(column * width, row * cell) for row, column in numbered]
     draw = ImageDraw.Draw(blank)
     for (x, y), label in zip(corners, labels, strict=True):
-        while draw.textlength(label) > width:
+        while draw.textlength(label) > width - 4:
             label = label[:-1]
         draw.text((x + 1, y + 1), label, fill="white")
     made = []

@@ -79,10 +79,11 @@ def test_files_named_exist():
             assert (ROOT / path).exists(), path
 
 
-def test_the_page_is_short_and_its_first_screen_has_three_commands():
+def test_the_page_is_short_and_its_first_screen_shows_what_this_is():
     assert README.count("\n") <= 160
     first_screen = README.split("\n## ")[0]
     assert len(blocks("bash", first_screen)[0].splitlines()) == 3
+    assert first_screen.count("<img ") == 1
 
 
 def test_the_map_names_each_room_in_at_most_twelve_rows():
