@@ -69,13 +69,6 @@ class Plan(NamedTuple):
     chunk_size: int | None  # Images that pass all layers together; None: the batch.
 
 
-def _check_operands(images: Array, kernel: Array) -> None:
-    """Refuses operands that no form takes."""
-    chex.assert_rank([images, kernel], 4)
-    chex.assert_type(kernel, float)
-    chex.assert_equal(images.shape[3], kernel.shape[2])
-
-
 def convolve_xla(images: Array, kernel: Array, *, stride: int) -> jax.Array:
     """Convolves by XLA's own operation and its own gradients.
 
@@ -87,8 +80,6 @@ def convolve_xla(images: Array, kernel: Array, *, stride: int) -> jax.Array:
     Returns:
       `[B, (H - P) // stride + 1, (W - Q) // stride + 1, O]` of the kernel's dtype.
     """
-    _check_operands(images, kernel)
-
     return _xla_forward(images.astype(kernel.dtype), kernel, (stride, stride))
 
 
@@ -122,11 +113,20 @@ def _gather_windows(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _windows_product(images: Array, kernel: Array, stride: int) -> jax.Array:
-    return _windows_product_forward(images, kernel, stride)[0]
+def convolve_windows(images: Array, kernel: Array, stride: int) -> jax.Array:
+    """Convolves by gathering each window into a row of a matrix product (im2col).
+
+    Its gradients are matrix products too: the kernel's of the result's gradient with
+    the windows gathered anew, the images' scattered back. Where the kernel's side
+    equals the stride, gathering is a transposition. First-order reverse-mode
+    differentiation only.
+
+    Args and result as in `convolve_xla`.
+    """
+    return _windows_forward(images, kernel, stride)[0]
 
 
-def _windows_product_forward(images, kernel, stride):
+def _windows_forward(images, kernel, stride):
     rows, columns, _, features = kernel.shape
     # Gathered as bytes where images are bytes, and converted after.
     windows = _gather_windows(images, rows, columns, stride)
@@ -137,7 +137,7 @@ def _windows_product_forward(images, kernel, stride):
     return result, (kept, kernel)
 
 
-def _windows_product_backward(stride, residuals, cotangent):
+def _windows_backward(stride, residuals, cotangent):
     kept, kernel = residuals
     rows, columns, _, features = kernel.shape
     gather = functools.partial(
@@ -167,22 +167,7 @@ def _transposed_product(x: jax.Array, y: jax.Array) -> jax.Array:
     return jax.lax.optimization_barrier(transposed @ y)
 
 
-_windows_product.defvjp(_windows_product_forward, _windows_product_backward)
-
-
-def convolve_windows(images: Array, kernel: Array, *, stride: int) -> jax.Array:
-    """Convolves by gathering each window into a row of a matrix product (im2col).
-
-    Its gradients are matrix products too: the kernel's of the result's gradient with
-    the windows gathered anew, the images' scattered back. Where the kernel's side
-    equals the stride, gathering is a transposition. First-order reverse-mode
-    differentiation only.
-
-    Args and result as in `convolve_xla`.
-    """
-    _check_operands(images, kernel)
-
-    return _windows_product(images, kernel, stride)
+convolve_windows.defvjp(_windows_forward, _windows_backward)
 
 
 @jax.custom_vjp
@@ -234,8 +219,6 @@ def convolve_forward_only(images: Array, kernel: Array, *, stride: int) -> jax.A
     """
     if stride != 1:
         raise ValueError(f"stride must be 1, got {stride}.")
-    _check_operands(images, kernel)
-
     return _forward_only(images.astype(kernel.dtype), kernel)
 
 
@@ -357,7 +340,7 @@ def apply_layers(
     Raises:
       ValueError: if an image is smaller than a kernel.
     """
-    chex.assert_rank(images, 4)
+    chex.assert_rank([images, *(one.kernel for one in weights)], 4)
     chex.assert_equal(len(weights), len(layers))
     chex.assert_equal(len(plan.forms), len(layers))
     height, width = images.shape[1:3]
@@ -375,6 +358,7 @@ def apply_layers(
                 chunk = jnp.pad(chunk, ((0, 0), rows, columns, (0, 0)))
             # Cast here: in a loop over chunks the gradient is summed before the cast.
             kernel = layer_weights.kernel.astype(dtype)
+            chex.assert_equal(chunk.shape[3], kernel.shape[2])
             bias = layer_weights.bias.astype(dtype).reshape(1, 1, 1, -1)
             chunk = activation(form(chunk, kernel, stride=layer.stride) + bias)
         return chunk
