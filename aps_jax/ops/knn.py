@@ -55,7 +55,6 @@ def knn_distances(
     k: int,
     query_ids: Array | None = None,
     particle_ids: Array | None = None,
-    tile_size: int | None = None,
 ) -> jax.Array:
     """Computes the Euclidean distances from each query to its k nearest particles.
 
@@ -73,8 +72,6 @@ def knn_distances(
         itself, and is no neighbour of it.
       particle_ids: `[M]` int of the same type, or None; given if and only if
         `query_ids` are.
-      tile_size: number of particles compared at a time, which bounds the memory used;
-        None chooses one. Does not change the result.
 
     Returns:
       `[N, k]` float32 (float64 if an input is), ascending; +inf in the last places if
@@ -82,7 +79,7 @@ def knn_distances(
       neighbour is at index k-1.
 
     Raises:
-      ValueError: if `k` or `tile_size` is out of range, or only one side has ids.
+      ValueError: if `k` is out of range, or only one side has ids.
     """
     chex.assert_rank([queries, particles], 2)
     chex.assert_type([queries, particles], float)
@@ -91,8 +88,6 @@ def knn_distances(
     num_particles = particles.shape[0]
     if not 1 <= k <= num_particles:
         raise ValueError(f"k must be in [1, {num_particles}], got {k}.")
-    if tile_size is not None and tile_size < 1:
-        raise ValueError(f"tile_size must be at least 1, got {tile_size}.")
     if (query_ids is None) != (particle_ids is None):
         raise ValueError("query_ids and particle_ids must be given together.")
     if query_ids is not None:
@@ -106,7 +101,7 @@ def knn_distances(
     ids = jax.tree.map(jnp.asarray, (query_ids, particle_ids))
     if queries.shape[0] == 0:
         return jnp.zeros((0, k), queries.dtype)
-    distances, _ = _nearest(k, tile_size, queries, particles, ids)
+    distances, _ = _nearest(k, queries, particles, ids)
     return distances.T
 
 
@@ -128,22 +123,22 @@ class _Neighbors(NamedTuple):
 _FindSmallest = Callable[[jax.Array, int], _Neighbors]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _nearest(k, tile_size, queries, particles, ids):
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _nearest(k, queries, particles, ids):
     """Finds distances and indices `[k, N]`; the derivative leaves out the search."""
     nearest = jax.lax.platform_dependent(
         *map(_Points, (queries, particles), ids),
-        cpu=functools.partial(_search, _CPU, k, tile_size),
-        default=functools.partial(_search, _ACCELERATOR, k, tile_size),
+        cpu=functools.partial(_search, _CPU, k),
+        default=functools.partial(_search, _ACCELERATOR, k),
     )
     return jnp.sqrt(nearest.squares), nearest.indices
 
 
 @_nearest.defjvp
-def _nearest_jvp(k, tile_size, primals, tangents):
+def _nearest_jvp(k, primals, tangents):
     queries, particles, ids = primals
     queries_dot, particles_dot, _ = tangents
-    distances, indices = _nearest(k, tile_size, queries, particles, ids)
+    distances, indices = _nearest(k, queries, particles, ids)
     is_flat = (distances == 0) | (distances == jnp.inf)
     inverse = jnp.where(is_flat, 0.0, 1 / jnp.where(is_flat, 1.0, distances))
     directions = (queries[None, :, :] - particles[indices]) * inverse[:, :, None]
@@ -165,29 +160,23 @@ class _Tuning(NamedTuple):
 
 
 def _search(
-    tuning: _Tuning,
-    k: int,
-    tile_size: int | None,
-    queries: _Points,
-    particles: _Points,
+    tuning: _Tuning, k: int, queries: _Points, particles: _Points
 ) -> _Neighbors:
     """Finds the k nearest particles, for a tile of the queries at a time."""
     num_queries, dim = queries.vectors.shape
     num_particles = particles.vectors.shape[0]
     # The running best of a tile must fit into it.
-    tile_size = max(tile_size or tuning.tile_size, k + _NUM_SPARE_CANDIDATES)
+    tile_size = max(tuning.tile_size, k + _NUM_SPARE_CANDIDATES)
     tile_size = min(tile_size, num_particles)
     num_tiles = math.ceil(num_queries / max(tuning.workspace // tile_size, 1))
     query_tile_size = math.ceil(num_queries / num_tiles)
 
-    is_unrolled = dim <= _MAX_UNROLLED_FEATURES
-    search = functools.partial(
-        _search_by_subtraction if is_unrolled else _search_by_product,
-        functools.partial(_smallest, tuning),
-        particles,
-        k=k,
-        tile_size=tile_size,
-    )
+    smallest = functools.partial(_smallest, tuning)
+    if dim <= _MAX_UNROLLED_FEATURES:
+        method = functools.partial(_smallest_over_tiles, smallest, _squares)
+    else:
+        method = functools.partial(_search_by_product, smallest)
+    search = functools.partial(method, particles, k=k, tile_size=tile_size)
     if num_tiles == 1:
         return search(queries)
     tiles = jax.tree.map(
@@ -201,23 +190,12 @@ def _search(
     )
 
 
-def _search_by_subtraction(
-    smallest: _FindSmallest,
-    particles: _Points,
-    queries: _Points,
-    *,
-    k: int,
-    tile_size: int,
-) -> _Neighbors:
-    """Finds the k nearest particles by their distances, unrolled over the features."""
-
-    def squares_to(queries, particles):
-        return sum(
-            jnp.square(particles[:, d][:, None] - queries[:, d][None, :])
-            for d in range(queries.shape[1])
-        )
-
-    return _smallest_over_tiles(smallest, squares_to, particles, queries, k, tile_size)
+def _squares(queries, particles) -> jax.Array:
+    """Computes the squared distances, unrolled over the features, `[M, N]`."""
+    return sum(
+        jnp.square(particles[:, d][:, None] - queries[:, d][None, :])
+        for d in range(queries.shape[1])
+    )
 
 
 def _search_by_product(

@@ -1,6 +1,7 @@
 """Tests for the distances to the k nearest particles."""
 
 import functools
+from unittest import mock
 
 import hypothesis
 import jax
@@ -17,8 +18,21 @@ PROPERTY = hypothesis.settings(
     derandomize=True, max_examples=15, deadline=None, database=None
 )
 
-# Compiled once per shape.
-knn_distances = jax.jit(knn.knn_distances, static_argnames=("k", "tile_size"))
+
+@functools.cache  # Compiled once per shape.
+def tiled(tile_size=None):
+    """Returns the search with so many particles at a time, by default the usual."""
+    size = tile_size or knn._CPU.tile_size
+
+    def search(*points, **options):
+        tuning = knn._CPU._replace(tile_size=size)
+        with mock.patch.object(knn, "_CPU", tuning):
+            return knn.knn_distances(*points, **options)
+
+    return jax.jit(search, static_argnames="k")
+
+
+knn_distances = tiled()
 
 # Features of the forms: unrolled subtraction, and the matrix product.
 DIMS = (5, 48)
@@ -93,13 +107,8 @@ def test_a_query_is_not_its_own_neighbour(dim, tile_size):
     particle_ids = np.random.default_rng(0).permutation(50).astype(np.int32) + 100
     queries, query_ids = particles[10:20], particle_ids[10:20].copy()
     query_ids[3] = -1  # Not among the particles: its own copy counts.
-    distances = knn_distances(
-        queries,
-        particles,
-        k=3,
-        query_ids=query_ids,
-        particle_ids=particle_ids,
-        tile_size=tile_size,
+    distances = tiled(tile_size)(
+        queries, particles, k=3, query_ids=query_ids, particle_ids=particle_ids
     )
     np.testing.assert_allclose(
         distances,
@@ -114,13 +123,12 @@ def test_a_query_is_not_its_own_neighbour(dim, tile_size):
 def test_neighbours_that_do_not_exist_are_infinitely_far(dim, tile_size):
     particles = uniform(9, dim)
     particle_ids = np.int32([7, 7, 7, 7, 0, 7, 7, 7, 1])
-    distances = knn_distances(
+    distances = tiled(tile_size)(
         particles[:1],
         particles,
         k=5,
         query_ids=np.int32([7]),
         particle_ids=particle_ids,
-        tile_size=tile_size,
     )
     expected = np.sort(np.linalg.norm(particles[[4, 8]] - particles[0], axis=1))
     np.testing.assert_allclose(distances[0, :2], expected, rtol=1e-6)
@@ -134,13 +142,8 @@ def test_neighbours_that_do_not_exist_are_infinitely_far(dim, tile_size):
 def test_reward_error_is_below_1e_5(kind, dim, tile_size):
     particles = references_knn.features(kind, 300, dim)
     ids = np.arange(300, dtype=np.int32)
-    distances = knn_distances(
-        particles,
-        particles,
-        k=12,
-        query_ids=ids,
-        particle_ids=ids,
-        tile_size=tile_size,
+    distances = tiled(tile_size)(
+        particles, particles, k=12, query_ids=ids, particle_ids=ids
     )
     expected = references_knn.knn_distances(particles, particles, 12, ids, ids)
     scale = rewards.update_distance_scale(rewards.init_distance_scale(), distances)
@@ -189,7 +192,7 @@ def test_more_tight_clusters_than_are_compared_again_at_a_time():
 def test_tiles_do_not_change_the_result(dim, tile_size):
     queries, particles = uniform(7, dim), uniform(60, dim, seed=1)
     np.testing.assert_allclose(
-        knn_distances(queries, particles, k=2, tile_size=tile_size),
+        tiled(tile_size)(queries, particles, k=2),
         references_knn.knn_distances(queries, particles, 2),
         rtol=1e-6,
     )
@@ -223,11 +226,9 @@ def test_any_features_match_brute_force_in_any_order(seed, dim, kind, tile_size)
     queries = particles[rng.integers(0, 64, size=8)]
     expected = references_knn.knn_distances(queries, particles, 3)
     order, particle_order = rng.permutation(8), rng.permutation(64)
-    distances = knn_distances(queries, particles, k=3, tile_size=tile_size)
+    distances = tiled(tile_size)(queries, particles, k=3)
     np.testing.assert_allclose(distances, expected, rtol=5e-6)
-    permuted = knn_distances(
-        queries[order], particles[particle_order], k=3, tile_size=tile_size
-    )
+    permuted = tiled(tile_size)(queries[order], particles[particle_order], k=3)
     np.testing.assert_allclose(permuted, expected[order], rtol=5e-6)
 
 
@@ -273,10 +274,7 @@ def sum_of_nearest(queries, particles, k):
 def test_gradient_matches_that_of_plain_operations(dim, tile_size):
     queries, particles = uniform(4, dim), uniform(20, dim, seed=1)
     gradients = jax.jit(
-        jax.grad(
-            lambda q, p: jnp.sum(knn.knn_distances(q, p, k=3, tile_size=tile_size)),
-            argnums=(0, 1),
-        )
+        jax.grad(lambda q, p: jnp.sum(tiled(tile_size)(q, p, k=3)), argnums=(0, 1))
     )(queries, particles)
     expected = jax.grad(sum_of_nearest, argnums=(0, 1))(queries, particles, 3)
     for gradient, plain in zip(gradients, expected):
@@ -324,11 +322,10 @@ def test_what_is_not_a_number_shows(dim):
 @pytest.mark.parametrize("dim", [5, 32])
 def test_memory_does_not_grow_with_the_particles(dim):
     def temporary_bytes(num_particles, tile_size):
-        lowered = knn_distances.lower(
+        lowered = tiled(tile_size).lower(
             jax.ShapeDtypeStruct((64, dim), jnp.float32),
             jax.ShapeDtypeStruct((num_particles, dim), jnp.float32),
             k=4,
-            tile_size=tile_size,
         )
         return lowered.compile().memory_analysis().temp_size_in_bytes
 
@@ -357,12 +354,6 @@ def test_bad_k_is_rejected(k):
     points = uniform(3, 2)
     with pytest.raises(ValueError, match=rf"k must be in \[1, 3\], got {k}"):
         knn.knn_distances(points, points, k=k)
-
-
-def test_bad_tile_size_is_rejected():
-    points = uniform(3, 2)
-    with pytest.raises(ValueError, match="tile_size must be at least 1, got 0"):
-        knn.knn_distances(points, points, k=1, tile_size=0)
 
 
 @pytest.mark.parametrize("side", ["query_ids", "particle_ids"])
