@@ -71,7 +71,7 @@ class _ConvEncoder(nn.Module):
     hidden: int | None = None
     dtype: jnp.dtype = jnp.float32  # Of the computation.
     plan: convolutions.Plan | None = None  # None: `convolutions.choose_plan` decides.
-    activation: convolutions.Activation = convolutions.relu
+    activation: convolutions.Activation = nn.relu
 
     layers: ClassVar[tuple[convolutions.LayerShape, ...]] = ()
     highest: ClassVar[float] = 255.0  # of a pixel, which is scaled to [0, 1]

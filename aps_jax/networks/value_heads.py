@@ -204,7 +204,7 @@ class Transition(nn.Module):
                 x,
                 (parameters(),),
                 layers=(layer,),
-                activation=convolutions.relu,
+                activation=nn.relu,
                 dtype=jnp.float32,
                 plan=convolutions.choose_plan(
                     jax.default_backend(), (side, side, channels), (layer,)
