@@ -12,7 +12,7 @@ import pathlib
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -146,8 +146,8 @@ def config_from_flags(
       **changes: Options that go before the flags.
 
     Raises:
-      ValueError: A value is out of bounds, the game is unknown, the agent has not such
-        an option, or `base` and `--preset` are both given.
+      ValueError: A value is out of bounds, the game is unknown, the agent or the kind
+        of game has not such an option, or `base` and `--preset` are both given.
     """
     given = {**given_options(), **changes}
     if base is not None and _PRESET.present:
@@ -159,27 +159,20 @@ def config_from_flags(
         agent = given.get("agent", config_lib.DEFAULT_AGENT)
         base = config_lib.preset_config(_PRESET.value, agent)
     config = config_lib.replace_options(base, **given)
-    _check_game(config.game, given)
+    games.check(config.game)
+    of_emulators = given.keys() & {
+        field.name for field in dataclasses.fields(config_lib.EnvironmentConfig)
+    }
+    if games.is_world(config.game) and of_emulators:
+        names = ", ".join(f"--{name}" for name in sorted(of_emulators))
+        raise ValueError(
+            f"{names}: for Atari's emulators alone, {config.game} has none."
+        )
     if config.report.wandb:
         tracking.check_wandb()
     if _REQUIRE_ACCELERATOR.value:
         machine.check_accelerator()
     return config
-
-
-def _check_game(game: str, given: Mapping[str, Any]) -> None:
-    """Checks that there is the game, and that it has what the flags set.
-
-    Raises:
-      ValueError: There is no such game, or a flag is for another kind.
-    """
-    games.check(game)
-    of_emulators = given.keys() & {
-        field.name for field in dataclasses.fields(config_lib.EnvironmentConfig)
-    }
-    if games.is_world(game) and of_emulators:
-        names = ", ".join(f"--{name}" for name in sorted(of_emulators))
-        raise ValueError(f"{names}: for Atari's emulators alone, {game} has none.")
 
 
 def workdir_from_flags() -> pathlib.Path:
@@ -382,7 +375,10 @@ def run(
         flags.FLAGS.register_key_flag_for_module(sys.argv[0], flags.FLAGS[name])
 
     def guarded(argv: Sequence[str]) -> None:
-        _use_32_bits()
+        if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
+            # A run is the same whatever the user's shell says.
+            jax.config.update("jax_enable_x64", False)
+            _note("JAX_ENABLE_X64 is ignored: runs compute in 32 bits")
         use_compilation_cache()
         try:
             _connect(pathlib.Path(argv[0]).stem, is_for_several=is_for_several)
@@ -416,13 +412,6 @@ def run(
             sys.exit(code)
 
     app.run(guarded)
-
-
-def _use_32_bits() -> None:
-    """Turns JAX's 64-bit mode off: a run is the same whatever the user's shell says."""
-    if jax.config.jax_enable_x64:  # type: ignore[attr-defined]
-        jax.config.update("jax_enable_x64", False)
-        _note("JAX_ENABLE_X64 is ignored: runs compute in 32 bits")
 
 
 def _note(text: str) -> None:

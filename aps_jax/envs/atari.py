@@ -111,14 +111,6 @@ def environment_seeds(seed: int, num_envs: int, *, stream: int = 0) -> list[int]
     return [int(word) >> 1 for word in sequence.generate_state(num_envs, np.uint32)]
 
 
-def _num_usable_cores() -> int:
-    # EnvPool's own num_threads=0 counts the machine's cores, whatever a batch system
-    # or taskset has left to this process.
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
-
-
 # The module in which EnvPool's package registers the tasks of all its families.
 _REGISTRATION = "envpool.entry"
 
@@ -209,7 +201,9 @@ class AtariPool:
             env_type="gymnasium",
             num_envs=num_envs,
             batch_size=num_envs,  # Synchronous: recv waits for all environments.
-            num_threads=num_threads or min(num_envs, _num_usable_cores()),
+            # Its own 0 counts the machine's cores, whatever a batch system or taskset
+            # has left to this process.
+            num_threads=num_threads or min(num_envs, len(os.sched_getaffinity(0))),
             thread_affinity_offset=-1,  # Threads are not pinned to cores.
             seed=[int(seed) for seed in seeds],
             max_episode_steps=max_frames // FRAME_SKIP,  # In agent steps.
@@ -374,13 +368,6 @@ def update_episode_stats(stats: EpisodeStats, step: types.TimeStep) -> EpisodeSt
 
     A reset frame begins an episode and is no agent step; the step that is terminated
     or truncated belongs to the episode that it ends.
-
-    Args:
-      stats: statistics up to time t-1.
-      step: the environments' time step t.
-
-    Returns:
-      Statistics up to time t.
     """
     chex.assert_equal_shape([stats.running_return, step.reward, step.is_first])
     chex.assert_equal_shape([step.is_first, step.terminated, step.truncated])

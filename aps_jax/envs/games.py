@@ -32,10 +32,8 @@ def make_pool(
     """Makes a pool of environments of a game.
 
     Args:
-      game: Its name.
-      num_envs: `E`.
-      seeds: A seed for each environment, from `atari.environment_seeds`.
-      **of_emulators: Options of `atari.AtariPool`, which worlds have no use for.
+      game, num_envs, seeds: As of `atari.AtariPool`.
+      **of_emulators: Its other options, which worlds have no use for.
 
     Raises:
       ValueError: There is no such game, or an option is out of bounds.

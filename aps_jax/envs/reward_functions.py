@@ -107,10 +107,8 @@ class RewardPool:
     def __init__(self, pool: Any, name: str, function: RewardFunction):
         """Wraps a pool, as `atari.AtariPool`.
 
-        Args:
-          pool: The environments.
-          name: The function's name, for error messages.
-          function: From a factory that `load` returned, for this pool alone.
+        The function is from a factory that `load` returned, for this pool alone; its
+        name is for error messages.
         """
         self._pool = pool
         self._name = name
@@ -119,15 +117,12 @@ class RewardPool:
         self.num_actions = pool.num_actions
         self.num_envs = pool.num_envs
         self.observation = pool.observation
+        self.send, self.render, self.close = pool.send, pool.render, pool.close
         self.game_reward: types.Array = np.zeros(pool.num_envs, np.float32)
 
     def reset(self) -> types.TimeStep:
         """Begins a new episode in every environment."""
         return self._rewarded(self._pool.reset())
-
-    def send(self, actions: types.Array) -> None:
-        """Starts the emulators on the next actions."""
-        self._pool.send(actions)
 
     def recv(self) -> types.TimeStep:
         """Waits for the next time step, with its reward.
@@ -136,14 +131,6 @@ class RewardPool:
           ValueError: The function fails or does not return `[E]` finite numbers.
         """
         return self._rewarded(self._pool.recv())
-
-    def render(self, index: int) -> np.ndarray:
-        """Draws one environment."""
-        return self._pool.render(index)
-
-    def close(self) -> None:
-        """Ends the environments."""
-        self._pool.close()
 
     def _rewarded(self, after: types.TimeStep) -> types.TimeStep:
         before, self._before = self._before, after
@@ -172,12 +159,10 @@ def reward_of(
 def constructor_for(
     name: str, constructor: Callable[..., Any], observation: types.ObservationSpec
 ) -> Callable[..., Any]:
-    """Returns a constructor of pools with a reward function.
+    """Returns a constructor of pools with a reward function, as `games.make_pool`.
 
-    Args:
-      name: The function, as for `load`, which may raise.
-      constructor: Makes the pools to wrap, as `games.make_pool`.
-      observation: What the game shows.
+    Raises:
+      ValueError: As `load`, which says how functions are named.
     """
     if name == SCORE:
         return constructor

@@ -96,9 +96,6 @@ def observation_of(name: str) -> types.ObservationSpec:
 def make(name: str) -> World:
     """Makes a world: the same object for the same name, so that it compiles once.
 
-    Args:
-      name: One of `NAMES`.
-
     Raises:
       ValueError: There is no such world, or gymnax is needed and not installed.
     """

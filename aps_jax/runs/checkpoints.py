@@ -97,18 +97,12 @@ class Checkpointer:
           warn: Called with a sentence for every damaged checkpoint.
 
         Raises:
-          ValueError: The path is a file, or this system cannot write to such a path.
+          ValueError: The path is a file.
         """
         folder = pathlib.Path(folder)
         if folder.exists() and not folder.is_dir():
             raise ValueError(f"{folder} is a file, not a folder of checkpoints.")
         self._folder = folder.resolve()
-        is_plain = _PLAIN_PATH.fullmatch(str(self._folder))
-        if not (is_plain or pathlib.Path("/proc/self/fd").is_dir()):
-            raise ValueError(
-                f"Checkpoints cannot be saved under {str(folder)!r} on this system: "
-                "use a path of letters and digits."
-            )
         self._policy = policy
         self._warn = warn
         self._thread = concurrent.futures.ThreadPoolExecutor(1, "checkpoint")

@@ -64,22 +64,15 @@ def protect() -> None:
         setattr(sys, name, BestEffort(getattr(sys, name)))
 
 
-def make_console(
-    stream: TextIO | BestEffort | None = None, **options: Any
-) -> rich.console.Console:
+def make_console(stream: TextIO | BestEffort | None = None) -> rich.console.Console:
     """Makes a console of rich; whether `stream` is a terminal decides on colours.
 
     Rich alone would follow FORCE_COLOR into files, and end the process where a pipe is
-    closed.
-
-    Args:
-      stream: Standard output by default.
-      **options: Of `rich.console.Console`.
+    closed. The default is standard output.
     """
     shown = BestEffort(stream or sys.stdout)
     return rich.console.Console(
         file=cast(TextIO, shown),
         force_terminal=shown.isatty(),
         force_interactive=shown.is_live,
-        **options,
     )

@@ -18,6 +18,7 @@ from collections.abc import Callable
 from typing import IO, Any, Self
 
 from absl import logging
+from flax import traverse_util
 
 from aps_jax import config as config_lib
 
@@ -129,9 +130,7 @@ def open_run(
     """Creates the folder of a run, or finds that it holds this run.
 
     Args:
-      workdir: The folder.
-      stage: Name of the stage.
-      config: The run's config.
+      workdir, stage, config: What is stored, besides versions and the command.
       **metadata: What else a later user of the folder must know, as JSON values. `init`
         and `checkpoint` are paths of other runs; they are compared by the run there.
 
@@ -160,11 +159,9 @@ def open_run(
 
 
 def holds_run(workdir: pathlib.Path, wanted: dict[str, Any]) -> bool:
-    """Returns whether a folder holds a run already, or is free for one.
+    """Returns whether a folder holds the run whose `config.json` is as `wanted`.
 
-    Args:
-      workdir: The folder, which need not exist.
-      wanted: What the run's `config.json` must say.
+    If not, it is free for one.
 
     Raises:
       ValueError: It holds another run or something else, or cannot be a folder.
@@ -204,7 +201,7 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     with contextlib.suppress(*_NO_CONFIG):
         config = config_lib.to_dict(config_lib.from_dict(found["config"]))
         found = {**found, "config": config}
-    left, right = _flatten(found), _flatten(wanted)
+    left, right = (traverse_util.flatten_dict(x, sep=".") for x in (found, wanted))
     for name in _RUNS:
         there, here = left.pop(f"{name}_id", None), right.pop(f"{name}_id", None)
         if there is not None and there == here:
@@ -220,16 +217,6 @@ def _differences(found: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
         and words[-1] not in resumable
         and left.get(name) != right.get(name)
     ]
-
-
-def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in values.items():
-        if isinstance(value, dict):
-            flat.update(_flatten(value, f"{prefix}{name}."))
-        else:
-            flat[prefix + name] = value
-    return flat
 
 
 def lock_warning(folder: PathLike) -> str | None:

@@ -65,7 +65,7 @@ def host_bytes(root: pathlib.Path = _ROOT) -> int:
 
 def usable_cores(root: pathlib.Path = _ROOT) -> float:
     """Returns how many cores this process may use, by its affinity and its quota."""
-    cores = [float(_affinity())]
+    cores = [float(len(os.sched_getaffinity(0)))]
     for group in _control_groups("", root):
         if len(numbers := _numbers(group / "cpu.max")) == 2:
             cores.append(numbers[0] / numbers[1])
@@ -75,12 +75,6 @@ def usable_cores(root: pathlib.Path = _ROOT) -> float:
         if quota and period and quota[0] > 0:
             cores.append(quota[0] / period[0])
     return min(cores)
-
-
-def _affinity() -> int:
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _control_groups(controller: str, root: pathlib.Path) -> list[pathlib.Path]:
@@ -177,12 +171,8 @@ def check_memory(
 ) -> None:
     """Checks that what a stage needs fits into memory.
 
-    Args:
-      replay_bytes: As for `needed_bytes`; so are all others but `option`.
-      num_devices: Devices that share it.
-      is_copied: Whether checkpoints hold it.
-      option: The flag that sets the size of the replay, for the message.
-      num_seeds: Seeds at once.
+    The arguments are those of `needed_bytes`, and `option`, the flag that sets the size
+    of the replay, for the message.
 
     Raises:
       ValueError: It does not fit, with the estimate and what is free.
@@ -217,7 +207,7 @@ def check_cores(env_threads: int, warn: Warn) -> None:
 
     With 0 threads there is one for each core of the affinity.
     """
-    cores, threads = usable_cores(), env_threads or _affinity()
+    cores, threads = usable_cores(), env_threads or len(os.sched_getaffinity(0))
     if threads > math.ceil(cores):
         warn(
             f"{threads} emulator threads share {cores:g} cores, the quota of this "

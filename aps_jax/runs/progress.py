@@ -115,15 +115,12 @@ class Progress(Silent):
 
     def _line(self, done: int, rate: float) -> str:
         left = (self._total - done) / rate if rate > 0 else math.inf
+        # As many digits as tell something.
+        per_second = f"{rate:,.0f}" if rate >= 10 else f"{rate:.2f}"
         return (
-            f"{self._phase}: {done:,} of {self._total:,} {self._unit}, {_rate(rate)} "
+            f"{self._phase}: {done:,} of {self._total:,} {self._unit}, {per_second} "
             f"{self._unit}/s, ETA {duration(left)}, last return {self._last_return}"
         )
-
-
-def _rate(per_second: float) -> str:
-    """Writes a rate with as many digits as tell something."""
-    return f"{per_second:,.0f}" if per_second >= 10 else f"{per_second:.2f}"
 
 
 def duration(seconds: float) -> str:

@@ -23,13 +23,7 @@ class Snapshot(NamedTuple):
 def write_snapshot(
     workdir: pathlib.Path, agent_steps: int, visited: Mapping[str, np.ndarray]
 ) -> None:
-    """Writes `features/STEPS.npz`; nothing where the agent embeds nothing.
-
-    Args:
-      workdir: Folder of the pretraining, which exists.
-      agent_steps: When it was drawn.
-      visited: Each `[N, D]` float16, from `loop.make_embed`.
-    """
+    """Writes `features/STEPS.npz` of arrays `[N, D]` float16, if there are any."""
     if not visited:
         return
     folder = workdir / FOLDER_NAME

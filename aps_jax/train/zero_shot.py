@@ -70,9 +70,7 @@ def evaluate_rewards(
       config: The run's values; `config.finetune` has the budget of the play,
         `config.evaluation` is the protocol.
       names: Reward functions, as for `reward_functions.load`.
-      constructor: Makes the environments.
-      progress: Where to show progress; nowhere by default.
-      stop: Requests to stop, which are looked at in every step.
+      constructor, progress, stop: As of `stages.finetune`.
 
     Returns:
       A result for each reward function, in their order.

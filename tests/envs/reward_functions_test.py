@@ -43,6 +43,8 @@ class Tape:
     def send(self, actions):
         pass
 
+    render = close = send
+
 
 def pool_of(name, *steps):
     return reward_functions.constructor_for(name, Tape, atari.OBSERVATION)(*steps)
