@@ -11,6 +11,7 @@ import contextlib
 import difflib
 import functools
 import importlib
+import operator
 import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
@@ -19,6 +20,7 @@ import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import serialization
 
 from aps_jax import types
 from aps_jax.envs import maze
@@ -336,24 +338,22 @@ class WorldPool:
     def get_state(self) -> dict[str, Any]:
         """Returns all that the next steps depend on, as `loop.ResumablePool`."""
         self._check_call("get_state", in_flight=False)
-        leaves = jax.device_get(jax.tree.leaves((self._state, self._timestep)))
-        rows = [b"".join(x[i].tobytes() for x in leaves) for i in range(self.num_envs)]
-        return {
-            "world": [base64.b64encode(zlib.compress(row)).decode() for row in rows]
-        }
+        both = jax.device_get([self._state, self._timestep])
+        each = [
+            jax.tree.map(operator.itemgetter(index), both)
+            for index in range(self.num_envs)
+        ]
+        rows = [zlib.compress(serialization.to_bytes(row)) for row in each]
+        return {"world": [base64.b64encode(row).decode() for row in rows]}
 
     def set_state(self, state: dict[str, Any]) -> types.TimeStep:
         """Goes on from a state, and returns the time step at which it was taken."""
         self._check_call("set_state", in_flight=False)
         rows = [zlib.decompress(base64.b64decode(row)) for row in state["world"]]
-        data = np.stack([np.frombuffer(row, np.uint8) for row in rows])
-        shapes, tree = jax.tree.flatten(jax.eval_shape(self.world.reset, self._keys))
-        ends = np.cumsum([x.size * x.dtype.itemsize // self.num_envs for x in shapes])
-        leaves = [
-            np.ascontiguousarray(part).view(x.dtype).reshape(x.shape)
-            for part, x in zip(np.split(data, ends[:-1], axis=1), shapes, strict=True)
-        ]
-        self._state, self._timestep = jax.device_put(jax.tree.unflatten(tree, leaves))
+        like = list(jax.eval_shape(self.world.reset, self._keys))
+        each = [serialization.from_bytes(like, row) for row in rows]
+        both = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+        self._state, self._timestep = jax.device_put(both)
         return jax.device_get(self._timestep)
 
     def _check_call(self, name: str, *, in_flight: bool) -> None:
