@@ -316,7 +316,13 @@ class AtariPool:
         # The time limit hides a game over in the same step from `terminated`, never
         # from `info`. `info["reward"]` is the one that no option clips.
         is_game_over = info["terminated"] != 0
-        step = types.TimeStep(
+        # In synchronous mode the rows come in the order of the actions sent, which is
+        # that of the environments; asynchronous mode would return any order.
+        if not np.array_equal(info["env_id"], self._env_ids):
+            raise RuntimeError(
+                f"Expected a row for each environment in turn, got {info['env_id']}."
+            )
+        return types.TimeStep(
             frame=observation[:, 0],
             reward=info["reward"],
             terminated=is_done & is_game_over,
@@ -325,16 +331,6 @@ class AtariPool:
             lives=info["lives"],
             ram=info["ram"],
         )
-        # In synchronous mode the rows come in the order of the actions sent, which is
-        # that of the environments; asynchronous mode would return any order.
-        if np.array_equal(info["env_id"], self._env_ids):
-            return step
-        order = np.argsort(info["env_id"])
-        if not np.array_equal(info["env_id"][order], self._env_ids):
-            raise RuntimeError(
-                f"Expected one row per environment, got rows of {info['env_id']}."
-            )
-        return types.TimeStep(*(field[order] for field in step))
 
 
 class EpisodeStats(NamedTuple):
