@@ -431,10 +431,6 @@ def replace_options(config: Config, **values: Any) -> Config:
 
     Naming another agent gives it that agent's own values for the config's preset.
 
-    Args:
-      config: The config to start from; it is not changed.
-      **values: Values by option name.
-
     Raises:
       ValueError: An option does not exist or not for this agent, has the wrong type, or
         is out of bounds.
@@ -444,10 +440,8 @@ def replace_options(config: Config, **values: Any) -> Config:
     if agent in agents.AGENTS and agent != config.agent:
         preset = values.get("preset", config.preset)
         top[_LEARNER] = _learner_of(agent, preset)
-        before, after = (
-            _run_values_of(config.agent, preset),
-            _run_values_of(agent, preset),
-        )
+        before = _run_values_of(config.agent, preset)
+        after = _run_values_of(agent, preset)
         config = dataclasses.replace(config, agent=agent, **top)
         defaults = option_fields(agent)
         values = {
@@ -489,9 +483,7 @@ def from_dict(
 ) -> Config:
     """Builds a config from what `to_dict` returned, for example out of a JSON file.
 
-    Args:
-      values: Sections and options by name.
-      notice: Is told of each option that is missing, and takes its default.
+    `notice` is told of each option that is missing, and takes its default.
 
     Raises:
       ValueError: A section or option is unknown, or a value is not valid.

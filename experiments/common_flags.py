@@ -252,9 +252,7 @@ def arms_from_flags(config: config_lib.Config, default: Sequence[str]) -> list[s
 def is_preflight(all_runs: Sequence[recorders.Runs], *stage_names: str) -> bool:
     """Does what `--preflight` asks for; returns whether it was asked for.
 
-    Args:
-      all_runs: From `runs_from_flags`; the first is tried.
-      *stage_names: Their stages, `pretrain` or `finetune`.
+    The first of the runs is tried, in these of its stages.
     """
     if not _PREFLIGHT.value:
         return False

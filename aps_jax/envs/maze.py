@@ -83,17 +83,12 @@ class Maze(NamedTuple):
     rows: tuple[str, ...]  # the map
     start: int  # the state in which every episode begins
     next_state: np.ndarray  # [N, A] int32, the state reached; bumping stays put
-    distance: (
-        np.ndarray
-    )  # [N] int32, steps from the start, -1 where it cannot be reached
+    distance: np.ndarray  # [N] int32, steps from the start, -1 where there is no way
     reward: np.ndarray  # [N] float32, of reaching each state
 
 
 def parse_maze(rows: Sequence[str]) -> Maze:
     """Reads a map of `#` walls, `.` free cells, one `S`, and a key `K` with a door `D`.
-
-    Args:
-      rows: Strings of equal length, the topmost row first.
 
     Raises:
       ValueError: The map is not a rectangle, has other characters or several starts, a

@@ -315,11 +315,10 @@ def apply_layers(
 
     Args:
       images: `[B, H, W, C]` uint8, or float, which receives a gradient.
-      weights: one per layer.
-      layers: one per layer.
+      weights, layers: one per layer, as the forms of the plan.
       activation: follows every layer.
       dtype: of the computation; the parameters' gradients are summed in their own.
-      plan: one form per layer.
+      plan: how to compute them.
 
     Returns:
       `[B, h, w, O]` of `dtype`.

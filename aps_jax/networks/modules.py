@@ -82,7 +82,7 @@ class _ConvEncoder(nn.Module):
 
         Args:
           observation: `[..., H, W, C]` uint8, or float in the same units, 0 to 255
-            (1 for `MinAtarEncoder`); 84x84x4 in Atari.
+            (1 for planes); 84x84x4 in Atari.
 
         Returns:
           `[..., hidden]` float32, or `[..., h * w * O]` without a hidden layer.
@@ -104,9 +104,9 @@ class _ConvEncoder(nn.Module):
         for index, layer in enumerate(layers):
             weights.append(ConvParameters(layer, channels, name=f"conv_{index}")())
             channels = layer.features
-        # Scaling the few weights of the first layer scales its many pixels.
-        first = weights[0]
-        weights[0] = first._replace(kernel=first.kernel * (1.0 / self.highest))
+        for first in weights[:1]:
+            # Scaling the few weights of the first layer scales its many pixels.
+            weights[0] = first._replace(kernel=first.kernel * (1.0 / self.highest))
 
         encoded = convolutions.apply_layers(
             observation.reshape(math.prod(leading), *shape),
@@ -205,21 +205,12 @@ class MinAtarEncoder(_ConvEncoder):
     highest: ClassVar[float] = 1.0
 
 
-class MlpEncoder(nn.Module):
-    """Encodes planes of 0 and 1, such as one-hot states, by a ReLU layer."""
+class MlpEncoder(_ConvEncoder):
+    """Encodes planes of 0 and 1, such as one-hot states, by a ReLU layer alone."""
 
-    hidden: int = 256
-    dtype: jnp.dtype = jnp.float32  # Of the computation.
+    hidden: int | None = 256
 
-    @nn.compact
-    def __call__(self, observation: jax.Array) -> jax.Array:
-        """Maps `[..., H, W, C]` of 0 and 1 to `[..., hidden]` float32."""
-        *leading, height, width, channels = observation.shape
-        flat = observation.reshape(*leading, height * width * channels)
-        dense = nn.Dense(
-            self.hidden, dtype=self.dtype, kernel_init=_kernel_init, name="hidden"
-        )
-        return nn.relu(dense(flat.astype(self.dtype))).astype(jnp.float32)
+    highest: ClassVar[float] = 1.0
 
 
 class FeatureNetwork(nn.Module):

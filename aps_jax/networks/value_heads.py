@@ -73,10 +73,8 @@ class NoisyDense(nn.Module):
         def mean(key: PRNGKey, shape: tuple[int, ...]) -> jax.Array:
             return jax.random.uniform(key, shape, minval=-bound, maxval=bound)
 
-        kernel, bias = (
-            self.param("kernel", mean, (p, q)),
-            self.param("bias", mean, (q,)),
-        )
+        kernel = self.param("kernel", mean, (p, q))
+        bias = self.param("bias", mean, (q,))
         if self.sigma:
             constant = nn.initializers.constant
             scale = self.param("kernel_sigma", constant(self.sigma * bound), (p, q))

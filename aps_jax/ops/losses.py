@@ -136,9 +136,6 @@ def mask_after_cut(cut_t: Array) -> UsedSteps:
 
     Args:
       cut_t: `[n]` bool, whether nothing may be used after this step.
-
-    Returns:
-      The number of usable steps, `n` if there is no cut, and their weights.
     """
     chex.assert_rank(cut_t, 1)
     chex.assert_type(cut_t, bool)
@@ -241,9 +238,6 @@ def split_td_error(
       phi_t: `[D]` float, n-step sum of the features.
       r_entropy_t: `[]` float, n-step sum of the entropy rewards.
       skill_weight, entropy_weight: weights of the two rewards in behaviour.
-
-    Returns:
-      The errors of both outputs.
     """
     chex.assert_rank(
         [psi_tm1, exploration_tm1, a_tm1, phi_t, r_entropy_t], [2, 1, 0, 1, 0]

@@ -45,9 +45,6 @@ def window_targets(
       num_targets: `m`, targets; they start at the window's first states.
       n_steps: `n`, steps summed.
       discount: Discount gamma of one step.
-
-    Returns:
-      `Targets`.
     """
     # An episode ends where the next frame is a reset's, whatever ended it: game over,
     # the time limit, or a resumed run whose emulators started anew. (The last state's

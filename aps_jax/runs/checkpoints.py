@@ -91,10 +91,7 @@ class Checkpointer:
     ):
         """Opens a folder, which the first save creates.
 
-        Args:
-          folder: Where the checkpoints are.
-          policy: Which of them stay.
-          warn: Called with a sentence for every damaged checkpoint.
+        `warn` is called with a sentence for every damaged checkpoint.
 
         Raises:
           ValueError: The path is a file.

@@ -54,16 +54,7 @@ def run_checks(
         checks += [_share(config, name) for name in stage_names]
     checks += [_memory(config, name, num_seeds) for name in stage_names]
     place = next(p for p in [workdir, *workdir.absolute().parents] if p.is_dir())
-    try:
-        machine.check_writable(place)
-        warning = folders.lock_warning(place)
-        checks.append(
-            Check("work directory", warning, "warning")
-            if warning
-            else Check("work directory", f"{place} can be written")
-        )
-    except ValueError as error:
-        checks.append(Check("work directory", str(error), "failed"))
+    checks.append(_folder(place))
     checks += [_disk(config, place, name, num_seeds) for name in stage_names]
     if processes.num_processes() > 1:
         checks = _of_all(checks)
@@ -111,12 +102,11 @@ def _share(config: config_lib.Config, name: str) -> Check:
     """Says what lies on each of several devices."""
     count, plan = config.num_devices, _plan(config, name)
     batch = plan.phase.learner.batch
-    ring = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)[
-        "replay_bytes"
-    ]
+    memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
+    ring = machine.size_text(memory["replay_bytes"] / count)
     text = (
-        f"{plan.num_envs // count} environments and their replay "
-        f"({machine.size_text(ring / count)}); {batch.num_samples // count} targets"
+        f"{plan.num_envs // count} environments and their replay ({ring}); "
+        f"{batch.num_samples // count} targets"
     )
     if batch.num_particles:
         text += f" and {batch.num_particles // count} particles"
@@ -128,6 +118,16 @@ def _cores(config: config_lib.Config) -> Check:
     machine.check_cores(config.environment.env_threads, warnings.append)
     text = f"{machine.usable_cores():g} that this process may use"
     return Check("cores", "; ".join([text, *warnings]), "warning" if warnings else "ok")
+
+
+def _folder(place: pathlib.Path) -> Check:
+    try:
+        machine.check_writable(place)
+    except ValueError as error:
+        return Check("work directory", str(error), "failed")
+    if warning := folders.lock_warning(place):
+        return Check("work directory", warning, "warning")
+    return Check("work directory", f"{place} can be written")
 
 
 def _memory(config: config_lib.Config, name: str, num_seeds: int) -> Check:
@@ -176,7 +176,7 @@ def _rate(
     runs: recorders.Runs, name: str, seconds: float, constructor: loop.MakePool
 ) -> Check:
     config = runs.config
-    frames_per_second = measure_rate(runs, name, seconds, constructor)
+    frames_per_second = _measure_rate(runs, name, seconds, constructor)
     frames = len(runs.seeds) * (
         config.pretrain.pretrain_frames
         if name == stages.PRETRAIN
@@ -192,19 +192,13 @@ def _rate(
     return Check(f"rate, {name}", text)
 
 
-def measure_rate(
-    runs: recorders.Runs,
-    name: str,
-    seconds: float,
-    constructor: loop.MakePool = games.make_pool,
+def _measure_rate(
+    runs: recorders.Runs, name: str, seconds: float, constructor: loop.MakePool
 ) -> float:
-    """Runs a stage's loop for some seconds, from nothing and saving nothing.
+    """Returns a stage's emulator frames per second, from nothing and saving nothing.
 
-    Learning begins as soon as the replay can be sampled, so that it is the rate of all
-    but the warm-up.
-
-    Returns:
-      Emulator frames per second, of all seeds together that learn at once.
+    They are of all seeds together. Learning begins as soon as the replay can be
+    sampled, so that it is the rate of all but the warm-up.
     """
     config, seeds = runs.config, runs.seeds
     mesh = devices.make_mesh(config.num_devices)

@@ -40,14 +40,11 @@ class _ManyRewardsPool(reward_functions.RewardPool):
 
     def _rewarded(self, after: types.TimeStep) -> types.TimeStep:
         before = after if self._before is None else self._before
-        self.rewards.append(
-            np.stack(
-                [
-                    reward_functions.reward_of(name, function, before, after)
-                    for name, function in self._functions.items()
-                ]
-            )
-        )
+        rewards = [
+            reward_functions.reward_of(name, function, before, after)
+            for name, function in self._functions.items()
+        ]
+        self.rewards.append(np.stack(rewards))
         return super()._rewarded(after)
 
 
