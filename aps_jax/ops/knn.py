@@ -190,7 +190,7 @@ def _search(
     )
 
 
-def _squares(queries, particles) -> jax.Array:
+def _squares(queries, particles):
     """Computes the squared distances, unrolled over the features, `[M, N]`."""
     return sum(
         jnp.square(particles[:, d][:, None] - queries[:, d][None, :])
