@@ -24,6 +24,7 @@ from aps_jax.ops.losses import (
     feature_loss,
     mask_after_cut,
     n_step_cumulant,
+    n_step_target,
     off_policy_td_error,
     q_values,
     scalar_td_error,
@@ -41,9 +42,13 @@ from aps_jax.ops.rewards import (
 from aps_jax.ops.sphere import normalize, sample_uniform, sample_von_mises_fisher
 from aps_jax.ops.tasks import (
     InferredTask,
+    RegressionMoments,
     candidate_tasks,
     gpi_action_values,
+    infer_task,
+    init_regression_moments,
     regress_task,
+    update_regression_moments,
 )
 from aps_jax.ops.whitening import Whitening, init_whitening, update_whitening, whiten
 
@@ -59,6 +64,7 @@ __all__ = (
     "MlpEncoder",
     "NatureEncoder",
     "PaperEncoder",
+    "RegressionMoments",
     "SmallEncoder",
     "SplitTDError",
     "Successor",
@@ -67,12 +73,15 @@ __all__ = (
     "candidate_tasks",
     "feature_loss",
     "gpi_action_values",
+    "infer_task",
     "init_distance_scale",
+    "init_regression_moments",
     "init_whitening",
     "intrinsic_reward",
     "knn_distances",
     "mask_after_cut",
     "n_step_cumulant",
+    "n_step_target",
     "normalize",
     "off_policy_td_error",
     "particle_entropy_reward",
@@ -84,6 +93,7 @@ __all__ = (
     "skill_reward",
     "split_td_error",
     "update_distance_scale",
+    "update_regression_moments",
     "update_whitening",
     "vector_td_error",
     "whiten",

@@ -76,8 +76,10 @@ def main(num_steps=3_000):
     phi, ends = aps_jax.normalize(H.apply(params["h"], jnp.eye(CELLS))), {}
     for goal in (0, CELLS - 1):
         reward = jnp.float32(abs(jnp.arange(CELLS) - goal) < CELLS // 3)
-        # APS: which task is this reward?
-        w = aps_jax.regress_task(phi, reward, fallback_task=jnp.ones(DIM)).task
+        moments = aps_jax.update_regression_moments(  # APS: which task is this reward?
+            aps_jax.init_regression_moments(DIM), phi, reward, jnp.ones(CELLS, bool)
+        )
+        w = aps_jax.infer_task(moments, fallback_task=jnp.ones(DIM)).task
         cell = jnp.full(1, CELLS // 2)
         for _ in range(CELLS):
             cell = jnp.clip(cell + 2 * act(params, cell, w[None]) - 1, 0, CELLS - 1)

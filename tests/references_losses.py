@@ -69,6 +69,13 @@ def off_policy_td_error(
     return successor, float(r_entropy_t) + following - float(exploration_tm1[a_tm1])
 
 
+def n_step_target(r_t, discount_t, v_t):
+    target = float(v_t[-1])
+    for r, discount in zip(reversed(r_t), reversed(discount_t), strict=True):
+        target = float(r) + float(discount) * target
+    return target
+
+
 def n_step_cumulant(cumulant_t, discount_t):
     total, product = np.zeros_like(np.float64(cumulant_t[0])), 1.0
     for cumulant, discount in zip(cumulant_t, discount_t, strict=True):

@@ -93,6 +93,29 @@ def feature_loss(phi_t: Array, w_tm1: Array) -> jax.Array:
     return -jnp.sum(phi_t * jax.lax.stop_gradient(w_tm1))
 
 
+def n_step_target(r_t: Array, discount_t: Array, v_t: Array) -> jax.Array:
+    """Computes `r_1 + d_1 (r_2 + d_2 (... (r_n + d_n v_n)))` of one window.
+
+    Args:
+      r_t: `[n]` float, rewards of the window.
+      discount_t: `[n]` float, discounts of the window, 0 where the game was over.
+      v_t: `[n]` float, values of the states reached; only the last is used.
+
+    Returns:
+      `[]` float.
+    """
+    chex.assert_rank([r_t, discount_t, v_t], 1)
+    chex.assert_type([r_t, discount_t, v_t], float)
+    chex.assert_equal_shape([r_t, discount_t, v_t])
+
+    # Imported here because RLax brings in TensorFlow Probability, which takes seconds.
+    import rlax
+
+    r_t, discount_t, v_t = precision.widen(r_t, discount_t, v_t)
+    n = r_t.shape[0]
+    return rlax.n_step_bootstrapped_returns(r_t, discount_t, v_t, n)[0]
+
+
 def n_step_cumulant(
     cumulant_t: Array, discount_t: Array
 ) -> tuple[jax.Array, jax.Array]:

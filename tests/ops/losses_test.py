@@ -349,6 +349,20 @@ def test_errors_vmap_over_tasks_and_actions_alone():
 
 
 @pytest.mark.parametrize("n", [1, 2, 10])
+@transforms()
+def test_n_step_target_matches_float64(n, transform):
+    rng = np.random.default_rng(n)
+    r_t, v_t = rng.normal(size=(2, n)).astype(np.float32)
+    discount_t = rng.uniform(size=n).astype(np.float32)
+    np.testing.assert_allclose(
+        transform(losses.n_step_target)(r_t, discount_t, v_t),
+        references_losses.n_step_target(r_t, discount_t, v_t),
+        rtol=1e-5,
+        atol=1e-6,
+    )
+
+
+@pytest.mark.parametrize("n", [1, 2, 10])
 @pytest.mark.parametrize("dim", [None, 1, 5])
 @transforms()
 def test_n_step_cumulant_matches_float64(n, dim, transform):
@@ -363,17 +377,34 @@ def test_n_step_cumulant_matches_float64(n, dim, transform):
 
 
 def test_n_step_sums_by_hand():
-    # 1 + 0.5 * (2 + 0.5 * 4) = 3.
+    # 1 + 0.5 * (2 + 0.5 * (4 + 0.5 * 8)) = 4; without the value 1 + 1 + 1 = 3.
     r_t, discount_t = np.float32([1.0, 2.0, 4.0]), np.full(3, 0.5, np.float32)
+    v_t = np.float32([99.0, 99.0, 8.0])
+    np.testing.assert_allclose(losses.n_step_target(r_t, discount_t, v_t), 4.0)
     total, product = losses.n_step_cumulant(r_t, discount_t)
     np.testing.assert_allclose([total, product], [3.0, 0.125])
 
 
 def test_ten_steps_bootstrap_with_gamma_to_the_tenth():
     gamma = np.full(10, 0.99, np.float32)
-    zeros = np.zeros(10, np.float32)
+    zeros, ones = np.zeros(10, np.float32), np.ones(10, np.float32)
     np.testing.assert_allclose(
         losses.n_step_cumulant(zeros, gamma)[1], 0.99**10, rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        losses.n_step_target(zeros, gamma, ones), 0.99**10, rtol=1e-6
+    )
+
+
+def test_cumulant_and_value_make_the_target():
+    rng = np.random.default_rng(0)
+    r_t, v_t = rng.normal(size=(2, 7)).astype(np.float32)
+    discount_t = rng.uniform(size=7).astype(np.float32)
+    total, product = losses.n_step_cumulant(r_t, discount_t)
+    np.testing.assert_allclose(
+        total + product * v_t[-1],
+        losses.n_step_target(r_t, discount_t, v_t),
+        rtol=1e-5,
     )
 
 
@@ -383,6 +414,7 @@ def test_game_over_stops_the_sum_and_the_value():
     discount_t = np.float32([0.5, 0.0, 0.5])
     total, product = losses.n_step_cumulant(r_t, discount_t)
     np.testing.assert_allclose([total, product], [2.0, 0.0])
+    np.testing.assert_allclose(losses.n_step_target(r_t, discount_t, r_t), 2.0)
 
 
 @pytest.mark.parametrize(
@@ -474,6 +506,8 @@ def test_shapes_and_types_of_sums_are_checked():
     ones = np.ones(3, np.float32)
     with pytest.raises(AssertionError):
         losses.n_step_cumulant(ones, ones[:2])
+    with pytest.raises(AssertionError):
+        losses.n_step_target(ones, ones, ones[:2])
     with pytest.raises(AssertionError):
         losses.mask_after_cut(ones)
     with pytest.raises(AssertionError):

@@ -14,6 +14,8 @@ from aps_jax.ops import tasks
 PROPERTY = hypothesis.settings(
     derandomize=True, max_examples=25, deadline=None, database=None
 )
+update_regression_moments = jax.jit(tasks.update_regression_moments)
+infer_task = jax.jit(tasks.infer_task, static_argnames="intercept")
 
 
 def transforms():
@@ -35,19 +37,39 @@ def correlated_features(rng, num, dim, correlation):
     return features.astype(np.float32)
 
 
-def infer(phi, r, mask=None, **kwargs):
+def moments_of(phi, r, mask=None):
+    mask = np.ones(len(phi), bool) if mask is None else mask
+    moments = tasks.init_regression_moments(phi.shape[1])
+    return update_regression_moments(moments, phi, r, mask)
+
+
+def scanned_moments_of(phi, r, batch_size):
+    batches = (phi, r, np.ones(len(r), bool))
+    moments, _ = jax.lax.scan(
+        lambda moments, batch: (tasks.update_regression_moments(moments, *batch), None),
+        tasks.init_regression_moments(phi.shape[1]),
+        jax.tree.map(lambda x: x.reshape(-1, batch_size, *x.shape[1:]), batches),
+    )
+    return moments
+
+
+def infer(phi, r, **kwargs):
     kwargs.setdefault("fallback_task", first_axis(phi.shape[1]))
-    return tasks.regress_task(phi, r, mask, **kwargs)
+    return infer_task(moments_of(phi, r), **kwargs)
 
 
 @pytest.mark.parametrize("num, dim", [(5, 1), (400, 5), (2000, 32)])
 @pytest.mark.parametrize("intercept", [False, True])
-def test_inference_matches_numpy(num, dim, intercept):
+@transforms()
+def test_inference_matches_numpy(num, dim, intercept, transform):
     rng = np.random.default_rng(dim)
     phi = correlated_features(rng, num, dim, 0.2) * np.float32(0.5)
     phi += rng.normal(size=(num, dim)).astype(np.float32)
     r = (phi @ rng.normal(size=dim) + rng.normal(size=num)).astype(np.float32)
-    inferred = infer(phi, r, ridge=0.0, intercept=intercept)
+    moments = moments_of(phi, r)
+    inferred = transform(
+        functools.partial(tasks.infer_task, ridge=0.0, intercept=intercept)
+    )(moments, fallback_task=first_axis(dim))
     w, b = references_tasks.least_squares(phi, r, intercept)
     np.testing.assert_allclose(inferred.task, w / np.linalg.norm(w), atol=2e-4)
     np.testing.assert_allclose(inferred.scale, np.linalg.norm(w), rtol=2e-4)
@@ -122,6 +144,24 @@ def test_sparse_noisy_rewards_still_show_the_task():
     assert inferred.num_nonzero == np.sum(is_rewarded)
 
 
+@pytest.mark.parametrize("batch_size", [1, 32, 40_000])
+@pytest.mark.parametrize("offset", [0.0, 1000.0])
+def test_float32_moments_of_forty_thousand_samples_suffice(batch_size, offset):
+    rng = np.random.default_rng(0)
+    phi = correlated_features(rng, 40_000, 5, 0.7) + np.float32(offset)
+    r = (phi @ rng.normal(size=5) + 0.1).astype(np.float32)
+    moments = scanned_moments_of(phi, r, batch_size)
+    samples = np.float64(np.column_stack([phi, r]))
+    exact = 39_999 * np.cov(samples.T)
+    mean = np.mean(samples, axis=0)
+    np.testing.assert_allclose(moments.mean, mean, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(moments.comoment, exact, atol=1e-4 * np.max(exact))
+    w, _ = references_tasks.least_squares(phi, r, True)
+    inferred = infer_task(moments, fallback_task=first_axis(5), intercept=True)
+    np.testing.assert_allclose(inferred.task * inferred.scale, w, rtol=3e-3, atol=1e-3)
+    np.testing.assert_allclose(inferred.r_squared, 1.0, atol=1e-4)
+
+
 @pytest.mark.parametrize("offsets", [(0.0, 0.0, 0.0), (2000.0, 3.0, -500.0)])
 @pytest.mark.parametrize("r_offset", [0.0, 3000.0])
 def test_offsets_of_features_and_rewards_lose_nothing(offsets, r_offset):
@@ -129,13 +169,15 @@ def test_offsets_of_features_and_rewards_lose_nothing(offsets, r_offset):
     r = phi @ [1.0, 2.0, 3.0] + r_offset
     arguments = {"fallback_task": first_axis(3), "ridge": 0.0, "intercept": True}
     expected = np.array([1.0, 2.0, 3.0]) / np.sqrt(14)
-    inferred = tasks.regress_task(phi, r, **arguments)
-    np.testing.assert_allclose(inferred.task, expected, atol=1e-12)
-    np.testing.assert_allclose(inferred.scale, np.sqrt(14), rtol=1e-12)
-    np.testing.assert_allclose(inferred.intercept, r_offset, atol=1e-8)
+    inferred = infer(np.float32(phi), np.float32(r), **arguments)
+    np.testing.assert_allclose(inferred.task, expected, atol=1e-5)
+    np.testing.assert_allclose(inferred.scale, np.sqrt(14), rtol=1e-5)
+    on_host = tasks.regress_task(phi, r, **arguments)
+    np.testing.assert_allclose(on_host.task, expected, atol=1e-12)
+    np.testing.assert_allclose(on_host.intercept, r_offset, atol=1e-8)
 
 
-def test_the_regression_is_in_float64_and_leaves_out_what_is_masked():
+def test_regression_on_the_host_is_that_of_the_moments_in_float64():
     rng = np.random.default_rng(0)
     phi, r = rng.normal(size=(60, 4)), rng.normal(size=60)
     mask = np.arange(60) % 3 > 0
@@ -144,7 +186,8 @@ def test_the_regression_is_in_float64_and_leaves_out_what_is_masked():
         phi, r, mask, fallback_task=first_axis(4), ridge=0.0, intercept=True
     )
     w, b = references_tasks.least_squares(phi[mask], r[mask], True)
-    assert found.task.dtype == np.float64
+    assert {type(value) for value in found} == {np.ndarray}
+    assert found.task.dtype == found.r_squared.dtype == np.float64
     np.testing.assert_allclose(found.task * found.scale, w, rtol=1e-12)
     np.testing.assert_allclose(found.intercept, b, rtol=1e-12)
     np.testing.assert_allclose(
@@ -155,19 +198,34 @@ def test_the_regression_is_in_float64_and_leaves_out_what_is_masked():
     assert (found.num_samples, found.is_fallback) == (40, False)
 
 
-def test_rewards_in_half_precision_do_not_overflow():
+def test_the_host_may_lack_a_cpu_backend(monkeypatch):
+    def local_devices(backend):
+        raise RuntimeError(f"Unknown backend: {backend!r} requested")
+
+    monkeypatch.setattr(jax, "local_devices", local_devices)
+    found = tasks.regress_task(np.eye(2), np.arange(2.0), fallback_task=first_axis(2))
+    np.testing.assert_allclose(found.task, np.sqrt([0.5, 0.5]) * [-1, 1], rtol=1e-12)
+
+
+def test_rewards_in_half_precision_are_summed_in_float32():
     rng = np.random.default_rng(0)
     phi = correlated_features(rng, 300, 5, 0.0).astype(np.float16)
     r = np.float16(400.0) * (phi[:, 0] > 0)
-    inferred = infer(phi, r)
+    moments = moments_of(phi, r)
+    assert moments.mean.dtype == moments.comoment.dtype == np.float32
+    inferred = infer_task(moments, fallback_task=first_axis(5))
     w = references_tasks.ridge(phi, r, 1.0, True)
     assert not inferred.is_fallback
-    np.testing.assert_allclose(inferred.task, w / np.linalg.norm(w), rtol=1e-9)
+    np.testing.assert_allclose(inferred.task, w / np.linalg.norm(w), atol=1e-4)
 
 
-def test_forty_thousand_equal_rewards_fall_back_to_a_constant():
+@pytest.mark.parametrize("batch_size", [1, 40_000])
+def test_forty_thousand_equal_rewards_fall_back_to_a_constant(batch_size):
     phi = correlated_features(np.random.default_rng(0), 40_000, 5, 0.3)
-    assert infer(phi, np.full(40_000, 0.1)).is_fallback
+    r = np.full(40_000, 0.1, np.float32)
+    moments = scanned_moments_of(phi, r, batch_size)
+    np.testing.assert_array_equal(moments.mean[-1], np.float32(0.1))
+    assert infer_task(moments, fallback_task=first_axis(5), intercept=True).is_fallback
 
 
 @PROPERTY
@@ -218,7 +276,8 @@ def test_few_samples_already_give_a_direction(num, intercept):
     rng = np.random.default_rng(3)
     phi, r = correlated_features(rng, 10, 20, 0.2), np.float32(rng.normal(size=10))
     mask = np.arange(10) < num
-    inferred = infer(phi, r, mask, intercept=intercept)
+    moments = moments_of(phi, r, mask)
+    inferred = infer_task(moments, fallback_task=first_axis(20), intercept=intercept)
     # From one sample alone nothing can be told about what varies.
     assert inferred.is_fallback == (num < 1 + intercept)
     assert inferred.num_samples == num
@@ -298,10 +357,25 @@ def test_masked_samples_do_not_count_whatever_they_hold():
     mask = np.arange(20) % 2 == 0
     phi[1::4], r[1::4], r[3::4] = np.nan, np.nan, 7.0
     jax.tree.map(
-        np.testing.assert_array_equal,
-        infer(phi, r, mask),
-        infer(phi[mask], r[mask]),
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-6),
+        moments_of(phi, r, mask),
+        moments_of(phi[mask], r[mask]),
     )
+
+
+def test_moments_run_under_scan_and_do_not_depend_on_the_split():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(6, 4, 3)).astype(np.float32)
+    r = rng.normal(size=(6, 4)).astype(np.float32)
+    r[0] = 0.0
+    scanned = scanned_moments_of(phi.reshape(24, 3), r.reshape(24), 4)
+    jax.tree.map(
+        lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-5, atol=1e-5),
+        scanned,
+        moments_of(phi.reshape(24, 3), r.reshape(24)),
+    )
+    assert scanned.num_samples == 24
+    assert scanned.num_nonzero == 20
 
 
 def test_scale_is_in_units_of_the_reward():
@@ -312,6 +386,22 @@ def test_scale_is_in_units_of_the_reward():
     np.testing.assert_allclose(large.task, small.task, atol=1e-5)
     np.testing.assert_allclose(large.scale, 100 * small.scale, rtol=1e-5)
     np.testing.assert_allclose(large.r_squared, small.r_squared, rtol=1e-4)
+
+
+def test_inference_vmaps():
+    rng = np.random.default_rng(0)
+    phi = rng.normal(size=(4, 30, 3)).astype(np.float32)
+    r = rng.normal(size=(4, 30)).astype(np.float32)
+    r[2] = 0.0
+    each = [moments_of(*pair) for pair in zip(phi, r)]
+    stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *each)
+    infer_one = functools.partial(tasks.infer_task, fallback_task=first_axis(3))
+    batched = jax.vmap(infer_one)(stacked)
+    np.testing.assert_array_equal(batched.is_fallback, [False, False, True, False])
+    for i, moments in enumerate(each):
+        np.testing.assert_allclose(
+            batched.task[i], infer_one(moments).task, rtol=1e-4, atol=1e-5
+        )
 
 
 @pytest.mark.parametrize(
@@ -378,14 +468,17 @@ def test_bad_sizes_are_rejected():
         tasks.candidate_tasks(
             jax.random.key(0), np.ones(2, np.float32), num=-1, kappa=5.0
         )
+    with pytest.raises(ValueError, match="dim must be at least 1, got 0"):
+        tasks.init_regression_moments(0)
 
 
 def test_shapes_and_types_are_checked():
+    moments = tasks.init_regression_moments(3)
     phi, r, mask = np.ones((4, 3), np.float32), np.ones(4, np.float32), np.ones(4, bool)
     for bad in [(phi[:, :2], r, mask), (phi, r[:3], mask), (phi, r, r), (r, r, mask)]:
         with pytest.raises(AssertionError):
-            tasks.regress_task(*bad, fallback_task=first_axis(3))
+            tasks.update_regression_moments(moments, *bad)
     with pytest.raises(AssertionError):
-        tasks.regress_task(phi, r, fallback_task=first_axis(2))
+        tasks.infer_task(moments, fallback_task=first_axis(2))
     with pytest.raises(AssertionError):
         tasks.gpi_action_values(np.ones((2, 3), np.float32), np.ones(3, np.float32))

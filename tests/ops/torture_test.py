@@ -14,6 +14,7 @@ import references_knn
 import references_losses
 import references_rewards
 import references_sphere
+import references_tasks
 
 import aps_jax
 from aps_jax.ops import losses
@@ -106,6 +107,29 @@ def whitened_twin(h):
     return covariance, deviation @ (vectors / np.sqrt(values)) @ vectors.T
 
 
+def regressed(phi, r):
+    moments = aps_jax.init_regression_moments(phi.shape[1])
+    moments = aps_jax.update_regression_moments(
+        moments, phi, r, jnp.ones(r.shape, bool)
+    )
+    fallback_task = jnp.asarray([0.0, 2.0], phi.dtype)
+    found = aps_jax.infer_task(
+        moments, fallback_task=fallback_task, ridge=0.0, intercept=True
+    )
+    return moments.mean, found.task, found.scale, found.r_squared
+
+
+def regressed_twin(phi, r):
+    samples = np.float64(np.column_stack([phi, r]))
+    if len(np.unique(r)) < 2:
+        mean = samples[0] if len(r) else np.zeros(3)
+        return mean, np.array([0.0, 1.0]), 1.0, 0.0
+    w, b = references_tasks.least_squares(phi, r, True)
+    scale = np.linalg.norm(w)
+    explained = references_tasks.r_squared(phi, r, w, b, True)
+    return np.mean(samples, axis=0), w / scale, scale, explained
+
+
 def scaled(distances):
     return aps_jax.update_distance_scale(aps_jax.init_distance_scale(), distances)
 
@@ -124,6 +148,11 @@ CASES = {
         mapped(aps_jax.feature_loss),
         {"phi_t": (4,), "w_tm1": (4,)},
         each(lambda phi_t, w_tm1: -np.float64(phi_t) @ np.float64(w_tm1)),
+    ),
+    "n_step_target": Case(
+        mapped(aps_jax.n_step_target),
+        {"r_t": (5,), "discount_t": (5,), "v_t": (5,)},
+        each(references_losses.n_step_target),
     ),
     "n_step_cumulant": Case(
         mapped(aps_jax.n_step_cumulant),
@@ -172,6 +201,7 @@ CASES = {
     "knn_distances": knn_case(5),
     "knn_distances of many features": knn_case(17),
     "whitening": Case(whitened, {"h": (2,)}, whitened_twin),
+    "regression": Case(regressed, {"phi": (2,), "r": ()}, regressed_twin, ("phi", "r")),
     "gpi_action_values": Case(
         mapped(aps_jax.gpi_action_values),
         {"psi": (2, 3, 4), "w": (4,)},
@@ -305,21 +335,30 @@ def test_first_and_second_derivatives(name):
 @pytest.mark.parametrize("dtype", [np.float16, np.float64])
 def test_states_keep_their_types_under_scan(dtype):
     rng = np.random.default_rng(0)
-    h = rng.exponential(size=(4, 6, 2)).astype(dtype)
+    h, r = rng.exponential(size=(4, 6, 2)).astype(dtype), rng.normal(size=(4, 6))
+    batches = (h, r.astype(dtype), np.ones((4, 6), bool))
 
     def update(states, batch):
-        scale, moments = states
+        scale, moments, regression = states
         return (
-            aps_jax.update_distance_scale(scale, batch),
-            aps_jax.update_whitening(moments, batch),
+            aps_jax.update_distance_scale(scale, batch[0]),
+            aps_jax.update_whitening(moments, batch[0]),
+            aps_jax.update_regression_moments(regression, *batch),
         ), None
 
     with jax.enable_x64(dtype == np.float64), jax.debug_nans(True):
-        states = (aps_jax.init_distance_scale(), aps_jax.init_whitening(2))
-        (scale, moments), _ = jax.lax.scan(update, states, h)
+        states = (
+            aps_jax.init_distance_scale(),
+            aps_jax.init_whitening(2),
+            aps_jax.init_regression_moments(2),
+        )
+        (scale, moments, regression), _ = jax.lax.scan(update, states, batches)
     rtol = 1e-12 if dtype == np.float64 else 1e-5
     expected = references_rewards.decayed_mean(h, 0.99)
     np.testing.assert_allclose([scale.weight, scale.mean], expected, rtol=rtol)
+    samples = np.column_stack([np.float64(h).reshape(24, 2), r.astype(dtype).ravel()])
+    np.testing.assert_allclose(regression.mean, np.mean(samples, axis=0), rtol=rtol)
+    np.testing.assert_allclose(regression.comoment, 23 * np.cov(samples.T), rtol=rtol)
     covariances = [np.cov(np.float64(x).T, ddof=0) for x in h]
     weights = 0.99 ** np.arange(3, -1, -1)
     covariance = np.average(covariances, axis=0, weights=weights)
