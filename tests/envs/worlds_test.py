@@ -312,16 +312,16 @@ def test_both_stages_run_on_a_world_and_a_run_that_broke_off_is_the_same(tmp_pat
 
     def breaking(*args, **options):
         pool = games.make_pool(*args, **options)
-        receive, count = pool.recv, 0
+        lend, count = pool.lend, 0
 
-        def recv():
+        def breaking_lend():
             nonlocal count
             count += 1
-            if count == 70:
+            if count == 3:
                 raise Stopped
-            return receive()
+            return lend()
 
-        pool.recv = recv
+        pool.lend = breaking_lend
         return pool
 
     with pytest.raises(Stopped):

@@ -129,7 +129,10 @@ def test_stages_alone_share_the_folders_of_the_main_job(stage, tmp_path, capsys)
     "words, message",
     [
         (["--games=Pnog"], "Unknown game 'Pnog'"),
-        (["--agents=aps,apt"], "--agents must be some of aps, visr, entropy, dqn, got"),
+        (
+            ["--agents=aps,apt"],
+            "--agents must be some of aps, visr, entropy, dqn, der, ",
+        ),
         (["--seeds=a"], "--seeds must be a number, or numbers, got"),
         (["--seeds=0"], "--seeds=0 asks for no seed"),
         (["--seed=3"], "--seed cannot be given to a sweep: give --seeds"),
