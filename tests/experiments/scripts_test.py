@@ -486,7 +486,7 @@ WRONG = {
     ),
     "a negative count": (
         ["pretrain", "--pretrain_frames=-4", "--workdir={new}"],
-        r"pretrain_frames must be at least 4, got -4",
+        r"pretrain_frames must be at least 1, got -4",
     ),
     "zero environments": (
         ["pretrain", "--num_envs=0", "--workdir={new}"],
