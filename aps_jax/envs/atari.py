@@ -344,7 +344,7 @@ class EpisodeStats(NamedTuple):
     last_return: jax.Array  # [E] float32, of the last whole episode; NaN before.
     last_length: jax.Array  # [E] float32, agent steps; NaN before an episode ends.
     num_episodes: jax.Array  # [E] int32, episodes that have ended.
-    visited: jax.Array  # [2^20] bool, by a hash of the memory of a state
+    visited: jax.Array  # [E, 2^17] uint8, a bit for each hash of a state's memory
 
 
 def init_episode_stats(num_envs: int) -> EpisodeStats:
@@ -355,7 +355,7 @@ def init_episode_stats(num_envs: int) -> EpisodeStats:
         last_return=jnp.full(num_envs, jnp.nan, jnp.float32),
         last_length=jnp.full(num_envs, jnp.nan, jnp.float32),
         num_episodes=jnp.zeros(num_envs, jnp.int32),
-        visited=jnp.zeros(_NUM_BITS, bool),
+        visited=jnp.zeros((num_envs, _NUM_BITS // 8), jnp.uint8),
     )
 
 
@@ -379,15 +379,16 @@ def update_episode_stats(stats: EpisodeStats, step: types.TimeStep) -> EpisodeSt
             is_last, running_length.astype(jnp.float32), stats.last_length
         ),
         num_episodes=stats.num_episodes + is_last.astype(jnp.int32),
-        visited=stats.visited.at[_place_of(step.ram)].set(True),
+        visited=jax.vmap(_mark)(stats.visited, jnp.asarray(step.ram)),
     )
 
 
-def _place_of(ram: types.Array) -> jax.Array:
-    """Hashes memories `[E, M]` uint8 to places `[E]` int32 among the bits."""
-    words = jax.vmap(hashing.hash_bytes)(jnp.asarray(ram))[:, :4]
-    whole = jax.lax.bitcast_convert_type(words, jnp.uint32)
-    return (whole % jnp.uint32(_NUM_BITS)).astype(jnp.int32)
+def _mark(bits: jax.Array, ram: jax.Array) -> jax.Array:
+    """Sets the bit of a memory `[M]` uint8 among bits `[2^17]` uint8."""
+    word = jax.lax.bitcast_convert_type(hashing.hash_bytes(ram)[:4], jnp.uint32)
+    place = (word % jnp.uint32(_NUM_BITS)).astype(jnp.int32)
+    bit = jnp.uint8(1) << (place % 8).astype(jnp.uint8)
+    return bits.at[place // 8].set(bits[place // 8] | bit)
 
 
 def num_visited(stats: EpisodeStats) -> float:
@@ -397,5 +398,6 @@ def num_visited(stats: EpisodeStats) -> float:
     bits `x` are set by `-m ln(1 - x / m)` states, to 1 % up to a million.
     It is exact for few; memories that agree in the hash count as one.
     """
-    share = min(float(np.mean(stats.visited)), 1.0 - 1.0 / _NUM_BITS)
+    bits = np.unpackbits(np.bitwise_or.reduce(stats.visited, axis=0))
+    share = min(float(np.mean(bits)), 1.0 - 1.0 / _NUM_BITS)
     return round(-_NUM_BITS * math.log1p(-share), 1)

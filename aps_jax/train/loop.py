@@ -286,10 +286,7 @@ ROLLOUT_SPECS = RolloutState(
         num_steps=devices.REPLICATED,  # type: ignore[arg-type]
     ),
     replay=REPLAY_SPECS,
-    episodes=atari.EpisodeStats(
-        *(_SHARDED,) * 5,
-        visited=devices.REPLICATED,  # type: ignore[arg-type]
-    ),
+    episodes=_SHARDED,
 )
 
 

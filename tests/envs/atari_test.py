@@ -506,7 +506,7 @@ def test_episode_stats_have_the_declared_dtypes_before_and_after():
             "last_return": "float32",
             "last_length": "float32",
             "num_episodes": "int32",
-            "visited": "bool",
+            "visited": "uint8",
         }
         assert all(x.shape == (2,) for x in stats[:5])
 
@@ -672,11 +672,15 @@ def test_visited_states_are_counted_by_their_memory():
     pool.send(np.array([1, 0], np.int32))  # One goes right.
     stats = update(stats, pool.recv())
     assert atari.num_visited(jax.device_get(stats)) == 2.0
-    many = 100_000
-    memory = np.arange(many, dtype=np.uint32).view(np.uint8).reshape(many, 4)
-    whole = pool.reset()
-    step = jax.tree.map(lambda x: np.zeros((many, *x.shape[1:]), x.dtype), whole)
-    stats = update(atari.init_episode_stats(many), step._replace(ram=memory))
-    np.testing.assert_allclose(
-        atari.num_visited(jax.device_get(stats)), many, rtol=0.01
+    # 100,000 states, of two environments in turn.
+    memory = np.arange(100_000, dtype=np.uint32).view(np.uint8).reshape(-1, 2, 4)
+    step = pool.reset()
+
+    def visit(stats, ram):
+        return atari.update_episode_stats(stats, step._replace(ram=ram)), None
+
+    stats, _ = jax.jit(lambda stats: jax.lax.scan(visit, stats, memory))(
+        atari.init_episode_stats(2)
     )
+    visited = atari.num_visited(jax.device_get(stats))
+    np.testing.assert_allclose(visited, 100_000, rtol=0.01)

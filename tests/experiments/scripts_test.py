@@ -518,7 +518,7 @@ WRONG = {
     ),
     "seeds at once on several devices": (
         ["run_aps", "--num_seeds=2", "--num_devices=2", "--workdir={new}"],
-        r"share one device, got num_devices=2",
+        r"cannot have --num_devices, since they share one device",
     ),
     "a reward that cannot be imported": (
         ["run_aps", "--reward=gone:f", "--preset=smoke", "--workdir={new}"],

@@ -162,7 +162,7 @@ def test_options_say_themselves_whether_they_are_compared():
         *("finetune_agent_steps", "pretrain_frames"),
         *("eval_episodes", "eval_epsilon", "max_frames", "noop_max", "sticky"),
         *("checkpoint_agent_steps", "env_threads", "report_agent_steps", "wandb"),
-        "num_devices",
+        *("num_devices", "skill_steps"),
         *("eval_agent_steps", "evaluations"),
     }
 
