@@ -435,12 +435,15 @@ def test_a_world_in_one_program_does_what_the_host_loop_does(seeds):
 
     one_by_one, at_once = played(True, 1), played(False, 7)
     assert int(np.max(at_once.state.num_updates)) == (120 - 30) * 3 // 8
+
+    def assert_alike(left, right):
+        # Tasks are drawn and divided by their norm, which rounds as it is compiled.
+        rtol = 1e-5 if jnp.issubdtype(left.dtype, jnp.floating) else 0.0
+        np.testing.assert_allclose(left, right, rtol=rtol, atol=rtol)
+
     for name in ("replay", "episodes"):
-        jax.tree.map(
-            np.testing.assert_array_equal,
-            getattr(one_by_one.rollout, name),
-            getattr(at_once.rollout, name),
-        )
+        one, other = (getattr(s.rollout, name) for s in (one_by_one, at_once))
+        jax.tree.map(assert_alike, one, other)
     for left, right in zip(one_by_one.rows(), at_once.rows(), strict=True):
         np.testing.assert_allclose(list(left.values()), list(right.values()), rtol=1e-3)
     jax.tree.map(
