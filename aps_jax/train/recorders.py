@@ -102,10 +102,6 @@ class Recorder:
 
     A disk that cannot be written is no reason to end a stage that runs: it is warned of
     and tried again with every row.
-
-    Attributes:
-      facts: JSON values that a checkpoint keeps beside the arrays.
-      last_rows: The newest row of metrics of each seed.
     """
 
     def __init__(
@@ -144,7 +140,9 @@ class Recorder:
         self._saved: int | None = None  # number of the newest checkpoint
         self._is_behind = False  # whether one that was due is not on disk
         self._writers: list[metrics.MetricsWriter] = []  # of the first process
+        # JSON values that a checkpoint keeps beside the arrays.
         self.facts: dict[str, Any] = {}
+        # The newest row of metrics of each seed.
         self.last_rows: list[dict[str, Any]] = [{} for _ in runs.seeds]
 
     def __enter__(self) -> Self:
