@@ -5,6 +5,8 @@ import pathlib
 import subprocess
 import sys
 
+from absl import flags
+
 ROOT = pathlib.Path(__file__).parents[1]
 
 
@@ -18,6 +20,13 @@ def run_script(script, *arguments, timeout=120):
         text=True,
         timeout=timeout,
     )
+
+
+def set_flags(**values):
+    """Gives flags of this process values, as a command line does."""
+    for name, value in values.items():
+        flags.FLAGS[name].value = value
+        flags.FLAGS[name].present = 1
 
 
 def run_python(*words, **environment):

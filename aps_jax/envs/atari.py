@@ -252,14 +252,8 @@ class AtariPool:
           ValueError: if an action is not one of the game's.
         """
         self._check_call("send", in_flight=False)
-        chex.assert_shape(actions, (self.num_envs,))
-        chex.assert_type(actions, int)
-        actions = np.asarray(jax.device_get(actions), np.int32)
         # EnvPool looks the action up without a check of its bounds.
-        if actions.min() < 0 or actions.max() >= self.num_actions:
-            raise ValueError(
-                f"Actions must be in [0, {self.num_actions}), got {actions}."
-            )
+        actions = check_actions(actions, self.num_envs, self.num_actions)
         self._pool.send(actions)  # Copies them, so the caller's array is free again.
         self._is_in_flight = True
 
@@ -300,9 +294,7 @@ class AtariPool:
         """Raises a RuntimeError unless the pool is in the state that a call needs."""
         if self._pool is None:
             raise RuntimeError(f"{name}() was called on a closed pool.")
-        if self._is_in_flight != in_flight:
-            needs = "needs a send() before it" if in_flight else "must wait for recv()"
-            raise RuntimeError(f"{name}() {needs}.")
+        check_turn(name, self._is_in_flight, in_flight)
 
     def _to_time_step(
         self,
@@ -331,6 +323,27 @@ class AtariPool:
             lives=info["lives"],
             ram=info["ram"],
         )
+
+
+def check_actions(actions: types.Array, num_envs: int, num_actions: int) -> np.ndarray:
+    """Returns actions `[E]` int32 on the host, which a pool can send.
+
+    Raises:
+      ValueError: One of them is not in [0, num_actions).
+    """
+    chex.assert_shape(actions, (num_envs,))
+    chex.assert_type(actions, int)
+    actions = np.asarray(jax.device_get(actions), np.int32)
+    if actions.min() < 0 or actions.max() >= num_actions:
+        raise ValueError(f"Actions must be in [0, {num_actions}), got {actions}.")
+    return actions
+
+
+def check_turn(name: str, is_in_flight: bool, in_flight: bool) -> None:
+    """Raises a `RuntimeError` unless a step is in flight where a call needs one."""
+    if is_in_flight != in_flight:
+        needs = "needs a send() before it" if in_flight else "must wait for recv()"
+        raise RuntimeError(f"{name}() {needs}.")
 
 
 class EpisodeStats(NamedTuple):

@@ -16,14 +16,13 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import serialization
 
 from aps_jax import types
-from aps_jax.envs import maze
+from aps_jax.envs import atari, maze
 from aps_jax.ops import hashing
 
 # The planes of each MinAtar game: configs are read where gymnax is not installed.
@@ -297,14 +296,9 @@ class WorldPool:
           ValueError: An action is not one of the world's.
         """
         self._check_call("send", in_flight=False)
-        chex.assert_shape(actions, (self.num_envs,))
-        chex.assert_type(actions, int)
-        actions = np.asarray(jax.device_get(actions), np.int32)
-        if actions.min() < 0 or actions.max() >= self.num_actions:
-            raise ValueError(
-                f"Actions must be in [0, {self.num_actions}), got {actions}."
-            )
-        actions = jax.device_put(actions)
+        actions = jax.device_put(
+            atari.check_actions(actions, self.num_envs, self.num_actions)
+        )
         self._state, self._timestep = _step(self.world, self._state, actions)
         self._is_in_flight = True
 
@@ -360,6 +354,4 @@ class WorldPool:
         """Raises a RuntimeError unless the pool is in the state that a call needs."""
         if self._state is None and name not in ("reset", "set_state"):
             raise RuntimeError(f"{name}() needs a reset() before it.")
-        if self._is_in_flight != in_flight:
-            needs = "needs a send() before it" if in_flight else "must wait for recv()"
-            raise RuntimeError(f"{name}() {needs}.")
+        atari.check_turn(name, self._is_in_flight, in_flight)

@@ -85,26 +85,22 @@ class Follower:
         assert agent.play_skills is not None and agent.embed is not None
         shown_by = agent.embed
         self._steps = config.report.skill_steps
-        self._num_seeds = len(seeds)
         policy = agent.play_skills(0.0)
-        self._make_session = functools.partial(
-            loop.start,
-            config,
-            plan._replace(
-                phase=base.Phase(policy, plan.phase.learner),
-                replay_size=plan.num_envs * self._steps,
-                act_stream=loop.Stream.FOLLOW,
-            ),
-            loop.make_pool(
-                config,
-                plan.num_envs,
-                loop.Stream.FOLLOW,
-                constructor,
-                run_seeds=seeds,
-            ),
-            seeds=seeds,
+        plan = plan._replace(
+            phase=base.Phase(policy, plan.phase.learner),
+            replay_size=plan.num_envs * self._steps,
+            act_stream=loop.Stream.FOLLOW,
         )
-        self._session: loop.Session | None = None
+        self._session: loop.Session | None = None  # None until something is measured
+
+        def start(state: base.AgentState) -> loop.Session:
+            stream = plan.act_stream
+            pool = loop.make_pool(
+                config, plan.num_envs, stream, constructor, run_seeds=seeds
+            )
+            return loop.start(config, plan, pool, state, seeds=seeds)
+
+        self._start = start
 
         def embed(state: base.AgentState, replay: buffer.Buffer) -> Any:
             shown = buffer.map_all(
@@ -119,9 +115,10 @@ class Follower:
 
     def measure(self, state: base.AgentState) -> list[Following]:
         """Measures the agents of a session: its state, of many seeds `[S, ...]`."""
-        session = self._session or self._make_session(state)
-        self._session = session
-        # Always the same games: the ring is overwritten from its beginning.
+        if self._session is None:
+            self._session = self._start(state)
+        session = self._session
+        # The ring is overwritten from its beginning; in worlds by the same games.
         session.state, session.learn = state, None
         session.timestep, session.iteration = None, 0
         actor = session.rollout.actor  # Its steps number the random stream.
@@ -134,4 +131,5 @@ class Follower:
 
     def close(self) -> None:
         """Ends the environments."""
-        self._make_session.args[2].close()
+        if self._session is not None:
+            self._session.pool.close()

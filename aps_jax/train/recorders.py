@@ -478,9 +478,11 @@ class Recorder:
         if len(self._runs.seeds) == 1:
             return
         for place, (folder, config) in enumerate(self._runs.configs.items()):
-            facts = {**self.facts, **self._origin(config), "environment": None}
-            if "adapted" in facts:
-                facts["adapted"] = facts["adapted"][place : place + 1]
+            facts = {  # A list has an entry for each seed.
+                name: fact[place : place + 1] if isinstance(fact, list) else fact
+                for name, fact in self.facts.items()
+            }
+            facts |= {**self._origin(config), "environment": None}
             items = {"agent": self._session.part(self._session.state, place)}
             own = checkpoints.Checkpointer(
                 folder / folders.CHECKPOINTS_NAME, warn=self._warn

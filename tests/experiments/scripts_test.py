@@ -16,7 +16,7 @@ from absl import flags
 from absl.testing import flagsaver
 from hypothesis import strategies as st
 from PIL import Image
-from scripts import run_script
+from scripts import run_script, set_flags
 
 from aps_jax import config as config_lib
 from aps_jax.runs import folders
@@ -49,12 +49,6 @@ def parsed_flags():
     with flagsaver.flagsaver():
         flags.FLAGS(["test"])
         yield
-
-
-def set_flags(**values):
-    for name, value in values.items():
-        flags.FLAGS[name].value = value
-        flags.FLAGS[name].present = 1
 
 
 def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):

@@ -5,6 +5,7 @@ import json
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from scripts import set_flags
 
 from experiments import train
 
@@ -14,12 +15,6 @@ def parsed_flags():
     with flagsaver.flagsaver():
         flags.FLAGS(["test"])
         yield
-
-
-def set_flags(**values):
-    for name, value in values.items():
-        flags.FLAGS[name].value = value
-        flags.FLAGS[name].present = 1
 
 
 def test_an_agent_learns_from_scratch_and_goes_on_where_it_stopped(tmp_path, capsys):
