@@ -226,27 +226,6 @@ def sample_prioritised(
     return windows, Indices(env, place), weight
 
 
-def set_priorities(
-    buffer: Buffer,
-    indices: Indices,
-    priority: jax.Array,
-    *,
-    exponent: float,
-) -> priorities_lib.Priorities:
-    """Returns a buffer's priorities after those of some windows have changed.
-
-    Args:
-      buffer: With priorities.
-      indices: `[B]`, from `sample_prioritised`.
-      priority: `[B]` float.
-      exponent: alpha, to which they are raised.
-    """
-    assert buffer.priorities is not None
-    return priorities_lib.update(
-        buffer.priorities, indices.env, indices.time, priority, exponent=exponent
-    )
-
-
 def map_sample(
     function: Callable[[Window], Any],
     buffer: Buffer,

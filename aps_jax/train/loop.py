@@ -542,8 +542,10 @@ def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
         sums = sums_lib.add_to_sums(sums, values, update=number, extras=_place(replay))
         if wanted is None or found is None or batch.places is None:
             return state, sums, replay.priorities
-        changed = buffer_lib.set_priorities(
-            replay, batch.places, found, exponent=wanted.exponent
+        assert replay.priorities is not None
+        env, place = batch.places
+        changed = priorities_lib.update(
+            replay.priorities, env, place, found, exponent=wanted.exponent
         )
         return state, sums, changed
 
