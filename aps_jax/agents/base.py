@@ -181,7 +181,7 @@ class Batch(NamedTuple):
     windows: Window  # [B, T, ...]; its reward is None in a reward-free phase
     particles: Any  # what `Learner.encode` returns of [P] states; None without any
     weight: jax.Array | None = None  # [B], importance; None where drawn uniformly
-    places: Indices | None = None  # [B], for the loop, which sets their priorities
+    places: Indices | None = None  # [B], of first states, whose priorities are set
 
 
 class Updated(NamedTuple):

@@ -67,7 +67,7 @@ def evaluate_rewards(
       config: The run's values; `config.finetune` has the budget of the play,
         `config.evaluation` is the protocol.
       names: Reward functions, as for `reward_functions.load`.
-      constructor, progress, stop: As of `stages.finetune`.
+      constructor, progress, stop: As of `stages.finetune_runs`.
 
     Returns:
       A result for each reward function, in their order.
