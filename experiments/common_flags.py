@@ -67,6 +67,14 @@ _ARMS = flags.DEFINE_list(
     "budget), or both with a comma between.",
 )
 
+_MAX_MINUTES = flags.DEFINE_float(
+    "max_minutes",
+    None,
+    "Minutes after which the command stops by itself, as at a signal: it saves a "
+    "checkpoint, for which time must be left, and ends with code 75. Start and "
+    "compilation count. May differ when a run is continued.",
+    lower_bound=0.0,
+)
 _COORDINATOR_ADDRESS = flags.DEFINE_string(
     "coordinator_address",
     None,
@@ -335,6 +343,12 @@ def _connect(script: str, *, is_for_several: bool) -> None:
         sys.stdout = open(os.devnull, "w")  # noqa: SIM115  Until the process ends.
 
 
+def limits() -> dict[str, Any]:
+    """Returns the flags of time that a sweep passes on to its runs, by name."""
+    value = _MAX_MINUTES.value
+    return {} if value is None else {"max_minutes": value}
+
+
 @contextlib.contextmanager
 def watched() -> Iterator[dict[str, Any]]:
     """Listens for requests to stop and shows progress, for as long as a run takes.
@@ -344,7 +358,9 @@ def watched() -> Iterator[dict[str, Any]]:
     """
     stream = None if processes.is_primary() else sys.stdout
     with (
-        interrupts.StopRequests(is_other_stopped=processes.is_other_stopped) as stop,
+        interrupts.StopRequests(
+            is_other_stopped=processes.is_other_stopped, max_minutes=_MAX_MINUTES.value
+        ) as stop,
         progress.Progress(stream) as shown,
     ):
         yield {"stop": stop, "progress": shown}

@@ -129,7 +129,10 @@ def main(argv: Sequence[str]) -> None:
         (workdir / "logs").mkdir(parents=True, exist_ok=True)
         failed = (_run_local if _RUN.value == "local" else _run_slurm)(left)
     for job, code in failed.items():
-        print(f"FAILED with exit code {code}: {job.name}, see {job.log}")
+        what = f"FAILED with exit code {code}"
+        if code == interrupts.EXIT_CODE:
+            what = "stopped before its end"
+        print(f"{what}: {job.name}, see {job.log}")
     _write_summary(workdir, jobs, time.monotonic() - started)
     if _KEEP.value:
         keep(workdir, folders.as_path(_KEEP.value))
@@ -144,6 +147,11 @@ def main(argv: Sequence[str]) -> None:
     is_of_rewards = _STAGE.value == "rewards" or not is_of_score
     if is_of_rewards and (table := by_reward.table(workdir)):
         tables.show_tables([table])
+    if failed and set(failed.values()) == {interrupts.EXIT_CODE}:
+        raise interrupts.Interrupted(
+            f"{len(failed)} of {len(jobs)} runs stopped before their end; the same "
+            "command continues"
+        )
     if failed:
         raise ValueError(f"{len(failed)} of {len(jobs)} runs failed.")
 
@@ -254,6 +262,7 @@ def _job(workdir: pathlib.Path, config: config_lib.Config) -> Job:
             *(sys.executable, "-m", f"experiments.{script}", f"--workdir={folder}"),
             *words,
             *(f"--{name}={value}" for name, value in sorted(passed.items())),
+            *(f"--{name}={value}" for name, value in common_flags.limits().items()),
         ),
         folder=folder,
         log=workdir / "logs" / file,
@@ -322,7 +331,8 @@ def _run_local(jobs: Sequence[Job]) -> dict[Job, int]:
                     free.append(slot)
                     if process.returncode:
                         failed[job] = process.returncode
-                    word = "failed" if process.returncode else "finished"
+                    words = {0: "finished", interrupts.EXIT_CODE: "stopped"}
+                    word = words.get(process.returncode, "failed")
                     print(f"{word}: {job.name}", flush=True)
         except interrupts.Interrupted:
             for process in running:

@@ -1,4 +1,4 @@
-"""Requests to stop: signals, noticed at once and obeyed between two steps."""
+"""Requests to stop, by a signal or a clock: noticed at once, obeyed between steps."""
 
 import contextlib
 import os
@@ -42,7 +42,7 @@ def is_requested() -> bool:
 
 
 class StopRequests:
-    """Listens for `SIGNALS` while it is entered, in the main thread.
+    """Listens for `SIGNALS` and a time limit while it is entered, in the main thread.
 
     A thread says at once that a request was noticed; `check`, which stages call in
     every step, raises. A second Ctrl-C ends the process at once. `SIGHUP` stays ignored
@@ -54,6 +54,7 @@ class StopRequests:
         *,
         is_other_stopped: Callable[[], bool] = lambda: False,
         patience_seconds: float = _PATIENCE_SECONDS,
+        max_minutes: float | None = None,
     ):
         """Listens to nothing yet.
 
@@ -61,9 +62,13 @@ class StopRequests:
           is_other_stopped: Whether another process of the run was asked to stop.
           patience_seconds: How long a request may wait for `check` before the process
             is ended. What came after the last checkpoint is then lost.
+          max_minutes: Time from entering on after which a stop is requested; None for
+            no limit.
         """
         self._is_other_stopped = is_other_stopped
         self._patience = patience_seconds
+        self._max_minutes = max_minutes
+        self._limit: threading.Timer | None = None
         self._requested = threading.Event()
         self._noticed = threading.Event()
         self._previous: dict[signal.Signals, Any] = {}
@@ -82,12 +87,16 @@ class StopRequests:
                 self._previous[number] = signal.signal(number, self._handle)
         self._outer, _active = _active, self
         threading.Thread(target=self._watch, daemon=True).start()
+        if self._max_minutes is not None:
+            self._limit = _start_timer(60 * self._max_minutes, self._run_out)
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         global _active
         _active = self._outer
         self._noticed.set()
+        if self._limit is not None:
+            self._limit.cancel()
         signal.set_wakeup_fd(self._previous_fd)
         for number, handler in self._previous.items():
             signal.signal(number, handler)
@@ -111,6 +120,17 @@ class StopRequests:
         del number, frame
         self._requested.set()
 
+    def _run_out(self) -> None:
+        self._requested.set()
+        self._notice(
+            f"--max_minutes={self._max_minutes:g} are over: stopping at the next step"
+        )
+
+    def _notice(self, text: str) -> None:
+        """Says that a request was noticed, and waits for somebody to obey it."""
+        _start_timer(self._patience, self._end_if_unnoticed)
+        say(text)
+
     def _watch(self) -> None:
         """Waits for a signal's byte, which arrives even while Python runs nothing."""
         is_first = True
@@ -120,11 +140,8 @@ class StopRequests:
                 continue
             if is_first:
                 is_first = False
-                timer = threading.Timer(self._patience, self._end_if_unnoticed)
-                timer.daemon = True
-                timer.start()
                 name = signal.Signals(number).name
-                say(
+                self._notice(
                     f"{name} noticed: stopping at the next step; a second Ctrl-C stops "
                     "at once"
                 )
@@ -139,6 +156,13 @@ class StopRequests:
                 "the last checkpoint"
             )
             os._exit(EXIT_CODE)
+
+
+def _start_timer(seconds: float, function: Callable[[], None]) -> threading.Timer:
+    timer = threading.Timer(seconds, function)
+    timer.daemon = True
+    timer.start()
+    return timer
 
 
 def say(text: str) -> None:

@@ -59,6 +59,7 @@ def test_a_dry_run_prints_a_command_for_each_game_agent_and_seed(tmp_path, capsy
         "--agents=aps,visr,entropy",
         "--preset=cpu",
         "--batch_size=64",
+        "--max_minutes=5",
         f"--workdir={tmp_path / 'a b'}",
     )
     assert len(given) == 26 * 3 * 5
@@ -72,6 +73,7 @@ def test_a_dry_run_prints_a_command_for_each_game_agent_and_seed(tmp_path, capsy
         "--batch_size=64",
         "--game=Alien",
         "--seed=0",
+        "--max_minutes=5.0",
     ]
     assert not (tmp_path / "a b").exists()
 
@@ -271,6 +273,20 @@ def test_a_local_sweep_goes_on_past_failures_and_makes_one_table(
     assert "3 runs, 2 of them finished." in capsys.readouterr().out
     assert (tmp_path / "run_0.tries").read_text() == "1"
     assert (tmp_path / "run_1.tries").read_text() == "2"
+
+
+def test_runs_that_stop_at_their_time_limit_have_not_failed(
+    tmp_path, capsys, monkeypatch
+):
+    (job,) = make_jobs(tmp_path, "stopped")
+    monkeypatch.setattr(sweep, "make_jobs", lambda workdir: [job])
+    words = ["--stage=pretrain", f"--workdir={tmp_path}", "--run=local"]
+    with pytest.raises(interrupts.Interrupted, match="1 of 1 runs stopped before"):
+        run_sweep(*words)
+    said = capsys.readouterr().out
+    assert "stopped: stopped 0" in said and "FAILED" not in said
+    run_sweep(*words)
+    assert job.is_done
 
 
 def test_results_are_kept_with_their_commands_and_machine(tmp_path):

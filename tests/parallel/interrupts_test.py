@@ -6,6 +6,7 @@ import pathlib
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import fakes
@@ -141,6 +142,62 @@ def test_hangups_stay_ignored_under_nohup():
             stop.check()
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+def run_out(num_steps):
+    """A chain whose time limit is over after some steps of all environments."""
+    timers = []
+
+    class Limited(fakes.PlanesPool):
+        steps = 0
+
+        def send(self, actions):
+            Limited.steps += 1
+            if Limited.steps == num_steps:
+                (limit,) = (one for one in timers if one.interval == 600.0)
+                limit.function()
+            super().send(actions)
+
+    def start_timer(seconds, function):
+        timers.append(threading.Timer(seconds, function))
+        return timers[-1]
+
+    return Limited, start_timer
+
+
+def test_a_stage_ends_at_its_time_limit_and_goes_on(tmp_path, monkeypatch, capsys):
+    pool, start_timer = run_out(31)
+    monkeypatch.setattr(interrupts, "_start_timer", start_timer)
+    config, folder = make_config(), tmp_path / "pretrain"
+    with (
+        pytest.raises(interrupts.Interrupted) as stopped,
+        interrupts.StopRequests(max_minutes=10.0) as stop,
+    ):
+        stages.pretrain(config, folder, constructor=pool, stop=stop)
+    said = "--max_minutes=10 are over: stopping at the next step\n"
+    assert capsys.readouterr().err.endswith(said)
+    assert "a checkpoint of agent step 124 was saved" in str(stopped.value)
+    # What was pretrained so far is fine-tuned, and the frames say how far that was.
+    result = stages.finetune(
+        config, tmp_path / "early", folder, constructor=fakes.PlanesPool
+    )
+    assert result["pretrain_frames"] == 4 * 124
+    assert result["init_agent_steps"] == 124
+    # Another limit, or none, is still this run.
+    with interrupts.StopRequests(max_minutes=99.0) as stop:
+        done = stages.pretrain(config, folder, constructor=fakes.PlanesPool, stop=stop)
+    assert done["pretrain_frames"] == 4 * 240
+
+
+def test_a_time_limit_is_a_request_to_stop():
+    with interrupts.StopRequests(max_minutes=1e-6) as stop:
+        assert stop._requested.wait(timeout=60)
+        with pytest.raises(interrupts.Interrupted):
+            stop.check()
+    with interrupts.StopRequests(max_minutes=60.0) as stop:
+        stop.check()
+        limit = stop._limit
+    assert limit.finished.is_set()  # Cancelled: nothing is said after the end.
 
 
 def test_a_stopped_other_process_stops_this_one():
