@@ -6,7 +6,8 @@ learning,
     y[b, i, j, o] = sum_{u, v, c} x[b, s i + u, s j + v, c] kernel[u, v, c, o],
 
 with stride `s`, and its gradients, so a checkpoint made with one form works with every
-other. `choose_plan` is the only place that decides which form a backend uses.
+other. `choose_plan` is the only place that decides which form a platform uses, that
+for which a program is compiled and not that of the process.
 
 Letters: `B` batch, `H`/`W` height and width of the images, `h`/`w` of the result,
 `C`/`O` channels in and out, `P`/`Q` height and width of the kernel.
@@ -63,7 +64,7 @@ class LayerWeights(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """How a backend computes a stack of layers; never what it computes."""
+    """How a platform computes a stack of layers; never what it computes."""
 
     forms: tuple[Convolution, ...]  # One per layer.
     chunk_size: int | None  # Images that pass all layers together; None: the batch.
@@ -229,23 +230,23 @@ def _output_side(side: int, layer: LayerShape) -> int:
 
 
 def choose_plan(
-    backend: str, image_shape: tuple[int, int, int], layers: Sequence[LayerShape]
+    platform: str, image_shape: tuple[int, int, int], layers: Sequence[LayerShape]
 ) -> Plan:
-    """Chooses forms and chunk size for one backend.
+    """Chooses forms and chunk size for one platform.
 
     Accelerators take XLA's own convolutions (cuDNN) on the whole batch. CPUs take
     products of gathered windows, a few images at a time, but no windows where those
     of a single image would take more than `_GATHER_BYTES` (docs/performance.md).
 
     Args:
-      backend: as `jax.default_backend()` names it.
+      platform: `cpu`, or any other.
       image_shape: `(H, W, C)`.
       layers: from the image on.
 
     Returns:
       The plan, for float32; half as wide types fit all the better.
     """
-    if backend != "cpu":
+    if platform != "cpu":
         return Plan(forms=(convolve_xla,) * len(layers), chunk_size=None)
     height, width, channels = image_shape
     forms = []
@@ -309,7 +310,7 @@ def apply_layers(
     layers: Sequence[LayerShape],
     activation: Activation,
     dtype: jnp.dtype,
-    plan: Plan,
+    plan: Plan | None = None,
 ) -> jax.Array:
     """Applies convolutional layers, each `activation(convolution + bias)`.
 
@@ -318,7 +319,7 @@ def apply_layers(
       weights, layers: one per layer, as the forms of the plan.
       activation: follows every layer.
       dtype: of the computation; the parameters' gradients are summed in their own.
-      plan: how to compute them.
+      plan: how to compute them; None: as `choose_plan` says.
 
     Returns:
       `[B, h, w, O]` of `dtype`.
@@ -328,25 +329,41 @@ def apply_layers(
     """
     chex.assert_rank([images, *(one.kernel for one in weights)], 4)
     chex.assert_equal(len(weights), len(layers))
-    chex.assert_equal(len(plan.forms), len(layers))
     height, width = images.shape[1:3]
     for layer in layers:
         height, width = _output_side(height, layer), _output_side(width, layer)
         if min(height, width) < 1:
             raise ValueError(f"images of {images.shape[1:]} are too small for {layer}.")
 
-    def apply_to_chunk(chunk: jax.Array) -> jax.Array:
-        if jnp.issubdtype(chunk.dtype, jnp.floating):
-            chunk = chunk.astype(dtype)
-        for layer, layer_weights, form in zip(layers, weights, plan.forms):
-            if layer.padding != "VALID":
-                rows, columns = map(layer.zeros, chunk.shape[1:3])
-                chunk = jnp.pad(chunk, ((0, 0), rows, columns, (0, 0)))
-            # Cast here: in a loop over chunks the gradient is summed before the cast.
-            kernel = layer_weights.kernel.astype(dtype)
-            chex.assert_equal(chunk.shape[3], kernel.shape[2])
-            bias = layer_weights.bias.astype(dtype).reshape(1, 1, 1, -1)
-            chunk = activation(form(chunk, kernel, stride=layer.stride) + bias)
-        return chunk
+    def apply_by(
+        plan: Plan, images: jax.Array, weights: Sequence[LayerWeights]
+    ) -> jax.Array:
+        chex.assert_equal(len(plan.forms), len(layers))
 
-    return _in_chunks(apply_to_chunk, jnp.asarray(images), plan.chunk_size)
+        def apply_to_chunk(chunk: jax.Array) -> jax.Array:
+            if jnp.issubdtype(chunk.dtype, jnp.floating):
+                chunk = chunk.astype(dtype)
+            for layer, layer_weights, form in zip(layers, weights, plan.forms):
+                if layer.padding != "VALID":
+                    rows, columns = map(layer.zeros, chunk.shape[1:3])
+                    chunk = jnp.pad(chunk, ((0, 0), rows, columns, (0, 0)))
+                # Cast here: in a loop over chunks the gradient is summed before the
+                # cast.
+                kernel = layer_weights.kernel.astype(dtype)
+                chex.assert_equal(chunk.shape[3], kernel.shape[2])
+                bias = layer_weights.bias.astype(dtype).reshape(1, 1, 1, -1)
+                chunk = activation(form(chunk, kernel, stride=layer.stride) + bias)
+            return chunk
+
+        return _in_chunks(apply_to_chunk, images, plan.chunk_size)
+
+    images = jnp.asarray(images)
+    if plan is not None or not layers:
+        return apply_by(plan or Plan((), None), images, weights)
+    by_platform = {
+        name: functools.partial(
+            apply_by, choose_plan(name, images.shape[1:], layers)  # type: ignore[arg-type]
+        )
+        for name in ("cpu", "default")
+    }
+    return jax.lax.platform_dependent(images, weights, **by_platform)

@@ -96,9 +96,6 @@ class _ConvEncoder(nn.Module):
             chex.assert_type(observation, jnp.uint8)
         *leading, height, width, channels = observation.shape
         shape, layers = (height, width, channels), self.layers
-        plan = self.plan
-        if plan is None:
-            plan = convolutions.choose_plan(jax.default_backend(), shape, layers)
 
         weights = []
         for index, layer in enumerate(layers):
@@ -114,7 +111,7 @@ class _ConvEncoder(nn.Module):
             layers=layers,
             activation=self.activation,
             dtype=self.dtype,
-            plan=plan,
+            plan=self.plan,
         )
         encoded = encoded.reshape(*leading, math.prod(encoded.shape[1:]))
         if self.hidden is not None:

@@ -204,9 +204,6 @@ class Transition(nn.Module):
                 layers=(layer,),
                 activation=nn.relu,
                 dtype=jnp.float32,
-                plan=convolutions.choose_plan(
-                    jax.default_backend(), (side, side, channels), (layer,)
-                ),
             )
             if self.is_batch_normalised and index == 0:
                 x = jax.nn.standardize(x, axis=(0, 1, 2), epsilon=1e-5)
