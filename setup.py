@@ -38,6 +38,10 @@ setuptools.setup(
             "submitit>=1.5",
         ],
         "worlds": _WORLDS,  # MinAtar
+        # To run on such devices, and to compile for them without one
+        # (experiments.compile); CUDA's needs Python 3.12.
+        "cuda": ["jax[cuda13]>=0.10.2"],
+        "tpu": ["libtpu>=0.0.52"],
         "sweep": ["submitit>=1.5"],  # sweep --run=slurm
         "wandb": ["wandb>=0.21"],
         "docs": ["sphinx>=9.0", "myst-parser>=5.0"],

@@ -654,7 +654,7 @@ def _make_pretrain_learner(
         grads, (distance_scale, metrics) = jax.grad(loss, has_aux=True)(
             state.params, state, batch, moments
         )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = base.norm(grads)
         state = base.apply_gradients(
             optimizer,
             grads,
@@ -780,7 +780,7 @@ def _make_finetune_learner(
         grads, metrics = jax.grad(loss, has_aux=True)(
             state.params, state, batch.windows
         )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = base.norm(grads)
         state = base.apply_gradients(
             optimizer,
             grads,

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, Protocol
 
 import jax
+import jax.flatten_util
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -316,11 +317,13 @@ def adam(config: Config, learning_rate: float) -> optax.GradientTransformationEx
         del params, others
         return jax.tree.map(lambda g: g / unit, updates), state
 
-    return optax.chain(
+    chain = optax.chain(
         optax.clip_by_global_norm(config.max_gradient_norm),
         optax.GradientTransformationExtraArgs(optax.init_empty_state, divide),
         optax.adam(learning_rate, eps=config.adam_epsilon),
     )
+    # One vector: a GPU would launch several kernels for each array.
+    return optax.flatten(chain)
 
 
 def clip_rewards(r_t: Array | None, bound: float) -> jax.Array:
@@ -332,6 +335,11 @@ def clip_rewards(r_t: Array | None, bound: float) -> jax.Array:
     if r_t is None:
         raise TypeError("A batch of a reward-free phase has no reward.")
     return jnp.clip(r_t, -bound, bound) if bound else jnp.asarray(r_t)
+
+
+def norm(tree: Any) -> jax.Array:
+    """Returns the Euclidean norm of all arrays together, as of one vector."""
+    return jnp.linalg.norm(jax.flatten_util.ravel_pytree(tree)[0])
 
 
 def apply_gradients(
@@ -365,10 +373,12 @@ def apply_gradients(
     num_updates, moved = state.num_updates + 1, params[target]
     if target_tau < 1.0:
         moved = optax.incremental_update(moved, state.target_params, target_tau)
+    # Not `optax.periodic_update`: for a condition a GPU would wait for the host.
+    is_due = num_updates % target_period == 0
     return state._replace(
         params=params,
-        target_params=optax.periodic_update(
-            moved, state.target_params, num_updates, target_period
+        target_params=jax.tree.map(
+            lambda x, y: jnp.where(is_due, x, y), moved, state.target_params
         ),
         opt_state=opt_state,
         num_updates=num_updates,

@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 import rlax
 
 from aps_jax.agents import base
@@ -77,7 +76,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         grads, metrics = jax.grad(loss, has_aux=True)(
             state.params, state.target_params, batch.windows
         )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = base.norm(grads)
         period = config.target_period
         state = base.apply_gradients(
             optimizer, grads, state, target="values", target_period=period

@@ -325,7 +325,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         grads, (metrics, priorities) = jax.grad(loss, has_aux=True)(
             state.params, state, batch, loss_key
         )
-        metrics["gradient_norm"] = optax.tree.norm(grads)
+        metrics["gradient_norm"] = base.norm(grads)
         state = base.apply_gradients(
             optimizer,
             grads,

@@ -362,7 +362,8 @@ def apply_layers(
         return apply_by(plan or Plan((), None), images, weights)
     by_platform = {
         name: functools.partial(
-            apply_by, choose_plan(name, images.shape[1:], layers)  # type: ignore[arg-type]
+            apply_by,
+            choose_plan(name, images.shape[1:], layers),  # type: ignore[arg-type]
         )
         for name in ("cpu", "default")
     }

@@ -11,6 +11,7 @@ from typing import NamedTuple
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aps_jax.ops import precision
 from aps_jax.types import Array
@@ -105,10 +106,85 @@ def whiten(whitening: Whitening, h: Array) -> jax.Array:
 
 
 def _inverse_square_root(covariance: jax.Array) -> jax.Array:
-    """Returns the symmetric `[D, D]` inverse root, by the eigenvalues."""
+    """Returns the symmetric `[D, D]` inverse root of variances, from the floor on."""
+    if covariance.shape[0] > _MOST_SWEPT:
+        return _by_eigenvalues(covariance)
+    # Eigensolvers of accelerators are libraries that launch many kernels.
+    return jax.lax.platform_dependent(
+        covariance, cpu=_by_eigenvalues, default=_by_resolvents
+    )
+
+
+def _floor(mean_variance: jax.Array) -> jax.Array:
+    return jnp.maximum(_SMALLEST_SHARE * mean_variance, _SMALLEST_VARIANCE)
+
+
+def _by_eigenvalues(covariance: jax.Array) -> jax.Array:
     variances, directions = jnp.linalg.eigh(covariance)
-    floor = jnp.maximum(_SMALLEST_SHARE * jnp.mean(variances), _SMALLEST_VARIANCE)
-    scale = jax.lax.rsqrt(jnp.maximum(variances, floor))
+    scale = jax.lax.rsqrt(jnp.maximum(variances, _floor(jnp.mean(variances))))
     return jnp.matmul(
         directions * scale[None, :], directions.T, precision=jax.lax.Precision.HIGHEST
     )
+
+
+# Up to this many features.
+_MOST_SWEPT = 16
+# Step of the rule of rectangles over log t. Both integrands are analytic within pi / 2
+# of the real line, so that its error is exp(-pi^2 / step).
+_STEP = 0.6
+
+
+def _by_resolvents(covariance: jax.Array) -> jax.Array:
+    """Computes the same from integrals of inverses, each by elimination.
+
+    With M the covariance over its trace and f the floor over the same,
+
+        sign(M - f) = 2 / pi  int Re (M - f + i t)^-1 dt,
+        B = f + (M - f) (1 + sign(M - f)) / 2,    that is max(M, f),
+        B^-1/2 = 2 / pi  int (B + t^2)^-1 dt,
+
+    over all t > 0 (Higham, Functions of Matrices, 2008, sections 5.1 and 6.1).
+    """
+    dim, dtype = covariance.shape[0], covariance.dtype
+    eye = jnp.eye(dim, dtype=dtype)
+    trace = jnp.trace(covariance)
+    floor = _floor(trace / dim)
+    scale = jnp.maximum(trace, dim * floor)
+
+    above = (covariance - floor * eye) / scale
+    log_t = np.arange(-23.0, 19.0, _STEP)  # Beyond it changes no float32 variance.
+    weight, t = np.exp(log_t) * _STEP * 2.0 / np.pi, np.exp(log_t)
+    wide = jnp.complex128 if dtype == jnp.float64 else jnp.complex64
+    shifted = above.astype(wide)[None] + _diagonals(1j * t, dim).astype(wide)
+    sign = _weighted(weight, jnp.real(_inverses(shifted)))
+    square = jnp.matmul(above, sign, precision=jax.lax.Precision.HIGHEST)
+    clamped = floor / scale * eye + 0.5 * (above + 0.5 * (square + square.T))
+    shifted = clamped[None] + _diagonals(t**2, dim).astype(dtype)
+    return _weighted(weight, _inverses(shifted)) * jax.lax.rsqrt(scale)
+
+
+def _diagonals(values: np.ndarray, dim: int) -> np.ndarray:
+    return values[:, None, None] * np.eye(dim)[None]
+
+
+def _weighted(weight: np.ndarray, matrices: jax.Array) -> jax.Array:
+    weight = weight.astype(matrices.dtype)[:, None, None]
+    return jnp.sum(weight * matrices, axis=0)
+
+
+def _inverses(matrices: jax.Array) -> jax.Array:
+    """Inverts symmetric `[m, D, D]`, by sweeps without a choice of pivots.
+
+    Stable for matrices of positive definite real or imaginary part.
+    """
+    for k in range(matrices.shape[-1]):
+        is_k = np.arange(matrices.shape[-1]) == k
+        row = matrices[:, k, :]
+        over = row / row[:, k : k + 1]
+        in_row, in_column = is_k[None, :, None], is_k[None, None, :]
+        swept = matrices - row[:, :, None] * over[:, None, :]
+        swept = jnp.where(in_row, over[:, None, :], swept)
+        swept = jnp.where(in_column, over[:, :, None], swept)
+        pivot = -1.0 / row[:, k, None, None]
+        matrices = jnp.where(in_row & in_column, pivot, swept)
+    return -matrices

@@ -619,11 +619,11 @@ def make_embed(
 # ------------------------------------------------------------------- on the device
 
 # Iterations of one call: between two calls stops are looked at.
-_MOST_ITERATIONS = 128
+MOST_ITERATIONS = 128
 
 
 @functools.lru_cache(maxsize=4)
-def _make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..., Any]:
+def make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..., Any]:
     """Makes the loop over a world: acting, the world's step and updates in one program.
 
     Args:
@@ -735,7 +735,7 @@ class Session:
             with environment_errors():
                 self.timestep = self.pool.reset()
         if isinstance(self.pool, worlds.WorldPool) and self.mesh is None:
-            self._step_on_device(self.pool, min(most, _MOST_ITERATIONS))
+            self._step_on_device(self.pool, min(most, MOST_ITERATIONS))
             return
         shown = self.timestep
         if len(self.seeds) > 1:  # The pool has the seeds one after the other.
@@ -767,12 +767,12 @@ class Session:
         if len(self.seeds) > 1:  # The pool has the seeds one after the other.
             axes = (len(self.seeds), self.num_envs)
             timestep = jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), timestep)
-        due = np.zeros(_MOST_ITERATIONS, np.int32)
+        due = np.zeros(MOST_ITERATIONS, np.int32)
         for number in range(count):
             before, self.iteration = self.agent_steps, self.iteration + 1
             due[number] = self._num_due(before)
         others = devices.device_put((self.sums, self.rollout, world_state, timestep))
-        run = _make_run(pool.world, self.act, self.learn)
+        run = make_run(pool.world, self.act, self.learn)
         self.state, others = run(
             self.state, others, *jax.device_put((due, np.int32(count)))
         )

@@ -17,7 +17,7 @@ from aps_jax.parallel import devices, processes
 from aps_jax.runs import console, folders, machine
 from aps_jax.train import loop, recorders, stages
 
-_MOST_ACTIONS = 18  # of any Atari game
+MOST_ACTIONS = 18  # of any Atari game
 _STYLES = {"ok": "green", "warning": "yellow", "failed": "red"}
 
 
@@ -153,7 +153,7 @@ def _disk(
     warnings: list[str] = []
     memory = stages.memory_of(config, is_pretraining=name == stages.PRETRAIN)
     size = memory["replay_bytes"] if config.report.checkpoint_replay else 0
-    agent = config.make_agent(_MOST_ACTIONS, config.observation)
+    agent = config.make_agent(MOST_ACTIONS, config.observation)
     state = jax.eval_shape(agent.init, jax.random.key(0))
     fixed = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(state))
     try:
@@ -228,7 +228,7 @@ def _measure_rate(
 
 
 def _plan(
-    config: config_lib.Config, name: str, num_actions: int = _MOST_ACTIONS
+    config: config_lib.Config, name: str, num_actions: int = MOST_ACTIONS
 ) -> loop.Plan:
     agent = config.make_agent(num_actions, config.observation)
     if name == stages.PRETRAIN:

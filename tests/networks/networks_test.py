@@ -216,17 +216,14 @@ def test_plans_by_backend(name, num_windows, chunk_size):
         assert plan == ((convolutions.convolve_xla,) * len(layers), None)
 
 
-def test_the_default_plan_is_the_backends(monkeypatch):
-    seen = []
-
-    def choose_plan(*operands):
-        seen.append(operands)
-        return make_plans("small")["xla"]
-
-    monkeypatch.setattr(convolutions, "choose_plan", choose_plan)
-    image = make_images("small", ())
-    jax.eval_shape(modules.SmallEncoder().init, jax.random.key(0), image)
-    assert seen == [("cpu", (26, 31, 2), modules.SmallEncoder.layers)]
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_the_default_plan_is_that_of_the_platform_compiled_for(platform):
+    images = make_images("small", (2,))
+    params = init(modules.SmallEncoder(), images)
+    traced = jax.jit(modules.SmallEncoder().apply).trace(params, images)
+    text = traced.lower(lowering_platforms=(platform,)).as_text()
+    # Its plan for CPUs has products of windows alone.
+    assert ("stablehlo.convolution" in text) == (platform != "cpu")
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,40 @@ def test_features_that_say_nothing_stay_finite_and_quiet(h):
     assert np.max(np.abs(white)) < 4.0
 
 
+def covariances(dim):
+    """Of full rank, at the floor, and degenerate: twice the same, one direction, 0."""
+    rng = np.random.default_rng(dim)
+    turn, _ = np.linalg.qr(rng.normal(size=(dim, dim)))
+    one = rng.normal(size=dim)
+    wide = np.logspace(0, -6, dim)
+    return [
+        turn @ np.diag(variances) @ turn.T
+        for variances in (np.linspace(1.0, 3.0, dim), wide, 1e20 * wide, 1e-20 * wide)
+    ] + [np.ones((dim, dim)), np.outer(one, one), np.zeros((dim, dim))]
+
+
+@pytest.mark.parametrize("dim", [1, 2, 5, 10])
+@pytest.mark.parametrize("dtype, tolerance", [("float32", 3e-4), ("float64", 1e-6)])
+def test_roots_without_eigenvalues_are_those_with_them(dim, dtype, tolerance):
+    """What accelerators compute, against NumPy's eigenvalues with the same floor."""
+    with jax.enable_x64(dtype == "float64"):
+        root = jax.jit(whitening._by_resolvents)
+        for covariance in covariances(dim):
+            values, vectors = np.linalg.eigh(covariance)
+            floor = max(1e-3 * values.mean(), 1e-12)
+            scale = np.maximum(values, floor) ** -0.5
+            expected = vectors @ np.diag(scale) @ vectors.T
+            found = root(covariance.astype(dtype))
+            assert found.dtype == dtype
+            atol = tolerance * scale.max()
+            np.testing.assert_allclose(found, expected, rtol=0, atol=atol)
+
+
+def test_roots_without_eigenvalues_are_nan_where_the_moments_are():
+    covariance = np.float32([[1.0, np.nan], [np.nan, 2.0]])
+    assert np.all(np.isnan(whitening._by_resolvents(covariance)))
+
+
 def test_gradient_reaches_the_features_alone():
     h = draw(6, 2)
     moments = whitening.update_whitening(whitening.init_whitening(2), h)

@@ -13,6 +13,7 @@ from aps_jax import config as config_lib
 from aps_jax.parallel import interrupts
 from aps_jax.runs import checkpoints, machine, metrics
 from aps_jax.train import loop, preflight, recorders, stages
+from aps_jax.train import sums as sums_lib
 
 SEEDS = (4, 5)
 
@@ -273,9 +274,12 @@ def test_an_update_that_is_not_finite_names_its_seed():
     session.check_finite()
     # As the first update of a row leaves it, for the second seed alone.
     bad = session.sums.bad
+    is_td = np.array([name == "loss_td" for name in bad.names])
     bad = bad._replace(
         update=np.int32([-1, 6]),
-        names={name: np.array([False, name == "loss_td"]) for name in bad.names},
+        names=sums_lib.Named(
+            np.array([np.zeros(len(bad.names), bool), is_td]), bad.names.names
+        ),
     )
     session.sums = session.sums._replace(bad=bad)
     words = "Seed 5: Not finite in update 6, noticed at agent step 0: loss_td."

@@ -39,7 +39,7 @@ def test_the_first_update_that_is_not_finite_is_remembered():
         running = step(running, number, a, b)
     bad = jax.device_get(running.bad)
     assert bad.update == 7
-    assert bad.names == {"a": False, "b": True}
+    assert dict(bad.names) == {"a": False, "b": True}
     assert bad.extras == {"place": 70, "is_full": True}
 
 
