@@ -3,6 +3,8 @@
 #   make test    all tests, about twenty minutes on two cores
 # and, for those who change what a run survives:
 #   make test-faults    kills real processes, and watches a long run's memory
+# and, for those who change what runs on accelerators:
+#   make test-described    compiles for a TPU that is not there
 # and, for those who change what a page says:
 #   make docs    the documentation, in docs/_build/html; any warning is an error
 #   make pages   the tables in README.md and docs/ that code and results make
@@ -12,7 +14,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults docs pages results lint format clean
+.PHONY: demo test test-faults test-described docs pages results lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
@@ -26,6 +28,10 @@ test: $(VENV)/installed
 # The settings of pyproject.toml leave these tests out.
 test-faults: $(VENV)/installed
 	$(BIN)/python -m pytest --override-ini addopts= -n 2 --dist worksteal -v tests/faults
+
+test-described: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet --editable '.[tpu]'
+	$(BIN)/python -m pytest --override-ini addopts= -v tests/described
 
 docs: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet --editable '.[docs]'

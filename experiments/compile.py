@@ -208,8 +208,8 @@ def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Progra
 
     args = on(state), on(rollout, loop.ROLLOUT_SPECS), on(timestep, sharded)
     # On one device the loop's own wrappers would name this machine's.
-    jit_act = functools.partial(jax.jit, donate_argnums=1)
-    jit_learn = functools.partial(jax.jit, donate_argnums=(0, 1))
+    jit_act: Any = functools.partial(jax.jit, donate_argnums=1)
+    jit_learn: Any = functools.partial(jax.jit, donate_argnums=(0, 1))
     if mesh is not None:
         jit_act = functools.partial(loop.jit_act, mesh=mesh)
         jit_learn = functools.partial(loop.jit_learn, mesh=mesh)
@@ -232,7 +232,7 @@ def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
 
 
 def _timestep(config: config_lib.Config, num_envs: int) -> types.TimeStep:
-    def of(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
+    def of(dtype: Any, *shape: int) -> Any:
         return jax.ShapeDtypeStruct((num_envs, *shape), dtype)
 
     return types.TimeStep(
@@ -372,11 +372,11 @@ def _table(
 ) -> tables.Table:
     """Lays out what was found, and the frames per second that follow."""
     rows = []
-    notes = [
+    figures = (
         f"{device.name}: {device.memory / 1e9:.0f} GB, {device.bandwidth / 1e12:.2f} "
-        f"TB/s, {device.half / 1e12:.0f} T operations/s in bfloat16. Each of "
-        f"{config.num_devices} devices; nothing was run."
-    ]
+        f"TB/s, {device.half / 1e12:.0f} T operations/s in bfloat16."
+    )
+    notes = [f"{figures} Each of {config.num_devices} devices; nothing was run."]
     seconds = 0.0
     for program, one in found:
         if isinstance(one, str):
@@ -392,8 +392,9 @@ def _table(
                 "temporaries": f"{one.temporaries / 1e9:.3f} GB",
                 "fits": "yes" if size < device.memory else "NO",
                 "kernels": f"{listed.kernels}",
-                "collectives": f"{listed.collectives}, "
-                f"{listed.collective_bytes / 1e6:.1f} MB",
+                "collectives": (
+                    f"{listed.collectives}, {listed.collective_bytes / 1e6:.1f} MB"
+                ),
                 "operations": f"{one.flops / 1e9:.1f} G",
                 "moved": f"{one.moved / 1e6:.0f} MB",
                 "least time": f"{1e3 * one.least_seconds:.3f} ms",
