@@ -144,6 +144,8 @@ def describe(platform: str, topology: str) -> tuple[Device, list[Any]]:
             "topology": f"1x1x{shape or 1}",
             "target_config": _HOPPER.format(**device._asdict()),
         }
+    else:  # libtpu aborts at the flags of other platforms.
+        os.environ.pop("XLA_FLAGS", None)
     # Else libtpu looks for the machine that it is on, for minutes.
     os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
     os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
