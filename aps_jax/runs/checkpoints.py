@@ -21,7 +21,7 @@ from absl import logging
 from aps_jax.parallel import processes
 from aps_jax.runs import folders
 
-FORMAT = 4
+FORMAT = 5
 METADATA_NAME = "metadata.json"
 MANIFEST_NAME = "manifest.sha256"
 

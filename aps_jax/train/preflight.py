@@ -249,6 +249,7 @@ def _play(session: loop.Session, seconds: float) -> float:
             session.state, session.sums, session.rollout.replay
         )
         session.rollout = session.rollout.prioritised(found)
+    session.step()  # In a world this compiles the whole loop.
     jax.block_until_ready(session.state)
     before, started = session.agent_steps, time.monotonic()
     # Several processes end at the same step.
