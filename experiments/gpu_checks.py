@@ -1,6 +1,6 @@
 r"""Checks numbers and loop on the device at hand: a part of experiments.gpu_minutes.
 
-  python -m experiments.gpu_checks --part=numerics --out=numerics.json [--dry]
+  python -m experiments.gpu_checks --part=numerics --found=numerics.json [--small]
 
 `numerics` compares the device with float64 and with this machine's CPU. `loop` counts
 compilations and what a profile of 20 iterations says the device did.
@@ -34,8 +34,8 @@ from experiments.benchmark import setup, table
 
 PARTS = ("numerics", "loop")
 _PART = flags.DEFINE_enum("part", "numerics", PARTS, "What to check.")
-_OUT = flags.DEFINE_string("out", None, "JSON file that gets what was found.")
-_DRY = flags.DEFINE_bool("dry", False, "Smallest sizes, for a CPU.")
+_OUT = flags.DEFINE_string("found", None, "JSON file that gets what was found.")
+_DRY = flags.DEFINE_bool("small", False, "Smallest sizes, for a CPU.")
 _ITERATIONS = 20
 _MOST_EVENTS = 40
 _SEED = 0
@@ -45,7 +45,7 @@ def main(argv: Sequence[str]) -> None:
     """Makes the checks that the flags name; writes each as soon as it is known."""
     common_flags.reject_words(argv)
     if not _OUT.value:
-        raise ValueError("--out=FILE is needed: the JSON file of what is found.")
+        raise ValueError("--found=FILE is needed: the JSON file of what is found.")
     found: dict[str, Any] = {"machine": table.describe_machine()}
     found["machine"] |= {"commit": folders.git_commit()}
     checks = numerics if _PART.value == "numerics" else loop_checks

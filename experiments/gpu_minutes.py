@@ -1,10 +1,10 @@
 r"""Uses some minutes on a GPU to the full: checks, measurements, then a run.
 
-  python -m experiments.gpu_minutes --workdir=runs/gpu --out=out [--minutes=9] [--dry]
+  python -m experiments.gpu_minutes --workdir=runs/gpu --files=out [--minutes=9] [--dry]
 
 By the clock: each part has a limit, what is left goes to pretraining one game, with
 fine-tuning and 100 games at the end. Each part is a process of its own, whose failure
-or end by the clock stops no other. OUT gets at most eight files, each as soon as it
+or end by the clock stops no other. FILES gets at most eight files, each as soon as it
 exists (docs/devices.md). `--dry` does all of it on a CPU in the smallest size.
 """
 
@@ -24,7 +24,7 @@ from aps_jax.runs import folders
 from aps_jax.train import stages
 from experiments import common_flags
 
-_OUT = flags.DEFINE_string("out", None, "Folder that gets the files.")
+_OUT = flags.DEFINE_string("files", None, "Folder that gets what was found.")
 _MINUTES = flags.DEFINE_float(
     "minutes", 9.0, "Minutes that all of it may take.", lower_bound=0.1
 )
@@ -42,7 +42,7 @@ class Part(NamedTuple):
     name: str
     words: tuple[str, ...]  # of Python
     seconds: float  # at most
-    kept: Mapping[str, pathlib.Path]  # by the name in OUT
+    kept: Mapping[str, pathlib.Path]  # by the name there
     is_stage: bool = False  # whether it takes `--max_minutes`
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs all parts."""
     common_flags.reject_words(argv)
     if not _OUT.value:
-        raise ValueError("--out=FOLDER is needed: what was found goes there.")
+        raise ValueError("--files=FOLDER is needed: what was found goes there.")
     # Its processes need the device's memory, of which this one must take none.
     jax.config.update("jax_platforms", "cpu")
     workdir, out = common_flags.workdir_from_flags(), folders.as_path(_OUT.value)
@@ -64,7 +64,7 @@ def make_parts(
 ) -> list[Part]:
     """Lists the parts in the order of their worth; shares of `seconds` are limits."""
     workdir.mkdir(parents=True, exist_ok=True)
-    preset, dry_flag = ("smoke", ["--dry"]) if dry else ("gpu", [])
+    preset, small = ("smoke", ["--small"]) if dry else ("gpu", [])
     # Skill following is measured with each checkpoint.
     checked = (
         [] if dry else ["--require_accelerator", "--checkpoint_agent_steps=500000"]
@@ -75,7 +75,7 @@ def make_parts(
 
     def checks(part: str, share: float) -> Part:
         path = workdir / f"{part}.json"
-        words = script("gpu_checks", f"--part={part}", f"--out={path}", *dry_flag)
+        words = script("gpu_checks", f"--part={part}", f"--found={path}", *small)
         return Part(part, words, share * seconds, {path.name: path})
 
     def rates(name: str, *words: str) -> Part:

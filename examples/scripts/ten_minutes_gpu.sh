@@ -12,4 +12,4 @@ out=${1:-out}
 [[ $# -eq 0 ]] || shift
 work=${WORK:-$(mktemp -d)}
 
-python -m experiments.gpu_minutes --workdir="$work" --out="$out" "$@"
+python -m experiments.gpu_minutes --workdir="$work" --files="$out" "$@"
