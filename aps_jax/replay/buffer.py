@@ -20,6 +20,11 @@ from aps_jax.replay import frames
 from aps_jax.replay import priorities as priorities_lib
 from aps_jax.types import Array, ObservationSpec, PRNGKey
 
+# A TPU copies the whole replay before it reads a row, unless rows are whole numbers of
+# its 128 lanes. Small frames would be mostly zeros.
+_LANES = 128
+_SMALL_FRAME = 1024  # bytes
+
 # Windows that `map_sample` and `map_all` hold at a time.
 CHUNK_SIZE = 1024
 
@@ -30,7 +35,7 @@ class Step(NamedTuple):
     """One agent step of one environment, as stored (leading axes are added outside).
 
     `action` and `extras` were chosen after seeing `frame`; the other fields tell how
-    `frame` was reached.
+    `frame` was reached. The buffer holds frames as rows `[R]`, zeros at the end.
     """
 
     frame: Array  # [*frame_shape] uint8
@@ -122,8 +127,11 @@ def num_bytes(
 
 
 def _example(observation: ObservationSpec, extras: Extras) -> Step:
+    length = math.prod(observation.frame_shape)
+    if length >= _SMALL_FRAME:
+        length = math.ceil(length / _LANES) * _LANES
     return Step(
-        frame=jnp.zeros(observation.frame_shape, jnp.uint8),
+        frame=jnp.zeros(length, jnp.uint8),
         action=jnp.zeros((), jnp.int32),
         reward=jnp.zeros((), jnp.float32),
         terminated=jnp.zeros((), bool),
@@ -140,6 +148,9 @@ def add(buffer: Buffer, step: Step) -> Buffer:
     state = trajectory_buffer.TrajectoryBufferState(
         experience=buffer.experience, current_index=index, is_full=buffer.is_full
     )
+    row = jnp.reshape(step.frame, (step.frame.shape[0], -1))
+    zeros = buffer.experience.frame.shape[-1] - row.shape[-1]
+    step = step._replace(frame=jnp.pad(row, ((0, 0), (0, zeros))))
     state = trajectory_buffer.add(state, jax.tree.map(lambda x: x[:, None], step))
     return Buffer(
         state.experience,
@@ -160,7 +171,7 @@ def sample(
     buffer: Buffer,
     key: PRNGKey,
     *,
-    stack: int,
+    observation: ObservationSpec,
     num_windows: int,
     num_states: int,
     axis_name: str | None = None,
@@ -170,7 +181,7 @@ def sample(
     Args:
       buffer: With `axis_name` this device's: that of its `E / N` environments.
       key: Is consumed.
-      stack: `S`.
+      observation: What an agent sees, `S` frames.
       num_windows: `B`.
       num_states: `T`.
       axis_name: Axis of the `N` devices on each of which this runs; None on one.
@@ -179,16 +190,16 @@ def sample(
       A `Window` with leading axis `[B]`, or of this device `[B / N]`. The windows are
       the same for every number of devices.
     """
-    num_frames = num_states + stack - 1
+    num_frames = num_states + observation.stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
-    return _read(buffer, indices, num_frames, stack)
+    return _read(buffer, indices, num_frames, observation)
 
 
 def sample_prioritised(
     buffer: Buffer,
     key: PRNGKey,
     *,
-    stack: int,
+    observation: ObservationSpec,
     num_windows: int,
     num_states: int,
     importance: float | jax.Array,
@@ -201,7 +212,7 @@ def sample_prioritised(
     Args:
       buffer: With priorities.
       key: Is consumed.
-      stack: `S`.
+      observation: What an agent sees, `S` frames.
       num_windows: `B`.
       num_states: `T`.
       importance: `[]` float, beta: how far the importance weights undo the priorities.
@@ -211,7 +222,7 @@ def sample_prioritised(
       importance weights `[B]`, at most 1.
     """
     assert buffer.priorities is not None
-    history = stack - 1
+    history = observation.stack - 1
     num_frames = num_states + history
     oldest, num_starts = _starts(buffer, num_frames)
     # How much newer than the oldest each place is.
@@ -222,7 +233,7 @@ def sample_prioritised(
     env, place, weight = priorities_lib.draw(
         key, weight, num_windows=num_windows, importance=importance
     )
-    windows = _read(buffer, Indices(env, place - history), num_frames, stack)
+    windows = _read(buffer, Indices(env, place - history), num_frames, observation)
     return windows, Indices(env, place), weight
 
 
@@ -231,7 +242,7 @@ def map_sample(
     buffer: Buffer,
     key: PRNGKey,
     *,
-    stack: int,
+    observation: ObservationSpec,
     num_windows: int,
     num_states: int,
     axis_name: str | None = None,
@@ -240,15 +251,19 @@ def map_sample(
 
     The function must treat each window by itself.
     """
-    num_frames = num_states + stack - 1
+    num_frames = num_states + observation.stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
     return _map_in_chunks(
-        lambda some: function(_read(buffer, some, num_frames, stack)), indices
+        lambda some: function(_read(buffer, some, num_frames, observation)), indices
     )
 
 
 def map_all(
-    function: Callable[[Window], Any], buffer: Buffer, *, stack: int, num_steps: int
+    function: Callable[[Window], Any],
+    buffer: Buffer,
+    *,
+    observation: ObservationSpec,
+    num_steps: int,
 ) -> Any:
     """Maps a function over the first steps held, as windows of one state.
 
@@ -257,7 +272,7 @@ def map_all(
         window by itself, and sees no more than about `CHUNK_SIZE` at a time.
       buffer: Holds at least `num_steps` steps of each environment and is not full, so
         that the first is the oldest of a run.
-      stack: `S`.
+      observation: What an agent sees, `S` frames.
       num_steps: Steps of each environment.
 
     Returns:
@@ -268,10 +283,11 @@ def map_all(
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
         # Before the first step there is nothing: the reset frame fills the stack.
-        index = jnp.maximum(time[:, None] + jnp.arange(1 - stack, 1)[None, :], 0)
+        offsets = jnp.arange(1 - observation.stack, 1)
+        index = jnp.maximum(time[:, None] + offsets[None, :], 0)
         steps = jax.tree.map(lambda x: x[:, index], buffer.experience)
         steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-        result = function(_stack_windows(steps, stack))
+        result = function(_stack_windows(steps, observation))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -307,16 +323,21 @@ def _starts(buffer: Buffer, num_frames: int) -> tuple[jax.Array, jax.Array]:
     return oldest, jnp.maximum(num_held - num_frames + 1, 0)
 
 
-def _read(buffer: Buffer, indices: Indices, num_frames: int, stack: int) -> Window:
+def _read(
+    buffer: Buffer, indices: Indices, num_frames: int, observation: ObservationSpec
+) -> Window:
     time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
     steps = jax.tree.map(
         lambda x: x[indices.env[:, None], time % buffer.length], buffer.experience
     )
-    return _stack_windows(steps, stack)
+    return _stack_windows(steps, observation)
 
 
-def _stack_windows(steps: Step, stack: int) -> Window:
-    return jax.vmap(functools.partial(stack_window, stack=stack))(steps)
+def _stack_windows(steps: Step, observation: ObservationSpec) -> Window:
+    shape = observation.frame_shape
+    frame = steps.frame[..., : math.prod(shape)]
+    steps = steps._replace(frame=frame.reshape(*frame.shape[:2], *shape))
+    return jax.vmap(functools.partial(stack_window, stack=observation.stack))(steps)
 
 
 def _map_in_chunks(

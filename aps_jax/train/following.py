@@ -106,7 +106,7 @@ class Follower:
             shown = buffer.map_all(
                 functools.partial(shown_by, state),
                 replay,
-                stack=policy.observation.stack,
+                observation=policy.observation,
                 num_steps=self._steps,
             )
             return shown["phi"], shown["task"], replay.experience.is_first.T

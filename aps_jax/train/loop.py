@@ -412,9 +412,9 @@ def _on_each_device(
 
 
 def make_draw_states(
-    num_states: int, stack: int, mesh: devices.Mesh = None
+    num_states: int, observation: types.ObservationSpec, mesh: devices.Mesh = None
 ) -> Callable[..., Any]:
-    """Makes a function that draws single states, of a stack of frames each.
+    """Makes a function that draws single states, as an agent sees them.
 
     Returns:
       `draw(replay, key)` returns windows `[N, 1, ...]`, `N` at least `num_states` and
@@ -422,7 +422,7 @@ def make_draw_states(
     """
     draw = functools.partial(
         buffer_lib.sample,
-        stack=stack,
+        observation=observation,
         num_windows=devices.round_up(num_states, mesh),
         num_states=1,
     )
@@ -443,7 +443,7 @@ def make_draw(
     when it is traced.
     """
     spec, encode = phase.learner.batch, phase.learner.encode
-    stack = phase.policy.observation.stack
+    observation = phase.policy.observation
 
     def hide_reward(windows: buffer_lib.Window) -> buffer_lib.Window:
         return windows._replace(reward=None) if reward_free else windows
@@ -462,7 +462,7 @@ def make_draw(
             reduce,
             replay,
             particle_key,
-            stack=stack,
+            observation=observation,
             num_windows=spec.num_particles,
             num_states=1,
             axis_name=axis_name,
@@ -470,7 +470,7 @@ def make_draw(
 
     sample = functools.partial(
         buffer_lib.sample,
-        stack=stack,
+        observation=observation,
         num_windows=spec.num_windows,
         num_states=spec.num_states,
     )
@@ -494,7 +494,7 @@ def make_draw(
             window_key,
             num_windows=spec.num_windows,
             num_states=spec.num_states,
-            stack=stack,
+            observation=observation,
             importance=spec.priorities.importance(number),
         )
         return base.Batch(hide_reward(windows), particles, weight, places)
@@ -589,8 +589,8 @@ def make_calibrate(
     Returns:
       `calibrate(state, replay) -> state`; it always draws the same places.
     """
-    stack = agent.finetune.policy.observation.stack
-    draw = make_draw_states(_CALIBRATION_STATES, stack, mesh)
+    observation = agent.finetune.policy.observation
+    draw = make_draw_states(_CALIBRATION_STATES, observation, mesh)
     return lambda state, replay: agent.calibrate(state, draw(replay, key))
 
 
@@ -603,8 +603,8 @@ def make_embed(
       `embed(state, replay, agent_steps)` returns arrays `[N, D]` float16 by name; the
       steps number the draw.
     """
-    stack = agent.finetune.policy.observation.stack
-    draw = make_draw_states(_EMBEDDED_STATES, stack, mesh)
+    observation = agent.finetune.policy.observation
+    draw = make_draw_states(_EMBEDDED_STATES, observation, mesh)
 
     def embed(
         state: base.AgentState, replay: buffer_lib.Buffer, agent_steps: jax.Array
@@ -1080,7 +1080,7 @@ def play_rollouts(session: Session, place: int = 0) -> base.Rollouts:
             return buffer_lib.map_all(
                 functools.partial(function, state),
                 replay,
-                stack=session.pool.observation.stack,
+                observation=session.pool.observation,
                 num_steps=steps,
             )
 

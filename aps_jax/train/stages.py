@@ -586,7 +586,7 @@ def _evaluation_points(
 def memory_of(config: config_lib.Config, *, is_pretraining: bool) -> dict[str, Any]:
     """Returns the arguments of `machine.needed_bytes` for a stage.
 
-    An agent's extras are left out: some twenty bytes beside the 7,074 of a step.
+    An agent's extras are left out: some twenty bytes beside the 7,186 of a step.
     """
     if is_pretraining:
         num_envs, size = config.pretrain.num_envs, config.pretrain.replay_size

@@ -172,7 +172,7 @@ def test_random_actions_come_with_epsilon_one_alone(case):
 def test_calibrating_and_adapting_keep_the_state_and_what_is_learned(case):
     agent, state = make_agent(case), initial_state(case)
     policy = agent.finetune.policy
-    draw = loop.make_draw_states(16, policy.observation.stack)
+    draw = loop.make_draw_states(16, policy.observation)
     windows = draw(filled_replay(policy, state), jax.random.key(0))
     calibrated = agent.calibrate(state, windows)
     assert shapes(calibrated) == shapes(state)

@@ -27,7 +27,7 @@ def test_parts_end_by_the_clock_and_stop_no_other(tmp_path, monkeypatch):
         part("good", tmp_path, WRITE),
         part("endless", tmp_path, WRITE + "\nwhile True: pass", seconds=3.0),
         part("broken", tmp_path, "raise SystemExit(3)"),
-        part("large", tmp_path, WRITE.replace("' '", "'x' * 2000")),
+        part("large", tmp_path, WRITE.replace("' '.join(sys.argv)", "'x' * 2000")),
         part("stage", tmp_path, WRITE, seconds=600.0, is_stage=True),
         part("late", tmp_path, WRITE, seconds=-1.0),
     ]

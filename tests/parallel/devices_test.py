@@ -89,8 +89,8 @@ def test_acting_communicates_nothing(left):
     one, other = (load(folder / f"act_{n}.npz") for n in (1, 8))
     for name in one:
         np.testing.assert_array_equal(one[name], other[name], err_msg=name)
-    assert facts["where_8"] == {"replay": [1, 30, 84, 84], "stack": [1, 84, 84, 4]}
-    assert facts["where_1"] == {"replay": [8, 30, 84, 84], "stack": [8, 84, 84, 4]}
+    assert facts["where_8"] == {"replay": [1, 30, 7168], "stack": [1, 84, 84, 4]}
+    assert facts["where_1"] == {"replay": [8, 30, 7168], "stack": [8, 84, 84, 4]}
     assert facts["traces_8"] == 1
     assert facts["act_8"] == []
 

@@ -65,7 +65,11 @@ def test_stacks_out_of_the_replay_equal_envpools_own(played):
     state, firsts, stacks = played
     assert firsts.sum() > 60
     windows = buffer.sample(
-        state, jax.random.key(0), stack=4, num_windows=150, num_states=12
+        state,
+        jax.random.key(0),
+        observation=atari.OBSERVATION,
+        num_windows=150,
+        num_states=12,
     )
     for observation, ids in zip(
         np.asarray(windows.observation), np.asarray(windows.id), strict=True
@@ -79,7 +83,9 @@ def test_no_target_crosses_a_reset(played):
     state, firsts, _ = played
 
     def draw(key):
-        windows = buffer.sample(state, key, stack=4, num_windows=3000, num_states=12)
+        windows = buffer.sample(
+            state, key, observation=atari.OBSERVATION, num_windows=3000, num_states=12
+        )
         lay_out = functools.partial(
             returns.window_targets, num_targets=2, n_steps=10, discount=0.99
         )

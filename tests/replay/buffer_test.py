@@ -53,7 +53,11 @@ def sample(state, seed, *, num_windows, num_states, pixels=False):
 
     def draw(state, key):
         window = buffer.sample(
-            state, key, stack=4, num_windows=num_windows, num_states=num_states
+            state,
+            key,
+            observation=atari.OBSERVATION,
+            num_windows=num_windows,
+            num_states=num_states,
         )
         return window if pixels else window._replace(observation=None)
 
@@ -95,7 +99,12 @@ def test_windows_are_pieces_of_what_was_added(num_steps, num_states):
 MODEL_ENVS, MODEL_LENGTH, MODEL_STATES = 2, 9, 3
 model_add = jax.jit(buffer.add, donate_argnums=0)
 model_sample = jax.jit(
-    functools.partial(buffer.sample, stack=4, num_windows=8, num_states=MODEL_STATES)
+    functools.partial(
+        buffer.sample,
+        observation=atari.OBSERVATION,
+        num_windows=8,
+        num_states=MODEL_STATES,
+    )
 )
 
 
@@ -174,7 +183,7 @@ def test_mapping_in_chunks_is_mapping_what_is_sampled(monkeypatch, chunk_size):
         seen.append(window.id.shape[0])
         return {"ids": window.id, "sum": jnp.sum(window.reward, axis=1)}
 
-    draw = {"stack": 4, "num_windows": 11, "num_states": 4}
+    draw = {"observation": atari.OBSERVATION, "num_windows": 11, "num_states": 4}
     key = jax.random.key(5)
     found = jax.jit(lambda state, key: buffer.map_sample(function, state, key, **draw))(
         state, key
@@ -200,16 +209,18 @@ def test_mapping_over_all_keeps_the_order_and_rebuilds_each_stack(
         return window.id[:, 0], window.observation[:, 0]
 
     ids, stacks = jax.jit(
-        lambda state: buffer.map_all(function, state, stack=4, num_steps=25)
+        lambda state: buffer.map_all(
+            function, state, observation=atari.OBSERVATION, num_steps=25
+        )
     )(state)
     np.testing.assert_array_equal(ids, np.stack([step.id for step in steps]))
     np.testing.assert_array_equal(stacks, np.stack(seen))
 
 
-def test_a_step_takes_one_percent_more_than_its_frame_at_most():
+def test_a_step_takes_three_percent_more_than_its_frame_at_most():
     extras = {"task": jax.ShapeDtypeStruct((5,), np.float32)}
     num_bytes = buffer.num_bytes(atari.OBSERVATION, extras, num_envs=8, size=1_000_000)
-    assert 7056 <= num_bytes / 1_000_000 <= 1.01 * 7056
+    assert 7056 <= num_bytes / 1_000_000 <= 1.03 * 7056
     make = functools.partial(buffer.init, atari.OBSERVATION, num_envs=8, size=1_000_000)
     state = jax.eval_shape(make, extras)
     stored = sum(

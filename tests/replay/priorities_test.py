@@ -134,7 +134,12 @@ def test_windows_begin_neither_across_the_write_head_nor_at_a_reset(num_steps):
     @jax.jit
     def sample(state, key):
         windows, indices, weight = buffer.sample_prioritised(
-            state, key, stack=4, num_windows=400, num_states=num_states, importance=0.5
+            state,
+            key,
+            observation=OBSERVATION,
+            num_windows=400,
+            num_states=num_states,
+            importance=0.5,
         )
         after = priorities.update(
             state.priorities, *indices, jnp.full(400, 9.0, jnp.float32), exponent=0.5
