@@ -256,7 +256,6 @@ class Weight(NamedTuple):
     temporaries: float  # bytes
     listed: "Listed"
     flops: float
-    moved: float  # bytes
     least_seconds: float
 
 
@@ -274,18 +273,18 @@ def weigh(program: Program, device: Device, platform: str, *, is_half: bool) -> 
     listed = list_kernels(compiled.as_text())
     memory = compiled.memory_analysis()
     cost = compiled.cost_analysis()
-    if cost is None:  # The CUDA compiler has none: that of the program as it was given.
+    if cost is not None:
+        flops = cost["flops"]
+    else:  # The CUDA compiler has none: that of the program as it was given.
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments
         )
         traced = jax.jit(program.function.__wrapped__).trace(*shapes)
         given = traced.lower(lowering_platforms=(platform,)).cost_analysis()
         share = len(program.arguments[0].num_updates.sharding.device_set)
-        cost = {"flops": given["flops"] / share, "bytes accessed": listed.moved}
-    flops, moved = cost["flops"], cost["bytes accessed"]
-    busy = max(
-        flops / (device.half if is_half else device.single), moved / device.bandwidth
-    )
+        flops = given["flops"] / share
+    rate = device.half if is_half else device.single
+    busy = max(flops / rate, listed.moved / device.bandwidth)
     return Weight(
         compile_seconds=seconds,
         arguments=memory.argument_size_in_bytes
@@ -293,7 +292,6 @@ def weigh(program: Program, device: Device, platform: str, *, is_half: bool) -> 
         temporaries=memory.temp_size_in_bytes,
         listed=listed,
         flops=flops,
-        moved=moved,
         least_seconds=busy
         + listed.collective_bytes / device.link
         + listed.kernels * device.launch,
@@ -314,7 +312,8 @@ _COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) .*\{$", re.MULTILINE)
 _INSTRUCTION = re.compile(
     r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([a-z][\w\-]*)\(([^)]*)\)(.*)$"
 )
-_ARRAY = re.compile(r"\b(pred|[a-z]+?\d+)\w*\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|[a-z]+?\d+)\w*\[([\d,]*)\]({[^}]*})?")
+_FAST_MEMORY = "S(1)"  # of a TPU, in an array's layout
 _FREE = {
     *("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "while"),
     *("conditional", "call", "iota", "after-all", "partition-id", "replica-id"),
@@ -331,7 +330,7 @@ _LARGEST = 2**29
 def list_kernels(text: str) -> Listed:
     """Reads the text of a compiled program; a loop's body counts once."""
     fused = set(re.findall(r"(?:calls|to_apply)=%?([\w.\-]+)", text))
-    sizes: dict[str, float] = {}
+    sizes: dict[str, float] = {}  # in the device's main memory
     calls: dict[str, int] = {}
     kernels = collectives = 0
     collective_bytes = moved = 0.0
@@ -350,7 +349,7 @@ def list_kernels(text: str) -> Listed:
         kernels += 1
         if _COLLECTIVE.match(code):
             collectives += 1
-            collective_bytes += sizes[name]
+            collective_bytes += _num_bytes(kind, is_any_memory=True)
         if target := re.search(r'custom_call_target="([^"]+)"', rest):
             calls[target[1]] = calls.get(target[1], 0) + 1
         read = [sizes.get(x, 0.0) for x in re.findall(r"%([\w.\-]+)", operands)]
@@ -358,12 +357,13 @@ def list_kernels(text: str) -> Listed:
     return Listed(kernels, calls, collectives, collective_bytes, moved)
 
 
-def _num_bytes(kind: str) -> float:
+def _num_bytes(kind: str, *, is_any_memory: bool = False) -> float:
     """Returns the bytes of a type in HLO, such as `(f32[2,3]{1,0}, pred[])`."""
     total = 0.0
-    for name, shape in _ARRAY.findall(kind):
-        bits = 8 if name == "pred" else int(re.sub(r"\D+", "", name))
-        total += bits / 8 * math.prod(int(n) for n in shape.split(",") if n)
+    for name, shape, layout in _ARRAY.findall(kind):
+        if is_any_memory or _FAST_MEMORY not in layout:
+            bits = 8 if name == "pred" else int(re.sub(r"\D+", "", name))
+            total += bits / 8 * math.prod(int(n) for n in shape.split(",") if n)
     return total
 
 
@@ -398,7 +398,7 @@ def _table(
                     f"{listed.collectives}, {listed.collective_bytes / 1e6:.1f} MB"
                 ),
                 "operations": f"{one.flops / 1e9:.1f} G",
-                "moved": f"{one.moved / 1e6:.0f} MB",
+                "moved": f"{listed.moved / 1e6:.0f} MB",
                 "least time": f"{1e3 * one.least_seconds:.3f} ms",
             }
         )

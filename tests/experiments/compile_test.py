@@ -23,7 +23,8 @@ TEXT = """HloModule jit_learn, is_scheduled=true
 ENTRY %main (replay: u8[1024,1024,1024], x: bf16[4]) -> f32[2,3] {
   %replay = u8[1024,1024,1024]{2,1,0} parameter(0)
   %x = bf16[4]{0} parameter(1)
-  %rows = f32[2,3]{1,0:T(8,128)} fusion(%replay, %x), calls=%fused_computation
+  %fast = f32[8,8]{1,0:T(8,128)S(1)} fusion(%replay), calls=%fused_computation
+  %rows = f32[2,3]{1,0:T(8,128)} fusion(%replay, %x, %fast), calls=%fused_computation
   %sum = f32[2,3]{1,0} all-reduce(%rows), channel_id=1, to_apply=%add
   %call = (f32[5,5]{0,1}, pred[8]{0}) custom-call(%sum), custom_call_target="eigh"
   ROOT %end = f32[2,3]{1,0} bitcast(%sum)
@@ -33,11 +34,12 @@ ENTRY %main (replay: u8[1024,1024,1024], x: bf16[4]) -> f32[2,3] {
 
 def test_a_program_is_read_as_by_hand():
     found = compile_script.list_kernels(TEXT)
-    # The body's fusion, and three of main; what lies in a fusion is no kernel.
-    assert found.kernels == 4
+    # The body's fusion, and four of main; what lies in a fusion is no kernel.
+    assert found.kernels == 5
     assert found.calls == {"eigh": 1}
     assert (found.collectives, found.collective_bytes) == (1, 24.0)
-    # Body 24 + 24; rows 24 and x of 8, without the replay; sum 24 + 24; call 108 + 24.
+    # Body 24 + 24; rows 24 and x of 8, without the replay and what lies in a TPU's fast
+    # memory; sum 24 + 24; call 108 + 24.
     assert found.moved == 48 + 32 + 48 + 132
 
 
