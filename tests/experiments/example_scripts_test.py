@@ -100,6 +100,12 @@ def test_one_gpu(run):
     assert (config.game, config.seed, config.preset) == ("Breakout", 3, "gpu")
 
 
+def test_ten_minutes_on_a_gpu(run, tmp_path):
+    code, calls, _ = run("ten_minutes_gpu.sh", "out", "--dry", WORK=str(tmp_path))
+    expected = f"-m experiments.gpu_minutes --workdir={tmp_path} --files=out --dry"
+    assert code == 0 and calls["python"] == [expected.split()]
+
+
 def test_eight_gpus(run):
     code, calls, _ = run("eight_gpus.sh", "one")
     assert code == 0 and len(calls["python"]) == 2
