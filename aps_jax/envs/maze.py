@@ -244,6 +244,10 @@ class MazeEnvironment:
         """Returns whether the time is up."""
         return state.time >= params.max_steps_in_episode
 
+    def observe_all(self) -> jax.Array:
+        """Returns what every state of the tables shows, `[N, *frame_shape]` uint8."""
+        return jax.vmap(self._observe)(jnp.arange(len(self._maze.next_state)))
+
     def draw(self, place: jax.Array) -> jax.Array:
         """Draws a state, `[84, 84]` uint8."""
         num_cells = self._shape[1] * self._shape[2]

@@ -302,6 +302,41 @@ def test_the_entropy_agent_ignores_the_task_in_its_scalar_target():
     assert one["loss_feature"] != other["loss_feature"]
 
 
+def test_permuted_tasks_are_those_of_another_window():
+    config = make_config(permuted="task")
+    state = trained_state(make_agent(config))
+    windows, particles = make_batch(config)
+    rolled = with_task(windows, np.roll(windows.extras["task"], 1, axis=0))
+    after, found = make_update(config)(state, windows, particles)
+    expected, metrics = make_update(make_config())(state, rolled, particles)
+    for name, value in metrics.items():
+        np.testing.assert_allclose(found[name], value, rtol=1e-5, err_msg=name)
+    assert not changed(after.params, expected.params)
+
+
+def test_a_permuted_bonus_is_as_large_and_of_another_window():
+    """Where psi is 0 the TD error is the bonus; permuted, its mean is the same."""
+    options = {"td_form": "scalar", "skill_weight": 0.0, "entropy_weight": 1.0}
+    config, plain = make_config(permuted="entropy", **options), make_config(**options)
+    state = trained_state(make_agent(config))
+    zeros = jax.tree.map(jnp.zeros_like, state.params["successor"])
+    blank = state._replace(
+        params={**state.params, "successor": zeros}, target_params=zeros
+    )
+    windows, particles = make_batch(config)
+    none = np.zeros_like(windows.is_first)
+    windows = windows._replace(is_first=none, terminated=none)
+    task = windows.extras["task"]
+    windows = with_task(windows, np.broadcast_to(task[:, :1], task.shape).copy())
+    found, expected = (
+        [make_update(one)(before, windows, particles)[1] for before in (blank, state)]
+        for one in (config, plain)
+    )
+    np.testing.assert_allclose(found[0]["td_error"], expected[0]["td_error"], rtol=1e-5)
+    # Beside values that differ between windows, the squares of the errors tell.
+    assert abs(found[1]["loss_td"] / expected[1]["loss_td"] - 1.0) > 1e-4
+
+
 def test_the_td_loss_does_not_move_the_features():
     """Features learn from their own loss: with opposite tasks the gradient flips."""
     config = make_config(max_gradient_norm=1e9)

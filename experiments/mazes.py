@@ -1,0 +1,227 @@
+r"""Pretrains agents and controls in mazes, and scores them exactly without learning.
+
+  python -m experiments.mazes --mazes=open,four_rooms --seeds=3 --workdir=runs/mazes
+  python -m experiments.mazes --mazes=large --seeds=10 --workdir=runs/large
+
+Every arm is the agent file that runs on Atari with some options changed. Seeds of an
+arm learn at once. The same command goes on where it stopped. Ends with tables, and
+writes them, scores.json and pictures to WORKDIR/report. docs/worlds.md says what the
+columns are.
+"""
+
+import dataclasses
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from absl import flags
+
+from aps_jax import config as config_lib
+from aps_jax.envs import maze
+from aps_jax.report import maze_pictures, tables
+from aps_jax.runs import folders, metrics
+from aps_jax.scores import estimates
+from aps_jax.train import maze_scores, recorders, stages
+from experiments import common_flags
+
+ARMS: dict[str, dict[str, Any]] = {
+    "aps": {},
+    "visr": {"agent": "visr"},
+    "entropy": {"agent": "entropy"},
+    "random play": {"pretrain_epsilon": 1.0},
+    "frozen features": {"feature_learning_rate": 0.0},
+    "both": {"pretrain_epsilon": 1.0, "feature_learning_rate": 0.0},
+    "permuted bonus": {"permuted": "entropy"},
+    "permuted tasks": {"permuted": "task"},
+}
+# A long way to the goal needs a long memory of it.
+_LARGE = {"discount": 0.99, "pretrain_frames": 300_000}
+_GROUPS = {"small": tuple(maze.SMALL), "large": tuple(maze.LARGE)}
+_MAZES = flags.DEFINE_list(
+    "mazes", ["small"], f"Some of {', '.join(maze.MAPS)}; small or large for all such."
+)
+_ARMS = flags.DEFINE_list(
+    "maze_arms", list(ARMS), f"Some of {', '.join(ARMS)}, separated by commas."
+)
+_NUM_REWARDS = 50
+_LABELS = (10, 30, 100, 300)
+_VISITED_STEPS = 20_000  # agent steps of behaviour after pretraining, for heat maps
+_NUM_ENVS = 32
+
+
+@dataclasses.dataclass(frozen=True)
+class Cell:
+    """An arm in a maze."""
+
+    maze: str
+    arm: str
+    config: config_lib.Config
+    folder: pathlib.Path
+    seeds: tuple[int, ...]
+
+
+def main(argv: Sequence[str]) -> None:
+    """Runs what is missing, and reports."""
+    common_flags.reject_words(argv)
+    cells = make_cells(common_flags.workdir_from_flags())
+    report = common_flags.workdir_from_flags() / "report"
+    found = {}
+    for cell in cells:
+        found[cell.maze, cell.arm] = run_cell(cell)
+        report.mkdir(parents=True, exist_ok=True)
+        folders.write_json(report / "scores.json", _as_json(found))
+    tables.show_tables(make_tables(found))
+    (report / "report.md").write_text(
+        "\n".join(
+            line
+            for table in make_tables(found)
+            for line in (*tables.table_lines(table, "##"), "")
+        ),
+        encoding="utf-8",
+    )
+    maze_pictures.save_heat_maps(
+        report / "visits.png",
+        {key: np.asarray(rows[0]["visits"]) for key, rows in found.items()},
+    )
+    maze_pictures.save_curves(
+        report / "skill_following.png",
+        {key: [row["curve"] for row in rows] for key, rows in found.items()},
+        "skill_following",
+    )
+    print(f"Written to {report}.")
+
+
+def make_cells(workdir: pathlib.Path) -> list[Cell]:
+    """Returns what the flags ask for, maze by maze.
+
+    Raises:
+      ValueError: A maze or an arm does not exist, or an option is of one arm's own.
+    """
+    names = [name for word in _MAZES.value for name in _GROUPS.get(word, (word,))]
+    for kind, asked, known in (
+        ("maze", names, maze.MAPS),
+        ("arm", _ARMS.value, ARMS),
+    ):
+        if unknown := [name for name in asked if name not in known]:
+            raise ValueError(
+                f"Unknown {kind} {unknown[0]!r}: give some of {', '.join(known)}."
+            )
+    given = common_flags.given_options()
+    if own := {key for arm in ARMS.values() for key in arm} & set(given):
+        raise ValueError(f"--{min(own)} is what the arms differ in: leave it out.")
+    seeds = tuple(common_flags.seeds_of_runs() or (0,))
+    cells = []
+    for name in dict.fromkeys(names):
+        for arm in dict.fromkeys(_ARMS.value):
+            config = config_lib.preset_config("maze", ARMS[arm].get("agent", "aps"))
+            options = {"game": f"maze/{name}", "seed": seeds[0], **ARMS[arm]}
+            options |= _LARGE if name in maze.LARGE else {}
+            config = config_lib.replace_options(config, **{**options, **given})
+            folder = workdir / name / arm.replace(" ", "_")
+            cells.append(Cell(name, arm, config, folder, seeds))
+    return cells
+
+
+def run_cell(cell: Cell) -> list[dict[str, Any]]:
+    """Pretrains the seeds of an arm in a maze and scores them; or reads the scores."""
+    runs = recorders.make_runs(cell.config, cell.folder, cell.seeds)
+    paths = [folder / "scores.json" for folder in runs.configs]
+    if all(path.exists() for path in paths):
+        return [folders.read_json(path) for path in paths]
+    print(f"{cell.maze}, {cell.arm}:", flush=True)
+    with common_flags.watched() as watched:
+        results = stages.pretrain_runs(runs, **watched)
+    tester = None
+    for folder, result, path in zip(runs.configs, results, paths, strict=True):
+        trained = stages.load_pretrained(folder)
+        if tester is None:
+            tester = maze_scores.Tester(cell.config.game, trained.agent)
+        scored = score(tester, trained.state, trained.config.seed)
+        rows = metrics.read_metrics(folder / metrics.FILE_NAME)
+        curve = {name: list(rows[name]) for name in ("agent_steps", "skill_following")}
+        scored |= {
+            "skill_following": result["skill_following"]["mean"],
+            "coverage": rows["visited"][-1] / len(tester.free),
+            "curve": curve,
+        }
+        folders.write_json(path, scored)
+    return [folders.read_json(path) for path in paths]
+
+
+def score(tester: maze_scores.Tester, state: Any, seed: int) -> dict[str, Any]:
+    """Returns all that is measured of one pretrained agent."""
+    rewards = maze_scores.box_rewards(tester.tables, _NUM_REWARDS, seed=1_000 + seed)
+    of_all = tester.scores(state, rewards, seed=seed)
+    found = {name: float(np.mean(values)) for name, values in of_all._asdict().items()}
+    for num in _LABELS:
+        of_few = tester.scores(state, rewards, num_labels=num, seed=seed)
+        found[f"labels_{num}"] = float(np.mean(of_few.zero_shot))
+    found["obedience"] = float(np.mean(tester.obedience(state, seed=seed)))
+    visits = tester.visits(
+        state,
+        jax.random.key(seed),
+        num_steps=_VISITED_STEPS // _NUM_ENVS,
+        num_envs=_NUM_ENVS,
+    )
+    return {**found, "visits": visits.tolist()}
+
+
+_COLUMNS = {
+    "zero_shot": "zero-shot",
+    "without_gpi": "without GPI",
+    "best_of_task": "best for its task",
+    "random_task": "random task",
+    "obedience": "obedience",
+    "skill_following": "skill following",
+    "coverage": "states visited",
+    **{f"labels_{num}": f"{num} labels" for num in _LABELS},
+}
+
+
+def make_tables(
+    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
+) -> list[tables.Table]:
+    """Makes a table of arms for each group of mazes, and one for each maze."""
+    mazes = list(dict.fromkeys(name for name, _ in found))
+    arms = list(dict.fromkeys(arm for _, arm in found))
+    groups = {
+        f"All {len(names)} {group} mazes": names
+        for group, known in _GROUPS.items()
+        if len(names := [name for name in mazes if name in known]) > 1
+    }
+    groups |= {name: [name] for name in mazes}
+    made = []
+    for title, names in groups.items():
+        rows = [
+            {
+                "arm": arm,
+                **{
+                    shown: _estimate([found[name, arm] for name in names], column)
+                    for column, shown in _COLUMNS.items()
+                },
+            }
+            for arm in arms
+        ]
+        num_seeds = len(found[names[0], arms[0]])
+        note = f"Interquartile means over mazes and {num_seeds} seeds, 95 % intervals."
+        made.append(tables.make_table(title, rows, note))
+    return made
+
+
+def _estimate(runs: Sequence[Sequence[Mapping[str, Any]]], column: str) -> str:
+    scores = [[row[column] for row in rows] for rows in runs]
+    found = estimates.bootstrap(estimates.interquartile_mean, scores, seed=0)
+    return tables.format_estimate(found, lambda x: f"{x:.2f}")
+
+
+def _as_json(found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
+    nested: dict[str, Any] = {}
+    for (name, arm), rows in found.items():
+        nested.setdefault(name, {})[arm] = rows
+    return nested
+
+
+if __name__ == "__main__":
+    common_flags.run(main, short=(*common_flags.SHORT, "seeds"))
