@@ -49,7 +49,9 @@ class Window(NamedTuple):
     Fields other than `observation` are those of `Step`, time on the leading axis.
     """
 
-    observation: jax.Array  # [T, *observation.shape] uint8, newest frame last.
+    # [T, *observation.shape] uint8, newest frame last; of `States` [K, ...] alone where
+    # they were named.
+    observation: jax.Array
     action: jax.Array  # [T] int32
     reward: jax.Array | None  # [T] float32; None in a reward-free phase
     terminated: jax.Array  # [T] bool
@@ -57,6 +59,11 @@ class Window(NamedTuple):
     life_lost: jax.Array  # [T] bool
     id: jax.Array  # [T] int32
     extras: Extras  # each [T, ...]
+
+
+# Windows without observations `[B, T, ...]` -> `[B, K]` int, the states whose
+# observations are stacked, because nothing else is looked at.
+States = Callable[[Window], jax.Array]
 
 
 class Buffer(NamedTuple):
@@ -163,6 +170,7 @@ def sample(
     stack: int,
     num_windows: int,
     num_states: int,
+    states: States | None = None,
     axis_name: str | None = None,
 ) -> Window:
     """Draws windows uniformly over all that lie in the buffer: see `sample_indices`.
@@ -173,6 +181,7 @@ def sample(
       stack: `S`.
       num_windows: `B`.
       num_states: `T`.
+      states: Whose observations are wanted; None: those of all.
       axis_name: Axis of the `N` devices on each of which this runs; None on one.
 
     Returns:
@@ -181,7 +190,7 @@ def sample(
     """
     num_frames = num_states + stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
-    return _read(buffer, indices, num_frames, stack)
+    return _read(buffer, indices, num_frames, stack, states)
 
 
 def sample_prioritised(
@@ -192,6 +201,7 @@ def sample_prioritised(
     num_windows: int,
     num_states: int,
     importance: float | jax.Array,
+    states: States | None = None,
 ) -> tuple[Window, Indices, jax.Array]:
     """Draws windows by the priorities of their first states, on one device.
 
@@ -205,6 +215,7 @@ def sample_prioritised(
       num_windows: `B`.
       num_states: `T`.
       importance: `[]` float, beta: how far the importance weights undo the priorities.
+      states: As `sample`.
 
     Returns:
       The `Window` with leading axis `[B]`, where their first states lie, and their
@@ -222,7 +233,7 @@ def sample_prioritised(
     env, place, weight = priorities_lib.draw(
         key, weight, num_windows=num_windows, importance=importance
     )
-    windows = _read(buffer, Indices(env, place - history), num_frames, stack)
+    windows = _read(buffer, Indices(env, place - history), num_frames, stack, states)
     return windows, Indices(env, place), weight
 
 
@@ -269,9 +280,9 @@ def map_all(
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
         # Before the first step there is nothing: the reset frame fills the stack.
         index = jnp.maximum(time[:, None] + jnp.arange(1 - stack, 1)[None, :], 0)
-        steps = jax.tree.map(lambda x: x[:, index], buffer.experience)
-        steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-        result = function(_stack_windows(steps, stack))
+        env = jnp.repeat(jnp.arange(num_envs), time.shape[0])
+        index = jnp.tile(index, (num_envs, 1))
+        result = function(_gather(buffer.experience, env, index, stack, None))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -307,16 +318,49 @@ def _starts(buffer: Buffer, num_frames: int) -> tuple[jax.Array, jax.Array]:
     return oldest, jnp.maximum(num_held - num_frames + 1, 0)
 
 
-def _read(buffer: Buffer, indices: Indices, num_frames: int, stack: int) -> Window:
+def _read(
+    buffer: Buffer,
+    indices: Indices,
+    num_frames: int,
+    stack: int,
+    states: States | None = None,
+) -> Window:
     time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
-    steps = jax.tree.map(
-        lambda x: x[indices.env[:, None], time % buffer.length], buffer.experience
+    return _gather(buffer.experience, indices.env, time % buffer.length, stack, states)
+
+
+def _gather(
+    experience: Step, env: jax.Array, time: jax.Array, stack: int, states: States | None
+) -> Window:
+    """Reads windows, and rebuilds the stacked observations of their single frames.
+
+    As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
+    reset frame fills the places of the frames that do not exist.
+
+    Args:
+      experience: `[E, length, ...]`.
+      env: `[B]` int, the environment of each window.
+      time: `[B, L]` int, where its frames lie, `L = T + S - 1`.
+      stack: `S`.
+      states: As `sample`.
+
+    Returns:
+      The `Window` `[B, T, ...]` of the last `T` steps.
+    """
+    fields = experience._asdict()
+    frame = fields.pop("frame")
+    fields = jax.tree.map(lambda x: x[env[:, None], time], fields)
+    places = jax.vmap(functools.partial(frames.stack_places, stack=stack))(
+        fields["is_first"]
     )
-    return _stack_windows(steps, stack)
-
-
-def _stack_windows(steps: Step, stack: int) -> Window:
-    return jax.vmap(functools.partial(stack_window, stack=stack))(steps)
+    fields = jax.tree.map(lambda x: x[:, stack - 1 :], fields)
+    windows = Window(observation=None, **fields)  # type: ignore[arg-type]
+    if states is not None:
+        places = jax.vmap(lambda x, i: x[i])(places, states(windows))
+    of_stacks = jax.vmap(lambda x, i: x[i])(time, places)  # [B, T, S]
+    stacks = frame[env[:, None, None], of_stacks]  # [B, T, S, H, W..]
+    stacks = jnp.moveaxis(stacks, 2, 4)  # [B, T, H, W, S..]
+    return windows._replace(observation=stacks.reshape(*stacks.shape[:4], -1))
 
 
 def _map_in_chunks(
@@ -381,24 +425,3 @@ def sample_indices(
     )
     env = (offset + rest.astype(np.int32)) // num_windows + whole.astype(np.int32)
     return env, start
-
-
-def stack_window(steps: Step, stack: int) -> Window:
-    """Rebuilds the stacked observations of a window of single frames.
-
-    As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
-    reset frame fills the places of the frames that do not exist.
-
-    Args:
-      steps: A `Step` with leading axis `[L]`, `L = T + S - 1` in time order.
-      stack: `S`.
-
-    Returns:
-      The `Window` of the last `T` steps.
-    """
-    stacks = steps.frame[frames.stack_places(steps.is_first, stack)]  # [T, S, H, W..]
-    stacks = jnp.moveaxis(stacks, 1, 3)  # [T, H, W, S..]
-    fields = steps._asdict()
-    del fields["frame"]
-    fields = jax.tree.map(lambda x: x[stack - 1 :], fields)
-    return Window(observation=stacks.reshape(*stacks.shape[:3], -1), **fields)

@@ -473,6 +473,7 @@ def make_draw(
         stack=stack,
         num_windows=spec.num_windows,
         num_states=spec.num_states,
+        states=spec.states,
     )
     draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.REPLICATED))
     draw_particles = _on_each_device(
@@ -496,6 +497,7 @@ def make_draw(
             num_states=spec.num_states,
             stack=stack,
             importance=spec.priorities.importance(number),
+            states=spec.states,
         )
         return base.Batch(hide_reward(windows), particles, weight, places)
 
