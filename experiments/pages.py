@@ -65,6 +65,20 @@ def results_table() -> str:
     )
 
 
+def atari100k_table() -> str:
+    """Returns known agents beside their published scores."""
+    folder = ROOT / "results" / "atari100k"
+    if not folder.exists():
+        return "No runs are kept yet: `make atari100k` makes them."
+    shown = tables.tables(report.report([folder]))
+    return "\n".join(
+        line
+        for table in shown
+        if table.title == tables.PUBLISHED
+        for line in tables.table_lines(table, "**{}**")
+    )
+
+
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     """Returns what makes the table of some rows of the benchmark as measured."""
 
@@ -106,6 +120,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "benchmark": measured_rows(lambda name: name not in _ON_SCALING),
     },
     "docs/scaling.md": {name: measured_rows(name.__eq__) for name in _ON_SCALING},
+    "docs/value_agents.md": {"atari100k": atari100k_table},
     "README.md": {"results": results_table},
 }
 

@@ -116,6 +116,17 @@ def published_scores() -> Mapping[str, Mapping[str, PublishedCell]]:
     )
 
 
+@functools.cache
+def published_deviations() -> Mapping[tuple[str, str], float]:
+    """Returns standard deviations over published seeds, by system and game."""
+    return types.MappingProxyType(
+        {
+            (row["system"], row["game"]): float(row["standard_deviation"])
+            for row in _rows("atari26_deviations.csv")
+        }
+    )
+
+
 def _key(game: str) -> str:
     """Reduces a spelling to lower-case letters and digits, without its version."""
     name = game.rsplit("-v", maxsplit=1)[0]

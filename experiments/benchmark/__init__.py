@@ -24,6 +24,7 @@ ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "startup": startup.startup_rows,
     "scaling": loops.scaling_rows,
     "particles": parts.particles_rows,
+    "from_reward": loops.from_reward_rows,
 }
 _SIZES = {size.name: size for size in (setup.FULL, setup.SMOKE)}
 
