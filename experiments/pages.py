@@ -18,7 +18,7 @@ from absl import app, flags
 from aps_jax import agents
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
-from aps_jax.report import by_reward, report, tables
+from aps_jax.report import by_reward, published, report, tables
 from aps_jax.runs import folders, metrics
 from aps_jax.types import Metric
 from experiments.benchmark import table as bench_table
@@ -70,13 +70,8 @@ def atari100k_table() -> str:
     folder = ROOT / "results" / "atari100k"
     if not folder.exists():
         return "No runs are kept yet: `make atari100k` makes them."
-    shown = tables.tables(report.report([folder]))
-    return "\n".join(
-        line
-        for table in shown
-        if table.title == tables.PUBLISHED
-        for line in tables.table_lines(table, "**{}**")
-    )
+    shown = {table.title: table for table in tables.tables(report.report([folder]))}
+    return "\n".join(tables.table_lines(shown[published.TITLE], "**{}**"))
 
 
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:

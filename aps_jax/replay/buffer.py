@@ -49,9 +49,7 @@ class Window(NamedTuple):
     Fields other than `observation` are those of `Step`, time on the leading axis.
     """
 
-    # [T, *observation.shape] uint8, newest frame last; of `States` [K, ...] alone where
-    # they were named.
-    observation: jax.Array
+    observation: jax.Array  # [T, *observation.shape] uint8, newest frame last.
     action: jax.Array  # [T] int32
     reward: jax.Array | None  # [T] float32; None in a reward-free phase
     terminated: jax.Array  # [T] bool
@@ -61,8 +59,8 @@ class Window(NamedTuple):
     extras: Extras  # each [T, ...]
 
 
-# Windows without observations `[B, T, ...]` -> `[B, K]` int, the states whose
-# observations are stacked, because nothing else is looked at.
+# Windows without observations [B, T, ...] -> [B, K] int, the states whose observations
+# alone are stacked.
 States = Callable[[Window], jax.Array]
 
 
@@ -278,11 +276,10 @@ def map_all(
     steps_at_once = max(1, CHUNK_SIZE // num_envs)
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
-        # Before the first step there is nothing: the reset frame fills the stack.
-        index = jnp.maximum(time[:, None] + jnp.arange(1 - stack, 1)[None, :], 0)
+        # What lies before the first step is not seen: that is a reset's.
         env = jnp.repeat(jnp.arange(num_envs), time.shape[0])
-        index = jnp.tile(index, (num_envs, 1))
-        result = function(_gather(buffer.experience, env, index, stack, None))
+        first = jnp.tile(time, num_envs) - (stack - 1)
+        result = function(_read(buffer, Indices(env, first), stack, stack))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -325,42 +322,27 @@ def _read(
     stack: int,
     states: States | None = None,
 ) -> Window:
-    time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
-    return _gather(buffer.experience, indices.env, time % buffer.length, stack, states)
-
-
-def _gather(
-    experience: Step, env: jax.Array, time: jax.Array, stack: int, states: States | None
-) -> Window:
     """Reads windows, and rebuilds the stacked observations of their single frames.
 
     As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
     reset frame fills the places of the frames that do not exist.
-
-    Args:
-      experience: `[E, length, ...]`.
-      env: `[B]` int, the environment of each window.
-      time: `[B, L]` int, where its frames lie, `L = T + S - 1`.
-      stack: `S`.
-      states: As `sample`.
-
-    Returns:
-      The `Window` `[B, T, ...]` of the last `T` steps.
     """
-    fields = experience._asdict()
+    time = (indices.time[:, None] + jnp.arange(num_frames)[None, :]) % buffer.length
+    fields = buffer.experience._asdict()
     frame = fields.pop("frame")
-    fields = jax.tree.map(lambda x: x[env[:, None], time], fields)
-    places = jax.vmap(functools.partial(frames.stack_places, stack=stack))(
-        fields["is_first"]
-    )
+    fields = jax.tree.map(lambda x: x[indices.env[:, None], time], fields)
+    place = functools.partial(frames.stack_places, stack=stack)
+    places = jax.vmap(place)(fields["is_first"])  # [B, T, S]
     fields = jax.tree.map(lambda x: x[:, stack - 1 :], fields)
     windows = Window(observation=None, **fields)  # type: ignore[arg-type]
     if states is not None:
-        places = jax.vmap(lambda x, i: x[i])(places, states(windows))
-    of_stacks = jax.vmap(lambda x, i: x[i])(time, places)  # [B, T, S]
-    stacks = frame[env[:, None, None], of_stacks]  # [B, T, S, H, W..]
+        places = _pick(places, states(windows))
+    stacks = frame[indices.env[:, None, None], _pick(time, places)]  # [B, T, S, H, W..]
     stacks = jnp.moveaxis(stacks, 2, 4)  # [B, T, H, W, S..]
     return windows._replace(observation=stacks.reshape(*stacks.shape[:4], -1))
+
+
+_pick = jax.vmap(lambda x, i: x[i])
 
 
 def _map_in_chunks(

@@ -4,6 +4,7 @@ An agent whose mean lies outside of what as many seeds of the published runs giv
 fault until it is explained: docs/value_agents.md.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,6 +12,7 @@ import numpy as np
 from aps_jax.report import aggregates, finished_runs
 from aps_jax.scores import protocol, scores
 
+TITLE = "Known agents beside their published scores"
 NOTE = (
     "95 % range: of the mean of as many seeds of the published runs, their mean +- "
     "1.96 standard deviations / sqrt(seeds). Without one, only the mean is published."
@@ -48,10 +50,9 @@ def rows(methods: Sequence[aggregates.Method]) -> list[dict[str, str]]:
             if cell is None:
                 continue
             mean = float(np.mean([run.returns.mean() for run in runs]))
-            deviation = scores.published_deviations().get((system, game))
             interval = verdict = "-"
-            if deviation is not None:
-                half = 1.96 * deviation / len(runs) ** 0.5
+            if not math.isnan(cell.deviation):
+                half = 1.96 * cell.deviation / len(runs) ** 0.5
                 low, high = cell.score - half, cell.score + half
                 interval = f"{low:,.1f} to {high:,.1f}"
                 verdict = "inside" if low <= mean <= high else "outside"

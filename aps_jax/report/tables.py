@@ -14,7 +14,6 @@ from aps_jax.scores import estimates, protocol, scores
 KIND = "aps_jax report"
 SCHEMA = 1
 
-PUBLISHED = "Known agents beside their published scores"
 _GAINS = ("Comparisons", "Did pretraining help?")
 _POINTS_NOTE = (
     "Points: mean over seeds of the final evaluation [95 % bootstrap interval over "
@@ -52,7 +51,7 @@ def tables(built: aggregates.Report) -> list[Table]:
     return [
         *([_methods_table(built)] if built.methods else []),
         _games_table(built),
-        *([make_table(PUBLISHED, known, published.NOTE)] if known else []),
+        *([make_table(published.TITLE, known, published.NOTE)] if known else []),
         *([_summary_table(built)] if built.summaries or built.published else []),
         *(_comparison_tables(built) if built.comparisons else []),
     ]

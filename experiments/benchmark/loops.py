@@ -117,34 +117,6 @@ def full_rows(size: Size) -> list[Row]:
     return rows
 
 
-def from_reward_rows(size: Size) -> list[Row]:
-    """Measures `der` as it learns from reward, by the number of seeds at once."""
-    config = config_lib.replace_options(
-        config_lib.preset_config("smoke" if size.options else "atari100k", "der"),
-        finetune_agent_steps=4_000,
-        finetune_warmup_agent_steps=100,
-    )
-    things, first = {}, size.seed_counts[0]
-    steps = size.iterations * config.finetune.finetune_num_envs
-    with contextlib.ExitStack() as held:
-        for num_seeds in size.seed_counts:
-            session = setup.Setup(config, num_seeds=num_seeds)
-            held.callback(session.close)
-            things[num_seeds] = functools.partial(session.play, size.iterations)
-        work = {num: float(num * steps) for num in things}
-        turns = take_turns(things, repetitions=size.repetitions, work=work)
-    return [
-        turns.rates(
-            "from_reward",
-            f"der from reward, {num_seeds} seeds at once / {first}",
-            num_seeds,
-            first,
-            "seeds x agent steps/s",
-        )
-        for num_seeds in size.seed_counts
-    ]
-
-
 def scaling_rows(size: Size) -> list[Row]:
     """Measures acting at several numbers of environments."""
     config = setup.main_config(size)

@@ -1,4 +1,4 @@
-"""A session of a stage, as the benchmark's rows use it."""
+"""A session of pretraining, as the benchmark's rows use it."""
 
 import dataclasses
 import functools
@@ -33,7 +33,6 @@ class Size:
     copy_floats: int = 2**24
     starts: int = 5  # Processes started with and without a cache.
     particle_counts: tuple[int, ...] = (512, 4096, 65_536)
-    seed_counts: tuple[int, ...] = (1, 5, 10)
     options: tuple[tuple[str, Any], ...] = ()  # Of the configs, over their presets.
 
 
@@ -50,7 +49,6 @@ SMOKE = Size(
     copy_floats=64,
     starts=1,
     particle_counts=(16,),
-    seed_counts=(1, 2),
     options=(
         ("num_envs", 4),
         ("hidden_units", 16),
@@ -87,31 +85,23 @@ def nature_config(size: Size) -> config_lib.Config:
 
 
 class Setup:
-    """The first stage on Atari, that has warmed up, compiled and learned.
+    """Pretraining on Atari that has warmed up, compiled and learned.
 
     Each method does its work and waits for all that it enqueued.
     """
 
-    def __init__(
-        self, config: config_lib.Config, *, learns: bool = True, num_seeds: int = 1
-    ):
-        """Starts seeds at once, and plays on to the first update if it `learns`."""
-        has_pretraining = config.has_pretraining
-        make_plan = loop.pretrain_plan if has_pretraining else loop.finetune_plan
-        of_finetune = config.finetune.finetune_num_envs
-        self.num_envs = config.pretrain.num_envs if has_pretraining else of_finetune
-        seeds = range(config.seed, config.seed + num_seeds)
+    def __init__(self, config: config_lib.Config, *, learns: bool = True):
+        """Starts, and plays on to the first update if it `learns`."""
+        self.num_envs = config.pretrain.num_envs
+        samples = config.pretrain.samples_per_step
+        self.updates_per_step = samples / config.learner.batch_size
+        pool = loop.make_pool(config, self.num_envs, loop.Stream.PRETRAIN_ACT)
         mesh = devices.make_mesh(config.num_devices)
-        stream = loop.Stream.PRETRAIN_ACT
-        pool = loop.make_pool(config, self.num_envs, stream, run_seeds=seeds)
         agent = config.make_agent(pool.num_actions, pool.observation)
-        plan = make_plan(config, agent)
-        self.updates_per_step = plan.samples_per_step / config.learner.batch_size
-        state = loop.stack_seeds([loop.init_state(agent, s, mesh) for s in seeds], mesh)
+        plan = loop.pretrain_plan(config, agent)
+        state = loop.init_state(agent, config.seed, mesh)
         # Types are not followed into the loop: without learning its fields are None.
-        self._session = cast(
-            Any, loop.start(config, plan, pool, state, mesh=mesh, seeds=seeds)
-        )
+        self._session = cast(Any, loop.start(config, plan, pool, state, mesh=mesh))
         self._learn_step, self._schedule = self._session.learn, self._session.schedule
         while learns and not self._schedule.num_due(self._session.agent_steps):
             self._session.step()
