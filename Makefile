@@ -9,12 +9,13 @@
 #   make docs    the documentation, in docs/_build/html; any warning is an error
 #   make pages   the tables in README.md and docs/ that code and results make
 #   make results    measures the README's table anew: about an hour on two cores
+#   make atari100k    holds known agents to their published scores: a day on two cores
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test test-faults test-described docs pages results lint format clean
+.PHONY: demo test test-faults test-described docs pages results atari100k lint format clean
 
 demo: $(VENV)/installed
 	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
@@ -53,6 +54,15 @@ results: $(VENV)/installed
 	$(SWEEP) --seeds=1 --stage=finetune --games=Pong --reward=examples.rewards:pong_high
 	$(SWEEP) --seeds=3 --stage=finetune --games=MsPacman --reward=examples.rewards:pacman_left
 	$(SWEEP) --seeds=3 --stage=finetune --games=RoadRunner --reward=survival
+	$(BIN)/python -m experiments.pages
+
+# 13 runs, one after the other; the same command goes on.
+ATARI100K := $(BIN)/python -m experiments.sweep --run=local --processes=1 \
+  --stage=scratch --preset=atari100k --workdir=runs/atari100k --keep=results/atari100k
+atari100k: $(VENV)/installed
+	$(ATARI100K) --agents=curl --games=Breakout,CrazyClimber,RoadRunner --seeds=3
+	$(ATARI100K) --agents=drq_eps --games=Boxing --seeds=2
+	$(ATARI100K) --agents=der --games=CrazyClimber --seeds=2
 	$(BIN)/python -m experiments.pages
 
 lint: $(VENV)/installed

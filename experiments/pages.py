@@ -18,7 +18,7 @@ from absl import app, flags
 from aps_jax import agents
 from aps_jax import config as config_lib
 from aps_jax.envs import atari
-from aps_jax.report import by_reward, report, tables
+from aps_jax.report import by_reward, published, report, tables
 from aps_jax.runs import folders, metrics
 from aps_jax.types import Metric
 from experiments.benchmark import table as bench_table
@@ -65,6 +65,15 @@ def results_table() -> str:
     )
 
 
+def atari100k_table() -> str:
+    """Returns known agents beside their published scores."""
+    folder = ROOT / "results" / "atari100k"
+    if not folder.exists():
+        return "No runs are kept yet: `make atari100k` makes them."
+    shown = {table.title: table for table in tables.tables(report.report([folder]))}
+    return "\n".join(tables.table_lines(shown[published.TITLE], "**{}**"))
+
+
 def measured_rows(is_shown: Callable[[str], bool]) -> Callable[[], str]:
     """Returns what makes the table of some rows of the benchmark as measured."""
 
@@ -106,6 +115,7 @@ PARTS: dict[str, dict[str, Callable[[], str]]] = {
         "benchmark": measured_rows(lambda name: name not in _ON_SCALING),
     },
     "docs/scaling.md": {name: measured_rows(name.__eq__) for name in _ON_SCALING},
+    "docs/value_agents.md": {"atari100k": atari100k_table},
     "README.md": {"results": results_table},
 }
 

@@ -12,11 +12,18 @@ from collections.abc import Sequence
 from aps_jax.train import stages
 from experiments import common_flags, summary
 
+# Games in which CURL's published code weighs the contrast by 0.01.
+_LIGHTER_CONTRAST = ("Boxing", "Freeway", "Pong", "PrivateEye")
+
 
 def main(argv: Sequence[str]) -> None:
     """Runs what the flags describe."""
     common_flags.reject_words(argv)
     config = common_flags.config_from_flags()
+    is_weighed = "auxiliary_weight" in common_flags.given_options()
+    if config.agent == "curl" and config.game in _LIGHTER_CONTRAST and not is_weighed:
+        weight = "--auxiliary_weight=0.01"
+        print(f"Note: CURL's published code has {weight} in {config.game}.")
     all_runs = common_flags.runs_from_flags(config, common_flags.workdir_from_flags())
     if common_flags.is_preflight(all_runs, stages.FINETUNE):
         return

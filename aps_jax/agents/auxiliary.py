@@ -3,6 +3,7 @@
 Letters: `B` windows, `T` states of a window, `K` jumps, `H` width of an encoding.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -133,12 +134,10 @@ def curl(
 
     def loss(inputs: Inputs, key: PRNGKey) -> jax.Array:
         images = inputs.windows.observation[:, 0]
-        views = [
-            jax.vmap(
-                lambda key, image: augment.crop_pad_crop(key, image, pad=_CURL_PAD)
-            )(jax.random.split(view_key, images.shape[0]), images)
-            for view_key in jax.random.split(key)
-        ]
+        view = functools.partial(augment.crop_pad_crop, pad=_CURL_PAD)
+        views = jax.vmap(lambda keys: jax.vmap(view)(keys, images))(
+            jax.random.split(key, (2, images.shape[0]))
+        )
         query = compared(inputs.values, inputs.own, views[0])
         keys = compared(inputs.slow["values"], inputs.slow["own"], views[1])
         losses = contrast_losses(

@@ -19,7 +19,7 @@ from aps_jax import options
 from aps_jax.networks import modules
 from aps_jax.ops import losses, returns
 from aps_jax.options import option
-from aps_jax.replay.buffer import Extras, Indices, Window
+from aps_jax.replay.buffer import Extras, Indices, States, Window
 from aps_jax.types import Array, Metric, ObservationSpec, Params, PRNGKey
 
 IMAGE_ENCODERS = {
@@ -167,6 +167,7 @@ class BatchSpec(NamedTuple):
     num_states: int  # T
     num_particles: int = 0  # P, further states drawn from the whole replay
     priorities: "Prioritised | None" = None  # None: windows are drawn uniformly
+    states: States | None = None  # whose observations it looks at; None: at all
 
 
 class Prioritised(NamedTuple):

@@ -24,6 +24,7 @@ from aps_jax.ops import acting, augment
 from aps_jax.ops.returns import masked_mean
 from aps_jax.options import option
 from aps_jax.replay import frames
+from aps_jax.replay.buffer import Window
 from aps_jax.types import Metric, ObservationSpec, Params, PRNGKey
 
 AUXILIARIES = ("none", "curl", "curl_published", "spr")
@@ -166,8 +167,12 @@ class Config(base.Config):
     @property
     def window_states(self) -> int:
         """States of one window, for its target and for what SPR predicts."""
-        jumps = self.spr_jumps if self.auxiliary == "spr" else 0
-        return 1 + max(self.n_steps, jumps)
+        return 1 + max(self.n_steps, self.predicted_states)
+
+    @property
+    def predicted_states(self) -> int:
+        """States after the first that are predicted."""
+        return self.spr_jumps if self.auxiliary == "spr" else 0
 
 
 def make_network(
@@ -186,6 +191,14 @@ def make_network(
         is_renormalised=config.auxiliary == "spr",
         gradient_scale=config.head_gradient_scale,
     )
+
+
+def seen_states(config: Config, windows: Window) -> jax.Array:
+    """Returns the states `[B, K]` that are looked at: the last is bootstrapped from."""
+    bootstrap = base.reward_targets(config, windows).bootstrap  # [B, 1]
+    first = jnp.arange(1 + config.predicted_states, dtype=bootstrap.dtype)
+    first = jnp.broadcast_to(first, (bootstrap.shape[0], first.shape[0]))
+    return jnp.concatenate([first, bootstrap], axis=1)
 
 
 def make_atoms(config: Config) -> np.ndarray:
@@ -274,8 +287,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         reward = base.clip_rewards(windows.reward, config.reward_clip)
         r_t, discount_t = base.sum_steps(reward[:, 1:], targets)  # [B, 1]
         s_tm1 = change(keys["s_tm1"], windows.observation[:, 0])
-        s_t = take_states(windows.observation, targets.bootstrap[:, 0])
-        s_t = change(keys["s_t"], s_t)
+        s_t = change(keys["s_t"], windows.observation[:, -1])
 
         online_noise = draw_noise(keys["online"], values)
         encoded = network.apply(values, s_tm1, method="encode")
@@ -360,6 +372,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         config.batch_size,
         config.window_states,
         priorities=_priorities(config),
+        states=functools.partial(seen_states, config),
     )
     learner = base.Learner(spec, update, METRICS)
     agent = base.from_reward_alone(init, policy, config.finetune_epsilon, learner)

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from aps_jax.networks import convolutions, modules
 from aps_jax.types import Params, PRNGKey
@@ -36,20 +37,20 @@ def draw_noise(key: PRNGKey, params: Params) -> dict[str, Noise]:
     Fortunato et al. 2018, https://arxiv.org/abs/1706.10295.
 
     Args:
-      key: Is consumed; each layer and factor has a key of its own.
+      key: Is consumed.
       params: Of a `ValueHead`.
     """
-
-    def factor(key: PRNGKey, size: int) -> jax.Array:
-        drawn = jax.random.normal(key, (size,))
-        return jnp.sign(drawn) * jnp.sqrt(jnp.abs(drawn))
-
-    noise = {}
-    for index, name in enumerate(sorted(params)):
-        if "kernel_sigma" in params[name]:
-            keys = jax.random.split(jax.random.fold_in(key, index))
-            noise[name] = Noise(*map(factor, keys, params[name]["kernel_sigma"].shape))
-    return noise
+    shapes = {
+        name: params[name]["kernel_sigma"].shape
+        for name in sorted(params)
+        if "kernel_sigma" in params[name]
+    }
+    # All at once, and cut: on CPUs each draw takes about as long as a layer.
+    sizes = [size for shape in shapes.values() for size in shape]
+    drawn = jax.random.normal(key, (sum(sizes),))
+    factors = jnp.sign(drawn) * jnp.sqrt(jnp.abs(drawn))
+    parts = iter(jnp.split(factors, np.cumsum(sizes[:-1], dtype=int)))
+    return {name: Noise(next(parts), next(parts)) for name in shapes}
 
 
 class NoisyDense(nn.Module):

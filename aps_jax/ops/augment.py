@@ -22,17 +22,8 @@ def random_shift(key: PRNGKey, image: Array, *, pad: int) -> jax.Array:
       image: `[H, W, C]` of any type.
       pad: All of the `(2 pad + 1)^2` offsets are equally likely.
     """
-    padded = _pad(image, pad)
-    return random_crop(key, padded, height=image.shape[0], width=image.shape[1])
-
-
-def random_crop(key: PRNGKey, image: Array, *, height: int, width: int) -> jax.Array:
-    """Cuts `[height, width, C]` out of an image `[H, W, C]`, at any place alike."""
-    chex.assert_rank(image, 3)
-    rows, columns = image.shape[0] - height + 1, image.shape[1] - width + 1
-    offset = jax.random.randint(key, (2,), 0, jnp.array([rows, columns]))
-    start = (offset[0], offset[1], jnp.zeros((), offset.dtype))
-    return jax.lax.dynamic_slice(image, start, (height, width, image.shape[2]))
+    offset = jax.random.randint(key, (2,), 0, 2 * pad + 1)
+    return _crop(_pad(image, pad), offset, image.shape)
 
 
 def random_intensity(key: PRNGKey, image: Array, *, scale: float) -> jax.Array:
@@ -56,11 +47,17 @@ def crop_pad_crop(key: PRNGKey, image: Array, *, pad: int) -> jax.Array:
       image: `[H, W, C]` of any type.
       pad: As above; 4 in CURL.
     """
-    crop_key, shift_key = jax.random.split(key)
-    height, width, _ = image.shape
-    cropped = random_crop(crop_key, image, height=height - pad, width=width - pad)
-    padded = _pad(cropped, pad)
-    return random_crop(shift_key, padded, height=height, width=width)
+    offsets = jax.random.randint(key, (2, 2), 0, pad + 1)
+    height, width, channels = image.shape
+    cropped = _crop(image, offsets[0], (height - pad, width - pad, channels))
+    return _crop(_pad(cropped, pad), offsets[1], image.shape)
+
+
+def _crop(image: Array, offset: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Cuts an image of a shape out of one, from rows and columns `[2]` on."""
+    chex.assert_rank(image, 3)
+    start = (offset[0], offset[1], jnp.zeros((), offset.dtype))
+    return jax.lax.dynamic_slice(image, start, shape)
 
 
 def _pad(image: Array, pad: int) -> jax.Array:

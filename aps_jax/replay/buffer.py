@@ -64,6 +64,11 @@ class Window(NamedTuple):
     extras: Extras  # each [T, ...]
 
 
+# Windows without observations [B, T, ...] -> [B, K] int, the states whose observations
+# alone are stacked.
+States = Callable[[Window], jax.Array]
+
+
 class Buffer(NamedTuple):
     """Steps of `E` environments: a pytree of device arrays."""
 
@@ -174,6 +179,7 @@ def sample(
     observation: ObservationSpec,
     num_windows: int,
     num_states: int,
+    states: States | None = None,
     axis_name: str | None = None,
 ) -> Window:
     """Draws windows uniformly over all that lie in the buffer: see `sample_indices`.
@@ -184,6 +190,7 @@ def sample(
       observation: What an agent sees, `S` frames.
       num_windows: `B`.
       num_states: `T`.
+      states: Whose observations are wanted; None: those of all.
       axis_name: Axis of the `N` devices on each of which this runs; None on one.
 
     Returns:
@@ -192,7 +199,7 @@ def sample(
     """
     num_frames = num_states + observation.stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
-    return _read(buffer, indices, num_frames, observation)
+    return _read(buffer, indices, num_frames, observation, states)
 
 
 def sample_prioritised(
@@ -203,6 +210,7 @@ def sample_prioritised(
     num_windows: int,
     num_states: int,
     importance: float | jax.Array,
+    states: States | None = None,
 ) -> tuple[Window, Indices, jax.Array]:
     """Draws windows by the priorities of their first states, on one device.
 
@@ -216,6 +224,7 @@ def sample_prioritised(
       num_windows: `B`.
       num_states: `T`.
       importance: `[]` float, beta: how far the importance weights undo the priorities.
+      states: As `sample`.
 
     Returns:
       The `Window` with leading axis `[B]`, where their first states lie, and their
@@ -233,7 +242,8 @@ def sample_prioritised(
     env, place, weight = priorities_lib.draw(
         key, weight, num_windows=num_windows, importance=importance
     )
-    windows = _read(buffer, Indices(env, place - history), num_frames, observation)
+    first = Indices(env, place - history)
+    windows = _read(buffer, first, num_frames, observation, states)
     return windows, Indices(env, place), weight
 
 
@@ -282,12 +292,11 @@ def map_all(
     steps_at_once = max(1, CHUNK_SIZE // num_envs)
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
-        # Before the first step there is nothing: the reset frame fills the stack.
-        offsets = jnp.arange(1 - observation.stack, 1)
-        index = jnp.maximum(time[:, None] + offsets[None, :], 0)
-        steps = jax.tree.map(lambda x: x[:, index], buffer.experience)
-        steps = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), steps)
-        result = function(_stack_windows(steps, observation))
+        # What lies before the first step is not seen: that is a reset's.
+        env = jnp.repeat(jnp.arange(num_envs), time.shape[0])
+        stack = observation.stack
+        first = jnp.tile(time, num_envs) - (stack - 1)
+        result = function(_read(buffer, Indices(env, first), stack, observation))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -324,20 +333,35 @@ def _starts(buffer: Buffer, num_frames: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _read(
-    buffer: Buffer, indices: Indices, num_frames: int, observation: ObservationSpec
+    buffer: Buffer,
+    indices: Indices,
+    num_frames: int,
+    observation: ObservationSpec,
+    states: States | None = None,
 ) -> Window:
-    time = indices.time[:, None] + jnp.arange(num_frames)[None, :]
-    steps = jax.tree.map(
-        lambda x: x[indices.env[:, None], time % buffer.length], buffer.experience
-    )
-    return _stack_windows(steps, observation)
+    """Reads windows, and rebuilds the stacked observations of their single frames.
+
+    As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
+    reset frame fills the places of the frames that do not exist.
+    """
+    stack, shape = observation.stack, observation.frame_shape
+    time = (indices.time[:, None] + jnp.arange(num_frames)[None, :]) % buffer.length
+    fields = buffer.experience._asdict()
+    frame = fields.pop("frame")
+    fields = jax.tree.map(lambda x: x[indices.env[:, None], time], fields)
+    place = functools.partial(frames.stack_places, stack=stack)
+    places = jax.vmap(place)(fields["is_first"])  # [B, T, S]
+    fields = jax.tree.map(lambda x: x[:, stack - 1 :], fields)
+    windows = Window(observation=None, **fields)  # type: ignore[arg-type]
+    if states is not None:
+        places = _pick(places, states(windows))
+    rows = frame[indices.env[:, None, None], _pick(time, places)]  # [B, T, S, lanes]
+    stacks = rows[..., : math.prod(shape)].reshape(*rows.shape[:3], *shape)
+    stacks = jnp.moveaxis(stacks, 2, 4)  # [B, T, H, W, S..]
+    return windows._replace(observation=stacks.reshape(*stacks.shape[:4], -1))
 
 
-def _stack_windows(steps: Step, observation: ObservationSpec) -> Window:
-    shape = observation.frame_shape
-    frame = steps.frame[..., : math.prod(shape)]
-    steps = steps._replace(frame=frame.reshape(*frame.shape[:2], *shape))
-    return jax.vmap(functools.partial(stack_window, stack=observation.stack))(steps)
+_pick = jax.vmap(lambda x, i: x[i])
 
 
 def _map_in_chunks(
@@ -402,24 +426,3 @@ def sample_indices(
     )
     env = (offset + rest.astype(np.int32)) // num_windows + whole.astype(np.int32)
     return env, start
-
-
-def stack_window(steps: Step, stack: int) -> Window:
-    """Rebuilds the stacked observations of a window of single frames.
-
-    As EnvPool's own `stack_num`: no stack reaches over a reset. At and after it, the
-    reset frame fills the places of the frames that do not exist.
-
-    Args:
-      steps: A `Step` with leading axis `[L]`, `L = T + S - 1` in time order.
-      stack: `S`.
-
-    Returns:
-      The `Window` of the last `T` steps.
-    """
-    stacks = steps.frame[frames.stack_places(steps.is_first, stack)]  # [T, S, H, W..]
-    stacks = jnp.moveaxis(stacks, 1, 3)  # [T, H, W, S..]
-    fields = steps._asdict()
-    del fields["frame"]
-    fields = jax.tree.map(lambda x: x[stack - 1 :], fields)
-    return Window(observation=stacks.reshape(*stacks.shape[:3], -1), **fields)

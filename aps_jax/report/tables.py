@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from aps_jax.report import aggregates, finished_runs
+from aps_jax.report import aggregates, finished_runs, published
 from aps_jax.scores import estimates, protocol, scores
 
 KIND = "aps_jax report"
@@ -47,9 +47,11 @@ def make_table(title: str, rows: Iterable[Mapping[str, str]], *notes: str) -> Ta
 
 def tables(built: aggregates.Report) -> list[Table]:
     """Formats a report: the runs, the games, the aggregates, and the comparisons."""
+    known = published.rows(built.methods)
     return [
         *([_methods_table(built)] if built.methods else []),
         _games_table(built),
+        *([make_table(published.TITLE, known, published.NOTE)] if known else []),
         *([_summary_table(built)] if built.summaries or built.published else []),
         *(_comparison_tables(built) if built.comparisons else []),
     ]

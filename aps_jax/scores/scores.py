@@ -31,6 +31,7 @@ class PublishedCell(NamedTuple):
     score: float  # Mean return in points, as printed.
     suspect: str  # Why the score cannot be right; empty where it can.
     source: str  # The paper or repository that it was taken from.
+    deviation: float  # Standard deviation over seeds; NaN where it is not known.
 
 
 def find_reference_scores(game: str) -> ReferenceScores | None:
@@ -109,7 +110,8 @@ def published_scores() -> Mapping[str, Mapping[str, PublishedCell]]:
     """Returns the published scores: system -> game -> cell, each on the 26 games."""
     table: dict[str, dict[str, PublishedCell]] = {}
     for row in _rows("atari26_published.csv"):
-        cell = PublishedCell(float(row["score"]), row["suspect"], row["source"])
+        score, deviation = float(row["score"]), float(row["deviation"] or "nan")
+        cell = PublishedCell(score, row["suspect"], row["source"], deviation)
         table.setdefault(row["system"], {})[row["game"]] = cell
     return types.MappingProxyType(
         {system: types.MappingProxyType(cells) for system, cells in table.items()}

@@ -468,12 +468,9 @@ def make_draw(
             axis_name=axis_name,
         )
 
-    sample = functools.partial(
-        buffer_lib.sample,
-        observation=observation,
-        num_windows=spec.num_windows,
-        num_states=spec.num_states,
-    )
+    shape: Any = {"observation": observation, "states": spec.states}
+    shape |= {"num_windows": spec.num_windows, "num_states": spec.num_states}
+    sample = functools.partial(buffer_lib.sample, **shape)
     draw_windows = _on_each_device(sample, mesh, (REPLAY_SPECS, devices.REPLICATED))
     draw_particles = _on_each_device(
         particles_of, mesh, (devices.REPLICATED, REPLAY_SPECS, devices.REPLICATED)
@@ -489,13 +486,9 @@ def make_draw(
             particles = draw_particles(state, replay, particle_key)
         if spec.priorities is None:
             return base.Batch(hide_reward(draw_windows(replay, window_key)), particles)
+        beta = spec.priorities.importance(number)
         windows, places, weight = buffer_lib.sample_prioritised(
-            replay,
-            window_key,
-            num_windows=spec.num_windows,
-            num_states=spec.num_states,
-            observation=observation,
-            importance=spec.priorities.importance(number),
+            replay, window_key, importance=beta, **shape
         )
         return base.Batch(hide_reward(windows), particles, weight, places)
 

@@ -15,7 +15,7 @@ from absl import flags
 
 from aps_jax.runs import folders
 from experiments import common_flags
-from experiments.benchmark import loops, parts, setup, startup, table
+from experiments.benchmark import from_reward, loops, parts, setup, startup, table
 
 ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "acting": loops.acting_rows,
@@ -24,6 +24,7 @@ ROWS: Mapping[str, Callable[[setup.Size], list[table.Row]]] = {
     "startup": startup.startup_rows,
     "scaling": loops.scaling_rows,
     "particles": parts.particles_rows,
+    "from_reward": from_reward.from_reward_rows,
 }
 _SIZES = {size.name: size for size in (setup.FULL, setup.SMOKE)}
 

@@ -149,7 +149,15 @@ def parts(name, **options):
     state = jax.jit(agent.init)(jax.random.key(0))
     other = jax.jit(agent.init)(jax.random.key(1))
     state = state._replace(target_params=other.params["values"])
-    return config.learner, agent, jax.jit(agent.finetune.learner.update), state
+    learner = agent.finetune.learner
+
+    def update(state, batch, key):  # Of a batch with the observations of all states.
+        windows = batch.windows
+        seen = base.take_states(windows.observation, learner.batch.states(windows))
+        batch = batch._replace(windows=windows._replace(observation=seen))
+        return learner.update(state, batch, key)
+
+    return config.learner, agent, jax.jit(update), state
 
 
 def make_batch(config, seed=0, weight=None):

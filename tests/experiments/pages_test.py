@@ -1,5 +1,6 @@
 """Tests that pages say what the code and the results say."""
 
+import fake_runs
 import pytest
 from absl.testing import flagsaver
 
@@ -35,6 +36,17 @@ def test_every_metric_is_explained():
 def test_a_metrics_name_has_one_meaning():
     meanings = {metric.name: metric for metric in declared_metrics()}
     assert all(meanings[metric.name] == metric for metric in declared_metrics())
+
+
+def test_known_agents_stand_beside_their_published_scores(tmp_path, monkeypatch):
+    monkeypatch.setattr(pages, "ROOT", tmp_path)
+    assert "make atari100k" in pages.atari100k_table()
+    run = {"agent": "curl", "game": "Breakout", "init": None}
+    result = fake_runs.result([9.0] * 100, finetune_agent_steps=100_000, **run)
+    fake_runs.write(tmp_path / "results" / "atari100k" / "run", result)
+    table = pages.atari100k_table()
+    assert "| curl scratch | Breakout | 1 | 9.0 |" in table
+    assert "| outside |" in table and "Scores per game" not in table
 
 
 @pytest.fixture

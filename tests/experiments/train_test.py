@@ -46,3 +46,15 @@ def test_wrong_words_and_options_are_named(tmp_path):
     with pytest.raises(ValueError, match="value_min must be less than value_max"):
         train.main(["train"])
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    "game, weight, is_named",
+    [("Freeway", None, True), ("Freeway", 0.01, False), ("Breakout", None, False)],
+)
+def test_the_published_weight_of_contrast_is_named(game, weight, is_named, capsys):
+    set_flags(agent="curl", game=game, preset="atari100k", auxiliary_weight=weight)
+    with pytest.raises(ValueError, match="--workdir=DIR is needed"):
+        train.main(["train"])
+    note = f"Note: CURL's published code has --auxiliary_weight=0.01 in {game}.\n"
+    assert capsys.readouterr().out == (note if is_named else "")
