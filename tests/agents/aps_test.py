@@ -723,19 +723,22 @@ def test_improvement_over_policies_values_each_by_the_task_itself():
     wide = make_agent(make_config(gpi_concentration=0.0, gpi_tasks=64))
     state = same.init(jax.random.key(3))
     observation = make_observation(np.random.default_rng(0), 40)
-    actions = {"plain": [], "same": [], "wide": []}
-    for angle in np.linspace(0.0, 6.0, 7):
-        task = jnp.float32([np.cos(angle), np.sin(angle)])
-        of_task = state._replace(stats=state.stats._replace(task=task))
-        for name, policy in (
-            ("plain", same.play(0.0)),
-            ("same", same.play_adapted(0.0)),
-            ("wide", wide.play_adapted(0.0)),
-        ):
+    angles = np.linspace(0.0, 6.0, 7)
+    tasks = np.stack([np.cos(angles), np.sin(angles)], axis=1).astype(np.float32)
+
+    def actions(policy):
+        @jax.jit
+        def action(task):
+            of_task = state._replace(stats=state.stats._replace(task=task))
             _, decision = policy.act(
                 of_task, policy.init(40), observation, jax.random.key(5)
             )
-            actions[name].append(np.asarray(decision.action))
-    plain, same_actions, wide_actions = map(np.stack, actions.values())
+            return decision.action
+
+        return np.stack([action(task) for task in tasks])
+
+    plain = actions(same.play(0.0))
+    same_actions = actions(same.play_adapted(0.0))
+    wide_actions = actions(wide.play_adapted(0.0))
     assert np.mean(plain == same_actions) > 0.9
     assert np.any(plain != wide_actions)
