@@ -10,13 +10,15 @@ import pathlib
 
 TESTS = pathlib.Path(__file__).resolve().parent
 
-# What the scripts import.
+# What scripts and programs import, so that one server serves all of a worker.
 SCRIPTS = (
     "experiments.common_flags",
     "experiments.summary",
     "aps_jax.report.run_pictures",
     "aps_jax.report.by_reward",
     "aps_jax.train.evaluation",
+    "orbax.checkpoint",
+    "tensorboardX.event_file_writer",
 )
 
 
