@@ -20,7 +20,11 @@ os.environ["JAX_NUMPY_DTYPE_PROMOTION"] = "strict"
 # Tests compile much and run little: without LLVM's optimisations they take half as
 # long, and XLA's older code for fusions compiles in a third of the time. JAX 0.12 has
 # it no more.
-_FLAGS = ["--xla_backend_optimization_level=0"]
+_FLAGS = [
+    "--xla_backend_optimization_level=0",
+    # Splitting programs between threads costs an eighth more, and all cores are busy.
+    "--xla_cpu_parallel_codegen_split_count=1",
+]
 if importlib.metadata.version("jaxlib").startswith("0.10."):
     _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).strip()

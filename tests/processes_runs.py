@@ -7,6 +7,7 @@ import signal
 import socket
 import time
 
+import fakes  # noqa: F401  Knows the game that the processes play.
 import forks
 import jax
 import numpy as np

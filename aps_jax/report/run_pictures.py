@@ -62,7 +62,8 @@ def save_gif(path: pathlib.Path, pictures: Sequence[np.ndarray]) -> None:
     images = [Image.fromarray(picture) for picture in pictures]
     # One palette, of the game's most colourful picture, or colours flicker.
     sample = images[:: max(1, len(images) // 50)]
-    richest = max(sample, key=lambda image: len(image.getcolors(1 << 24) or ()))
+    num_pixels = images[0].width * images[0].height
+    richest = max(sample, key=lambda image: len(image.getcolors(num_pixels) or ()))
     palette = richest.quantize(colors=128)
     plain = Image.Dither.NONE
     first, *rest = (image.quantize(palette=palette, dither=plain) for image in images)
