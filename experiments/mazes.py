@@ -140,7 +140,11 @@ def run_cell(cell: Cell) -> list[dict[str, Any]]:
             tester = maze_scores.Tester(cell.config.game, trained.agent)
         scored = score(tester, trained.state, trained.config.seed)
         rows = metrics.read_metrics(folder / metrics.FILE_NAME)
-        curve = {name: list(rows[name]) for name in ("agent_steps", "skill_following")}
+        # Skill following is measured for each checkpoint, not in every row.
+        names = ("agent_steps", "skill_following")
+        pairs = zip(*(rows[name] for name in names), strict=True)
+        known = [pair for pair in pairs if np.isfinite(pair[1])]
+        curve = dict(zip(names, zip(*known, strict=True), strict=True))
         scored |= {
             "skill_following": result["skill_following"]["mean"],
             "coverage": rows["visited"][-1] / len(tester.free),

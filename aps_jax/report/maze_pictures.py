@@ -56,10 +56,10 @@ def save_curves(
     for (name, arm), seeds in curves.items():
         own = axes[0][mazes.index(name)]
         steps = np.asarray(seeds[0]["agent_steps"])
-        values = np.array([seed[column][: len(steps)] for seed in seeds], np.float64)
-        is_known = np.isfinite(values).all(axis=0)
-        steps, values = steps[is_known], values[:, is_known]
-        (line,) = own.plot(steps, values.mean(axis=0), label=arm, linewidth=1.2)
+        values = np.array([seed[column] for seed in seeds])
+        (line,) = own.plot(
+            steps, values.mean(axis=0), label=arm, linewidth=1.2, marker="."
+        )
         own.fill_between(
             steps,
             values.min(axis=0),

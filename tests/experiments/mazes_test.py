@@ -39,6 +39,7 @@ def test_it_writes_scores_tables_and_pictures_and_goes_on(
         "feature_dim": 4,
         "num_particles": 16,
         "skill_steps": 8,
+        "report_agent_steps": 160,  # rows without a checkpoint, and so without skills
         "replay_size": 640,
     }
     set_flags(workdir=str(tmp_path), mazes=["comb"], maze_arms=["random play"])
@@ -49,6 +50,8 @@ def test_it_writes_scores_tables_and_pictures_and_goes_on(
     assert len(rows) == 2 and rows[0] != rows[1]
     assert sum(rows[0]["visits"]) == 640
     assert 0.0 < rows[0]["coverage"] <= 1.0
+    assert rows[0]["curve"]["agent_steps"] == [640.0]
+    assert rows[0]["curve"]["skill_following"] == [rows[0]["skill_following"]]
     assert rows[0]["zero_shot"] <= 1.0 and "labels_10" in rows[0]
     assert (tmp_path / "report" / "visits.png").stat().st_size > 1_000
     assert (tmp_path / "report" / "skill_following.png").exists()
