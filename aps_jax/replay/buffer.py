@@ -252,7 +252,7 @@ def map_sample(
     num_frames = num_states + stack - 1
     indices = _sample(buffer, key, num_windows, num_frames, axis_name)
     return _map_in_chunks(
-        lambda some: function(_read(buffer, some, num_frames, stack)), indices
+        lambda some: function(_read(buffer, some, num_frames, stack, None)), indices
     )
 
 
@@ -277,9 +277,14 @@ def map_all(
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
         # What lies before the first step is not seen: that is a reset's.
-        env = jnp.repeat(jnp.arange(num_envs), time.shape[0])
-        first = jnp.tile(time, num_envs) - (stack - 1)
-        result = function(_read(buffer, Indices(env, first), stack, stack))
+        first = Indices(jnp.zeros_like(time), time - (stack - 1))
+
+        def of_env(steps: Step) -> Window:  # So that each device reads its own.
+            alone = jax.tree.map(lambda x: x[None], steps)
+            return _read(buffer._replace(experience=alone), first, stack, stack, None)
+
+        windows = jax.vmap(of_env)(buffer.experience)
+        result = function(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), windows))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
@@ -316,11 +321,7 @@ def _starts(buffer: Buffer, num_frames: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _read(
-    buffer: Buffer,
-    indices: Indices,
-    num_frames: int,
-    stack: int,
-    states: States | None = None,
+    buffer: Buffer, indices: Indices, num_frames: int, stack: int, states: States | None
 ) -> Window:
     """Reads windows, and rebuilds the stacked observations of their single frames.
 
