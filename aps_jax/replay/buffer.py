@@ -293,10 +293,15 @@ def map_all(
 
     def of_steps(time: jax.Array) -> Any:  # [S] -> [S, E, ...]
         # What lies before the first step is not seen: that is a reset's.
-        env = jnp.repeat(jnp.arange(num_envs), time.shape[0])
-        stack = observation.stack
-        first = jnp.tile(time, num_envs) - (stack - 1)
-        result = function(_read(buffer, Indices(env, first), stack, observation))
+        first = Indices(jnp.zeros_like(time), time - (observation.stack - 1))
+
+        def of_env(steps: Step) -> Window:  # So that each device reads its own.
+            alone = jax.tree.map(lambda x: x[None], steps)
+            one = buffer._replace(experience=alone)
+            return _read(one, first, observation.stack, observation)
+
+        windows = jax.vmap(of_env)(buffer.experience)
+        result = function(jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), windows))
         return jax.tree.map(
             lambda x: jnp.swapaxes(x.reshape(num_envs, -1, *x.shape[1:]), 0, 1), result
         )
