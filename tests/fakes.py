@@ -336,12 +336,13 @@ class PlanesPool(ChainPool):
         return np.eye(5, dtype=np.uint8)[self._state][:, None, :, None]
 
 
-class CornersPool(ChainPool):
+class CornersPool(PlanesPool):
     """Four corners to choose from: the action says which one is reached next.
 
     The reward is 1 for reaching the last corner, so an episode of `max_agent_steps`
-    is worth that many points at best, and a quarter of it at random. Frames show one
-    bright quarter; resets, seeds and options are as in `ChainPool`.
+    is worth that many points at best, and a quarter of it at random. It plays the game
+    `PLANES`, of whose five states there are four; resets, seeds and options are as in
+    `ChainPool`.
     """
 
     num_actions = 4
@@ -360,12 +361,3 @@ class CornersPool(ChainPool):
 
     def _moved(self, actions: np.ndarray) -> np.ndarray:
         return actions
-
-    def _frames(self) -> np.ndarray:
-        frames = np.zeros((self.num_envs, 84, 84), np.uint8)
-        for index, corner in enumerate(self._state):
-            row, column = divmod(int(corner), 2)
-            frames[index, 42 * row : 42 * row + 42, 42 * column : 42 * column + 42] = (
-                255
-            )
-        return frames

@@ -1,25 +1,20 @@
 """A test of learning: pretrained agents beat untrained ones where it is known."""
 
 import functools
-import json
-import os
-import pathlib
-import sys
 
 import fakes
 import numpy as np
-from scripts import run_python
 
 from aps_jax import config as config_lib
-from aps_jax.train import stages
+from aps_jax.train import recorders, stages
 
 # Reward-free play in the four corners, then 160 steps with reward to infer the task and
 # 24 to learn it. Seen with seeds 0 and 1: of 10 points, evaluated after inference and
-# after 12 and 24 steps, the pretrained agents score 10, 10, 10 and 7, 10, 10; those
-# from scratch 2, 7, 10 and 0, 0, 10.
+# after 12 and 24 steps, the pretrained agents score 10, 10, 10 and 10, 10, 10; those
+# from scratch 0, 10, 10 and 0, 0, 10.
 OPTIONS = {
-    "game": "Corners",
-    "encoder": "small",
+    "game": fakes.PLANES,
+    "encoder": "mlp",
     "hidden_units": 32,
     "feature_dim": 4,
     "num_particles": 16,
@@ -48,39 +43,24 @@ OPTIONS = {
     "eval_epsilon": 0.0,
     "evaluations": 3,
 }
+SEEDS = (0, 1)
 MAKE_CORNERS = functools.partial(fakes.CornersPool, num_states=4)
 
 
-def run(folder):
-    """Trains both arms with two seeds; returns the scores of every evaluation."""
-    curves = {"pretrained": [], "scratch": []}
-    for seed in (0, 1):
-        config = config_lib.replace_options(config_lib.Config(), seed=seed, **OPTIONS)
-        init = folder / str(seed) / "pretrain"
-        stages.pretrain(config, init, constructor=MAKE_CORNERS)
-        for arm, given in (("pretrained", init), ("scratch", None)):
-            result = stages.finetune(
-                config, folder / str(seed) / arm, given, constructor=MAKE_CORNERS
-            )
-            scores = [e["eval_return_mean"] for e in result["evaluations"]]
-            curves[arm].append(scores)
-    return curves
-
-
 def test_pretraining_helps_before_the_reward_was_learned(tmp_path):
-    # In a process of its own, where programs are optimised: this test alone runs for
-    # longer than it compiles.
-    flags = os.environ["XLA_FLAGS"].replace("level=0", "level=1")
-    run_python(__file__, tmp_path, XLA_FLAGS=flags)
-    curves = json.loads((tmp_path / "curves.json").read_text())
-    pool = MAKE_CORNERS("Corners", 1, seeds=[0])
-    pretrained, scratch = np.array(curves["pretrained"]), np.array(curves["scratch"])
+    config = config_lib.replace_options(config_lib.Config(), **OPTIONS)
+    pretraining = recorders.make_runs(config, tmp_path / "pretrain", SEEDS)
+    stages.pretrain_runs(pretraining, constructor=MAKE_CORNERS)
+    curves = {}
+    for arm, inits in (("pretrained", list(pretraining.configs)), ("scratch", None)):
+        runs = recorders.make_runs(config, tmp_path / arm, SEEDS)
+        results = stages.finetune_runs(runs, inits, constructor=MAKE_CORNERS)
+        curves[arm] = np.array(
+            [[e["eval_return_mean"] for e in x["evaluations"]] for x in results]
+        )
+    pool = MAKE_CORNERS(fakes.PLANES, 1, seeds=[0])
+    pretrained, scratch = curves["pretrained"], curves["scratch"]
     # At once, far above random play; then better than scratch with the same budget.
     assert pretrained[:, 0].mean() > 2 * pool.random_return
     assert pretrained[:, :2].mean() > scratch[:, :2].mean() + 3.0
     assert pretrained[:, -1].mean() > 0.9 * pool.optimal_return
-
-
-if __name__ == "__main__":
-    place = pathlib.Path(sys.argv[1])
-    (place / "curves.json").write_text(json.dumps(run(place)))
