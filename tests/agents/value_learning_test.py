@@ -15,8 +15,10 @@ from aps_jax.envs.atari import OBSERVATION
 from aps_jax.replay import buffer
 
 NUM_STATES, NUM_ACTIONS, DISCOUNT = 5, 3, 0.8
-UPDATES = 300
-# Noisy and dueling distributions, a dueling scalar, a plain distribution.
+# Noisy and dueling distributions, a dueling scalar, a plain distribution. Noise is
+# averaged over more updates: after 300, 600 and 1,000 the largest error of der is 0.080,
+# 0.012 and 0.007.
+UPDATES = {"der": 600, "drq": 300, "der_dopamine": 300}
 HEADS = {
     "der": {},
     "drq": {"shift_pad": 0, "intensity_scale": 0.0, "learning_rate": 3e-3},
@@ -91,7 +93,7 @@ def learned_values(name):
     state = jax.jit(agent.init)(jax.random.key(0))
     update = jax.jit(agent.finetune.learner.update, donate_argnums=0)
     batch = jax.device_put(base.Batch(transitions(), None))
-    for key in jax.random.split(jax.random.key(1), UPDATES):
+    for key in jax.random.split(jax.random.key(1), UPDATES[name]):
         state = update(state, batch, key).state
     network = value.make_network(config, NUM_ACTIONS, OBSERVATION)
     states = np.stack([image(state) for state in range(NUM_STATES)])

@@ -682,9 +682,10 @@ def test_preflight_says_what_each_device_holds(tmp_path):
     runs = recorders.make_runs(config, tmp_path)
     checks = preflight.run_checks(runs, ["pretrain"], seconds=1e9)
     found = {check.name: check for check in checks}
-    # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,071 bytes each.
+    # 1,000,000 // 128 steps of each of 128 / 8 environments, 7,183 bytes each:
+    # a frame of 7,056 takes a row of 7,168.
     assert found["each device, pretrain"].found == (
-        "16 environments and their replay (842.9 MiB); 128 targets and 128 particles "
+        "16 environments and their replay (856.2 MiB); 128 targets and 128 particles "
         "of a batch; the whole agent"
     )
     assert found["devices"].verdict == "failed"
