@@ -16,8 +16,8 @@ from aps_jax.replay import buffer
 
 NUM_STATES, NUM_ACTIONS, DISCOUNT = 5, 3, 0.8
 # Noisy and dueling distributions, a dueling scalar, a plain distribution. Noise is
-# averaged over more updates: after 300, 600 and 1,000 the largest error of der is 0.080,
-# 0.012 and 0.007.
+# averaged over more updates: after 300, 600 and 1,000 the largest error of der is
+# 0.080, 0.012 and 0.007.
 UPDATES = {"der": 600, "drq": 300, "der_dopamine": 300}
 HEADS = {
     "der": {},
