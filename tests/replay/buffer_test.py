@@ -159,6 +159,27 @@ def test_stacks_equal_those_that_acting_saw():
             np.testing.assert_array_equal(pixels, seen[time][env])
 
 
+def test_only_the_states_that_are_asked_for_are_stacked():
+    """Each window names its own, by what its other fields say."""
+    state, _ = filled(2, 48, 30)
+    shape = {"num_windows": 5, "num_states": 6, "observation": atari.OBSERVATION}
+    key = jax.random.key(3)
+    whole = buffer.sample(state, key, **shape)
+    chosen = buffer.sample(
+        state,
+        key,
+        **shape,
+        states=lambda windows: jnp.stack(
+            [jnp.zeros(5, jnp.int32), windows.id[:, -1] % 6], axis=1
+        ),
+    )
+    last = np.asarray(whole.id[:, -1]) % 6
+    assert len(set(last)) > 1
+    expected = [whole.observation[i, [0, place]] for i, place in enumerate(last)]
+    np.testing.assert_array_equal(chosen.observation, np.stack(expected))
+    np.testing.assert_array_equal(chosen.action, whole.action)
+
+
 def test_sampling_is_uniform_and_follows_its_key():
     state, _ = filled(2, 40, 20)
     windows = sample(state, 3, num_windows=6800, num_states=1)
