@@ -412,9 +412,15 @@ def _restore(
     if callable(templates):
         templates = templates(metadata)
     items = {}
+    # Reading needs no other process: the first alone films a run's agent, and would
+    # wait for the others for ever.
+    own = jax.process_index()
+    alone = ocp.options.MultiprocessingOptions(primary_host=own, active_processes={own})
     with (
         _orbax_path(path) as root,
-        ocp.Checkpointer(ocp.StandardCheckpointHandler()) as reader,
+        ocp.Checkpointer(
+            ocp.StandardCheckpointHandler(), multiprocessing_options=alone
+        ) as reader,
     ):
         for name, template in templates.items():
             if not (path / name).is_dir():
