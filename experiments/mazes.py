@@ -65,19 +65,18 @@ class Cell:
 def main(argv: Sequence[str]) -> None:
     """Runs what is missing, and reports."""
     common_flags.reject_words(argv)
-    cells = make_cells(common_flags.workdir_from_flags())
-    report = common_flags.workdir_from_flags() / "report"
-    found = {}
-    for cell in cells:
-        found[cell.maze, cell.arm] = run_cell(cell)
-        report.mkdir(parents=True, exist_ok=True)
-        folders.write_json(report / "scores.json", _as_json(found))
-    tables.show_tables(make_tables(found))
+    workdir = common_flags.workdir_from_flags()
+    report, found = workdir / "report", {}
+    with common_flags.watched() as watched:
+        for cell in make_cells(workdir):
+            found[cell.maze, cell.arm] = run_cell(cell, **watched)
+            report.mkdir(parents=True, exist_ok=True)
+            folders.write_json(report / "scores.json", _as_json(found))
+    made = make_tables(found)
+    tables.show_tables(made)
     (report / "report.md").write_text(
         "\n".join(
-            line
-            for table in make_tables(found)
-            for line in (*tables.table_lines(table, "##"), "")
+            line for table in made for line in (*tables.table_lines(table, "##"), "")
         ),
         encoding="utf-8",
     )
@@ -124,18 +123,23 @@ def make_cells(workdir: pathlib.Path) -> list[Cell]:
     return cells
 
 
-def run_cell(cell: Cell) -> list[dict[str, Any]]:
-    """Pretrains the seeds of an arm in a maze and scores them; or reads the scores."""
-    runs = recorders.make_runs(cell.config, cell.folder, cell.seeds)
-    paths = [folder / "scores.json" for folder in runs.configs]
-    if all(path.exists() for path in paths):
-        return [folders.read_json(path) for path in paths]
+def run_cell(cell: Cell, **watched: Any) -> list[dict[str, Any]]:
+    """Pretrains the seeds of an arm in a maze, and scores those without scores.
+
+    Args:
+      cell: The arm.
+      **watched: As for `stages.pretrain_runs`; so are the errors.
+    """
     print(f"{cell.maze}, {cell.arm}:", flush=True)
-    with common_flags.watched() as watched:
-        results = stages.pretrain_runs(runs, **watched)
+    runs = recorders.make_runs(cell.config, cell.folder, cell.seeds)
+    # What is finished returns at once; a folder of other values is refused.
+    results = stages.pretrain_runs(runs, **watched)
+    paths = [folder / "scores.json" for folder in runs.configs]
     tester = None
     for folder, result, path in zip(runs.configs, results, paths, strict=True):
-        trained = stages.load_pretrained(folder)
+        if path.exists():
+            continue
+        trained = stages.load_pretrained(folder, warn=common_flags.warn)
         if tester is None:
             tester = maze_scores.Tester(cell.config.game, trained.agent)
         scored = score(tester, trained.state, trained.config.seed)

@@ -75,7 +75,7 @@ class Tester:
         assert agent.embed is not None
         self._embed = jax.jit(agent.embed)
         self._start_finetune = jax.jit(agent.start_finetune)
-        self._policies = {
+        policies = {
             "adapted": agent.play_adapted(0.0),
             "alone": agent.play(0.0),
             "skills": agent.play_skills(0.0),
@@ -83,7 +83,7 @@ class Tester:
         }
         self._play = {
             kind: jax.jit(self._make_play(policy), static_argnums=(2, 3))
-            for kind, policy in self._policies.items()
+            for kind, policy in policies.items()
         }
 
     def _make_play(self, policy: base.Policy) -> Callable[..., jax.Array]:

@@ -62,9 +62,15 @@ def test_it_writes_scores_tables_and_pictures_and_goes_on(
     assert f"{mean:.2f} [" in report
 
     # What is finished is read, not run.
-    monkeypatch.setattr(stages, "pretrain_runs", None)
+    monkeypatch.setattr(mazes, "score", None)
+    monkeypatch.setattr(stages, "_explore", None)
     mazes.main(["mazes"])
     assert json.loads((tmp_path / "report" / "scores.json").read_text()) == written
+
+    # And what was run with other values is not taken for it.
+    set_flags(n_steps=2)
+    with pytest.raises(ValueError, match="n_steps"):
+        mazes.main(["mazes"])
 
 
 def test_arms_differ_in_their_own_options_alone(tmp_path):
