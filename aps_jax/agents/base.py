@@ -339,8 +339,13 @@ def clip_rewards(r_t: Array | None, bound: float) -> jax.Array:
 
 
 def norm(tree: Any) -> jax.Array:
-    """Returns the Euclidean norm of all arrays together, as of one vector."""
-    return jnp.linalg.norm(jax.flatten_util.ravel_pytree(tree)[0])
+    """Returns the Euclidean norm of all arrays together."""
+    # A GPU launches one kernel for one vector; a CPU would copy the arrays into it.
+    return jax.lax.platform_dependent(
+        tree,
+        cpu=optax.tree.norm,
+        default=lambda x: jnp.linalg.norm(jax.flatten_util.ravel_pytree(x)[0]),
+    )
 
 
 def apply_gradients(
