@@ -151,6 +151,8 @@ def run_cell(cell: Cell, **watched: Any) -> list[dict[str, Any]]:
         curve = dict(zip(names, zip(*known, strict=True), strict=True))
         scored |= {
             "skill_following": result["skill_following"]["mean"],
+            "predicted": result["skill_following"]["predicted"],
+            "met": result["skill_following"]["met"],
             "coverage": rows["visited"][-1] / len(tester.free),
             "curve": curve,
         }
@@ -183,6 +185,8 @@ _COLUMNS = {
     "random_task": "random task",
     "obedience": "obedience",
     "skill_following": "skill following",
+    "predicted": "predicted",
+    "met": "met",
     "coverage": "states visited",
     **{f"labels_{num}": f"{num} labels" for num in _LABELS},
 }

@@ -278,9 +278,15 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         return state._replace(stats=state.stats._replace(calibrated=moments))
 
     def embed(state: AgentState, windows: Window) -> dict[str, jax.Array]:
+        task = windows.extras["task"][:, 0]
+        output = _for_one_task(
+            networks, state.params["successor"], windows.observation[:, 0], task
+        )
+        value = jnp.max(jax.vmap(losses.q_values)(output.psi, task), axis=-1)
         return {
             "phi": features(state, windows).phi,
-            "task": windows.extras["task"][:, 0],
+            "task": task,
+            "value": value / config.value_unit,
         }
 
     def adapt(

@@ -251,6 +251,8 @@ class Agent(NamedTuple):
         [PRNGKey, AgentState, Rollouts | None], tuple[AgentState, dict[str, Any]]
     ]
     # What a picture of visited states shows, of windows of one state: by name [N, D].
+    # Agents with skills show phi, task and value, the [N] sum of phi^T w that greedy
+    # play of the task is predicted to meet, discounted.
     embed: Callable[[AgentState, Window], dict[str, jax.Array]] | None = None
 
 

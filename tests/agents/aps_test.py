@@ -746,6 +746,13 @@ def test_greedy_actions_maximise_the_value(form, explore):
     )
     psi = np.float64(output.psi[:, 0])
     values = np.einsum("ead,ed->ea", psi, np.float64(memory.task))
+    windows = make_windows(np.random.default_rng(1), 40, 1)
+    windows = with_task(windows, memory.task[:, None])
+    windows = windows._replace(observation=observation.frames[:, None])
+    # In the unit of phi^T w itself.
+    predicted = agent.embed(state, windows)["value"]
+    unit = config.learner.value_unit
+    np.testing.assert_allclose(predicted, values.max(axis=1) / unit, rtol=1e-4)
     if form != "vector" and explore:
         values = 0.5 * values + 4.0 * np.float64(output.exploration[:, 0])
     np.testing.assert_array_equal(decision.action, np.argmax(values, axis=1))
