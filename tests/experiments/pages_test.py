@@ -41,6 +41,13 @@ def test_a_metrics_name_has_one_meaning():
 def test_known_agents_stand_beside_their_published_scores(tmp_path, monkeypatch):
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     assert "make atari100k" in pages.atari100k_table()
+    # A sweep that has begun, and a run that nobody has published.
+    (tmp_path / "results" / "atari100k").mkdir(parents=True)
+    assert "make atari100k" in pages.atari100k_table()
+    fake_runs.write(
+        tmp_path / "results" / "atari100k" / "other", fake_runs.result([9.0] * 100)
+    )
+    assert "make atari100k" in pages.atari100k_table()
     run = {"agent": "curl", "game": "Breakout", "init": None}
     result = fake_runs.result([9.0] * 100, finetune_agent_steps=100_000, **run)
     fake_runs.write(tmp_path / "results" / "atari100k" / "run", result)
