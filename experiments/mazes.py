@@ -9,7 +9,6 @@ writes them, scores.json and pictures to WORKDIR/report. docs/worlds.md says wha
 columns are.
 """
 
-import dataclasses
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -18,24 +17,12 @@ import jax
 import numpy as np
 from absl import flags
 
-from aps_jax import config as config_lib
 from aps_jax.envs import maze
 from aps_jax.report import maze_pictures, tables
 from aps_jax.runs import folders, metrics
-from aps_jax.scores import estimates
 from aps_jax.train import maze_scores, recorders, stages
-from experiments import common_flags
+from experiments import arms, common_flags
 
-ARMS: dict[str, dict[str, Any]] = {
-    "aps": {},
-    "visr": {"agent": "visr"},
-    "entropy": {"agent": "entropy"},
-    "random play": {"pretrain_epsilon": 1.0},
-    "frozen features": {"feature_learning_rate": 0.0},
-    "both": {"pretrain_epsilon": 1.0, "feature_learning_rate": 0.0},
-    "permuted bonus": {"permuted": "entropy"},
-    "permuted tasks": {"permuted": "task"},
-}
 # A long way to the goal needs a long memory of it.
 _LARGE = {"discount": 0.99, "pretrain_frames": 300_000}
 _GROUPS = {"small": tuple(maze.SMALL), "large": tuple(maze.LARGE)}
@@ -43,23 +30,14 @@ _MAZES = flags.DEFINE_list(
     "mazes", ["small"], f"Some of {', '.join(maze.MAPS)}; small or large for all such."
 )
 _ARMS = flags.DEFINE_list(
-    "maze_arms", list(ARMS), f"Some of {', '.join(ARMS)}, separated by commas."
+    "maze_arms",
+    list(arms.ARMS),
+    f"Some of {', '.join(arms.ARMS)}, separated by commas.",
 )
 _NUM_REWARDS = 50
 _LABELS = (10, 30, 100, 300)
 _VISITED_STEPS = 20_000  # agent steps of behaviour after pretraining, for heat maps
 _NUM_ENVS = 32
-
-
-@dataclasses.dataclass(frozen=True)
-class Cell:
-    """An arm in a maze."""
-
-    maze: str
-    arm: str
-    config: config_lib.Config
-    folder: pathlib.Path
-    seeds: tuple[int, ...]
 
 
 def main(argv: Sequence[str]) -> None:
@@ -69,14 +47,14 @@ def main(argv: Sequence[str]) -> None:
     report, found = workdir / "report", {}
     with common_flags.watched() as watched:
         for cell in make_cells(workdir):
-            found[cell.maze, cell.arm] = run_cell(cell, **watched)
+            found[cell.world, cell.arm] = run_cell(cell, **watched)
             report.mkdir(parents=True, exist_ok=True)
-            folders.write_json(report / "scores.json", _as_json(found))
+            folders.write_json(report / "scores.json", arms.nested(found))
     made = make_tables(found)
     tables.show_tables(made)
     (report / "report.md").write_text(
         "\n".join(
-            line for table in made for line in (*tables.table_lines(table, "##"), "")
+            line for table in made for line in (*tables.table_lines(table, "## {}"), "")
         ),
         encoding="utf-8",
     )
@@ -92,45 +70,29 @@ def main(argv: Sequence[str]) -> None:
     print(f"Written to {report}.")
 
 
-def make_cells(workdir: pathlib.Path) -> list[Cell]:
+def make_cells(workdir: pathlib.Path) -> list[arms.Cell]:
     """Returns what the flags ask for, maze by maze.
 
     Raises:
       ValueError: A maze or an arm does not exist, or an option is of one arm's own.
     """
     names = [name for word in _MAZES.value for name in _GROUPS.get(word, (word,))]
-    for kind, asked, known in (
-        ("maze", names, maze.MAPS),
-        ("arm", _ARMS.value, ARMS),
-    ):
-        if unknown := [name for name in asked if name not in known]:
-            raise ValueError(
-                f"Unknown {kind} {unknown[0]!r}: give some of {', '.join(known)}."
-            )
-    given = common_flags.given_options()
-    if own := {key for arm in ARMS.values() for key in arm} & set(given):
-        raise ValueError(f"--{min(own)} is what the arms differ in: leave it out.")
-    seeds = tuple(common_flags.seeds_of_runs() or (0,))
-    cells = []
-    for name in dict.fromkeys(names):
-        for arm in dict.fromkeys(_ARMS.value):
-            config = config_lib.preset_config("maze", ARMS[arm].get("agent", "aps"))
-            options = {"game": f"maze/{name}", "seed": seeds[0], **ARMS[arm]}
-            options |= _LARGE if name in maze.LARGE else {}
-            config = config_lib.replace_options(config, **{**options, **given})
-            folder = workdir / name / arm.replace(" ", "_")
-            cells.append(Cell(name, arm, config, folder, seeds))
-    return cells
+    arms.check_known("maze", names, list(maze.MAPS))
+    arms.check_known("arm", _ARMS.value, list(arms.ARMS))
+    asked = {name: arms.ARMS[name] for name in _ARMS.value}
+    return arms.make_cells(
+        workdir, "maze", names, asked, lambda name: _LARGE if name in maze.LARGE else {}
+    )
 
 
-def run_cell(cell: Cell, **watched: Any) -> list[dict[str, Any]]:
+def run_cell(cell: arms.Cell, **watched: Any) -> list[dict[str, Any]]:
     """Pretrains the seeds of an arm in a maze, and scores those without scores.
 
     Args:
       cell: The arm.
       **watched: As for `stages.pretrain_runs`; so are the errors.
     """
-    print(f"{cell.maze}, {cell.arm}:", flush=True)
+    print(f"{cell.world}, {cell.arm}:", flush=True)
     runs = recorders.make_runs(cell.config, cell.folder, cell.seeds)
     # What is finished returns at once; a folder of other values is refused.
     results = stages.pretrain_runs(runs, **watched)
@@ -197,7 +159,7 @@ def make_tables(
 ) -> list[tables.Table]:
     """Makes a table of arms for each group of mazes, and one for each maze."""
     mazes = list(dict.fromkeys(name for name, _ in found))
-    arms = list(dict.fromkeys(arm for _, arm in found))
+    names_of_arms = list(dict.fromkeys(arm for _, arm in found))
     groups = {
         f"All {len(names)} {group} mazes": names
         for group, known in _GROUPS.items()
@@ -210,29 +172,16 @@ def make_tables(
             {
                 "arm": arm,
                 **{
-                    shown: _estimate([found[name, arm] for name in names], column)
+                    shown: arms.estimate([found[name, arm] for name in names], column)
                     for column, shown in _COLUMNS.items()
                 },
             }
-            for arm in arms
+            for arm in names_of_arms
         ]
-        num_seeds = len(found[names[0], arms[0]])
+        num_seeds = len(found[names[0], names_of_arms[0]])
         note = f"Interquartile means over mazes and {num_seeds} seeds, 95 % intervals."
         made.append(tables.make_table(title, rows, note))
     return made
-
-
-def _estimate(runs: Sequence[Sequence[Mapping[str, Any]]], column: str) -> str:
-    scores = [[row[column] for row in rows] for rows in runs]
-    found = estimates.bootstrap(estimates.interquartile_mean, scores, seed=0)
-    return tables.format_estimate(found, lambda x: f"{x:.2f}")
-
-
-def _as_json(found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
-    nested: dict[str, Any] = {}
-    for (name, arm), rows in found.items():
-        nested.setdefault(name, {})[arm] = rows
-    return nested
 
 
 if __name__ == "__main__":

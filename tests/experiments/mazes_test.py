@@ -11,7 +11,7 @@ from scripts import set_flags
 from aps_jax import agents
 from aps_jax.envs import maze
 from aps_jax.train import stages
-from experiments import mazes
+from experiments import arms, mazes
 
 
 @pytest.fixture(autouse=True)
@@ -59,7 +59,7 @@ def test_it_writes_scores_tables_and_pictures_and_goes_on(
     mean = np.mean([row["zero_shot"] for row in rows])
     assert "comb" in shown and f"{mean:.2f} [" in shown
     report = (tmp_path / "report" / "report.md").read_text()
-    assert f"{mean:.2f} [" in report
+    assert f"{mean:.2f} [" in report and "## comb" in report
 
     # What is finished is read, not run.
     monkeypatch.setattr(mazes, "score", None)
@@ -74,11 +74,11 @@ def test_it_writes_scores_tables_and_pictures_and_goes_on(
 
 
 def test_arms_differ_in_their_own_options_alone(tmp_path):
-    set_flags(mazes=["comb"], maze_arms=list(mazes.ARMS), pretrain_frames=640)
+    set_flags(mazes=["comb"], maze_arms=list(arms.ARMS), pretrain_frames=640)
     cells = {cell.arm: cell.config for cell in mazes.make_cells(tmp_path)}
-    assert list(cells) == list(mazes.ARMS)
+    assert list(cells) == list(arms.ARMS)
     learner = {arm: vars(config.learner) for arm, config in cells.items()}
-    for arm, changed in mazes.ARMS.items():
+    for arm, changed in arms.ARMS.items():
         differs = {
             name for name, x in learner[arm].items() if x != learner["aps"][name]
         }
@@ -95,7 +95,7 @@ def test_arms_differ_in_their_own_options_alone(tmp_path):
 def test_large_mazes_have_their_own_values(tmp_path):
     set_flags(mazes=["large"], maze_arms=["aps"], seeds=["3"])
     cells = mazes.make_cells(tmp_path)
-    assert [cell.maze for cell in cells] == list(maze.LARGE)
+    assert [cell.world for cell in cells] == list(maze.LARGE)
     assert {cell.config.learner.discount for cell in cells} == {0.99}
     assert cells[0].seeds == (0, 1, 2) and cells[0].folder == tmp_path / "snake" / "aps"
 
