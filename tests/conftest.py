@@ -1,4 +1,4 @@
-"""Makes JAX strict for every test: promotion errors, CPU, and a shared compile cache.
+"""Makes JAX strict and its programs cheap for every test, and short runs cheaper.
 
 Warnings are errors by pyproject.toml. The settings are environment variables, so that
 the processes that tests start are as strict.
@@ -8,6 +8,8 @@ import importlib.metadata
 import os
 import pathlib
 import tempfile
+
+import pytest
 
 import experiments  # noqa: F401  Garbage is collected as seldom as in the scripts.
 
@@ -37,3 +39,12 @@ with warnings.catch_warnings():
     # Importing TensorFlow Probability (under Distrax) touches a deprecated name of JAX.
     warnings.simplefilter("ignore")
     import distrax  # noqa: F401
+
+
+@pytest.fixture(scope="module")
+def few_states():
+    """Measures and draws fewer states at a row: they are most of a short run's time."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("aps_jax.train.loop._CALIBRATION_STATES", 64)
+        patch.setattr("aps_jax.train.loop._EMBEDDED_STATES", 16)
+        yield

@@ -2,6 +2,7 @@
 
 import functools
 
+import fakes
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,20 +10,22 @@ import pytest
 import references_agent
 
 from aps_jax import config as config_lib
+from aps_jax import types
 from aps_jax.agents import base
-from aps_jax.envs import atari
 from aps_jax.networks import modules
 from aps_jax.ops import whitening
 from aps_jax.replay import buffer
 
 NUM_ACTIONS = 3
 DIM = 2
+OBSERVATION = types.ObservationSpec((4, 4, 2), 1, 1)
 
 
 def make_config(**options):
     """A small agent: 2 targets a window, 3 steps, 7 particles."""
     options = {
-        "encoder": "small",
+        "game": fakes.PLANES,
+        "encoder": "mlp",
         "hidden_units": 8,
         "feature_dim": DIM,
         "num_neighbors": 2,
@@ -40,7 +43,7 @@ def make_config(**options):
 
 @functools.cache
 def make_agent(config):
-    return config.make_agent(NUM_ACTIONS, atari.OBSERVATION)
+    return config.make_agent(NUM_ACTIONS, OBSERVATION)
 
 
 @functools.cache
@@ -73,7 +76,7 @@ def make_finetune_update(config):
 
 
 def make_windows(rng, num_windows, num_states, *, first_id=0):
-    """Windows of random pixels in which episodes end and tasks change."""
+    """Windows of random planes in which episodes end and tasks change."""
     shape = (num_windows, num_states)
     is_first = rng.random(shape) < 0.2
     # Half of the episodes end by game over, the others by the time limit.
@@ -83,7 +86,7 @@ def make_windows(rng, num_windows, num_states, *, first_id=0):
     task /= np.linalg.norm(task, axis=-1, keepdims=True)
     changes = np.cumsum(rng.random(shape) < 0.2, axis=1) > 0
     return buffer.Window(
-        observation=rng.integers(0, 256, (*shape, 84, 84, 4), dtype=np.uint8),
+        observation=rng.integers(0, 2, (*shape, *OBSERVATION.shape), dtype=np.uint8),
         action=rng.integers(0, NUM_ACTIONS, shape).astype(np.int32),
         reward=rng.normal(size=shape).astype(np.float32) * 2,
         terminated=terminated,
@@ -118,7 +121,7 @@ def with_task(windows, task):
 
 def features_of(config, state, observation):
     network = modules.FeatureNetwork(
-        base.make_encoder(config.learner, atari.OBSERVATION), DIM
+        base.make_encoder(config.learner, OBSERVATION), DIM
     )
     return jax.device_get(network.apply(state.params["features"], observation))
 
@@ -179,7 +182,7 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
     # Features that differ by little lose digits when their mean is subtracted.
     rtol = 1e-3 if learner.whiten_features else 2e-5
     successor = modules.SuccessorNetwork(
-        base.make_encoder(learner, atari.OBSERVATION),
+        base.make_encoder(learner, OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -420,7 +423,7 @@ def test_the_share_of_actions_that_depend_on_the_task():
     _, metrics = make_update(config)(state, opposite, particles)
     # Three windows with signs +, -, + and the window before them -- +, +, -.
     successor = modules.SuccessorNetwork(
-        base.make_encoder(config.learner, atari.OBSERVATION),
+        base.make_encoder(config.learner, OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -485,7 +488,7 @@ def test_finetuning_minimises_the_td_error_of_the_reward(unit_values):
     w, scale = np.float32([0.6, -0.8]), np.float32(0.25)
     _, metrics = make_finetune_update(config)(state, windows, w, scale)
     successor = modules.SuccessorNetwork(
-        base.make_encoder(learner, atari.OBSERVATION),
+        base.make_encoder(learner, OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,
@@ -650,7 +653,7 @@ def test_an_untrained_agent_learns_in_the_unit_of_the_reward():
 def make_observation(rng, num_envs):
     """First observations of an episode."""
     return base.Observation(
-        rng.integers(0, 256, (num_envs, 84, 84, 4), dtype=np.uint8),
+        rng.integers(0, 2, (num_envs, *OBSERVATION.shape), dtype=np.uint8),
         np.ones(num_envs, bool),
     )
 
@@ -707,15 +710,15 @@ def test_the_inferred_task_is_followed_and_a_skill_is_kept():
     rng, keys = np.random.default_rng(0), jax.random.split(jax.random.key(5), 4)
     for make in (agent.play, agent.play_adapted, lambda _: agent.finetune.policy):
         policy = make(0.0)
-        memory, decision = policy.act(
+        memory, decision = jax.jit(policy.act)(
             state, policy.init(2), make_observation(rng, 2), keys[0]
         )
         np.testing.assert_array_equal(decision.extras["task"], [w, w])
     policy = agent.play_skills(0.0)
-    memory, drawn = policy.init(2), []
+    act, memory, drawn = jax.jit(policy.act), policy.init(2), []
     for time, key in enumerate(keys):
         observation = make_observation(rng, 2)._replace(is_first=np.full(2, time == 0))
-        memory, decision = policy.act(state, memory, observation, key)
+        memory, decision = act(state, memory, observation, key)
         drawn.append(np.asarray(decision.extras["task"]))
     np.testing.assert_array_equal(np.stack(drawn), np.stack(drawn[:1] * 4))
     assert np.any(drawn[0][0] != drawn[0][1])
@@ -731,11 +734,11 @@ def test_greedy_actions_maximise_the_value(form, explore):
     state = agent.init(jax.random.key(3))
     policy = agent.pretrain.policy if explore else agent.play_skills(0.0)
     observation = make_observation(np.random.default_rng(0), 40)
-    memory, decision = policy.act(
+    memory, decision = jax.jit(policy.act)(
         state, policy.init(40), observation, jax.random.key(5)
     )
     successor = modules.SuccessorNetwork(
-        base.make_encoder(config.learner, atari.OBSERVATION),
+        base.make_encoder(config.learner, OBSERVATION),
         NUM_ACTIONS,
         DIM,
         hidden=8,

@@ -1,7 +1,10 @@
 """Golden values: what each agent learns on the chain, to be reproduced by a redesign.
 
-`python tests/golden_test.py` writes them anew, after a change that is meant to alter
-learning curves (marked [learning] in the changelog).
+They pin 20 reward-free updates and the fine-tuning that follows, on planes: norms and
+projections of all parameters, every row, both results. `python
+tests/agents/golden_test.py` (with the root and `tests` in PYTHONPATH) writes them anew,
+after a change that is meant to alter learning curves (marked [learning] in the
+changelog).
 """
 
 import json
@@ -27,7 +30,8 @@ def measure(agent, folder):
     """Runs both stages on the chain; returns parameters, rows and results as JSON."""
     config = config_lib.replace_options(
         config_lib.preset_config("smoke", agent),
-        game="Chain",
+        game=fakes.PLANES,
+        encoder="mlp",
         # Features of full rank in every batch, else rounding decides what is learned.
         feature_dim=3,
         num_particles=64,
@@ -41,7 +45,7 @@ def measure(agent, folder):
         finetune_agent_steps=240,
         infer_agent_steps=120,
     )
-    constructor = {"constructor": fakes.ChainPool}
+    constructor = {"constructor": fakes.PlanesPool}
     results = {
         "pretrain": stages.pretrain(config, folder / "pretrain", **constructor),
         "finetune": stages.finetune(

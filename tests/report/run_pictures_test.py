@@ -88,14 +88,15 @@ def test_a_pretraining_leaves_snapshots_of_its_features(tmp_path):
     """Each row has one; they are unit vectors, the last of them the final agent's."""
     config = config_lib.replace_options(
         config_lib.preset_config("smoke"),
-        game="Chain",
+        game=fakes.PLANES,
+        encoder="mlp",
         pretrain_frames=4 * 160,
         replay_size=240,
         warmup_agent_steps=60,
         report_agent_steps=40,
         pretrain_epsilon=0.5,  # Else the first row may have met a single state.
     )
-    pretrain = functools.partial(stages.pretrain, constructor=fakes.ChainPool)
+    pretrain = functools.partial(stages.pretrain, constructor=fakes.PlanesPool)
     pretrain(config, tmp_path / "p")
     found = snapshots.read_snapshots(tmp_path / "p")
     assert [one.agent_steps for one in found] == [80, 120, 160]
@@ -103,12 +104,11 @@ def test_a_pretraining_leaves_snapshots_of_its_features(tmp_path):
         for vectors in (one.arrays["phi"], one.arrays["task"]):
             assert vectors.shape == (256, 5)
             np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=2e-3)
-    # The chain has five pictures, so its stacks have few distinct features.
+    # The chain has five states, so that there are few distinct features.
     trained = stages.load_pretrained(tmp_path / "p")
-    pool = fakes.ChainPool("Chain", 1, seeds=[0])
-    stack = np.repeat(pool.reset().frame[..., None], 4, axis=-1)
+    start = fakes.PlanesPool(fakes.PLANES, 1, seeds=[0]).reset().frame
     window = buffer.Window(*[None] * len(buffer.Window._fields))._replace(
-        observation=stack[:, None], extras={"task": np.zeros((1, 1, 5), np.float32)}
+        observation=start[:, None], extras={"task": np.zeros((1, 1, 5), np.float32)}
     )
     start = np.asarray(trained.agent.embed(trained.state, window)["phi"])
     assert np.abs(found[-1].arrays["phi"] - start).max(axis=1).min() < 2e-3

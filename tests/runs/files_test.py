@@ -632,13 +632,16 @@ def test_a_disk_without_room_is_refused_or_warned_of(tmp_path, monkeypatch):
 
 def test_preflight_measures_and_predicts(tmp_path, capsys):
     config = config_lib.replace_options(
-        config_lib.preset_config("smoke"), game="Chain", pretrain_frames=7_200_000
+        config_lib.preset_config("smoke"),
+        game=fakes.PLANES,
+        encoder="mlp",
+        pretrain_frames=7_200_000,
     )
     checks = preflight.run_checks(
         recorders.make_runs(config, tmp_path / "new" / "run"),
         ["pretrain", "finetune"],
         seconds=0.05,
-        constructor=fakes.ChainPool,
+        constructor=fakes.PlanesPool,
     )
     assert not (tmp_path / "new").exists()
     assert {check.verdict for check in checks} == {"ok"}

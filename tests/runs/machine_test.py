@@ -1,8 +1,8 @@
 """Tests of aps_jax.runs.machine: what the allocator keeps, and users without a home."""
 
+import json
 import pathlib
 
-import pytest
 from scripts import run_python
 
 from aps_jax.runs import machine
@@ -11,14 +11,16 @@ from aps_jax.runs import machine
 # MiB is more than it keeps for any thread whose arena is not the first.
 _PROGRAM = """
 import concurrent.futures
+import json
 import resource
+import sys
 import numpy as np
 from aps_jax.runs import machine
-if {is_tuned}:
+if sys.argv[1] == "tuned":
     machine.tune_allocator()
-size = {mebibytes} * 2**20
 
-def faults():
+def faults(mebibytes):
+    size = mebibytes * 2**20
     np.full(size, 1, np.uint8)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
@@ -26,22 +28,26 @@ def faults():
     return (resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before) / 10
 
 with concurrent.futures.ThreadPoolExecutor(1) as executor:
-    print(executor.submit(faults).result() if {in_thread} else faults())
+    found = {
+        f"{mebibytes} {place}": call(faults, mebibytes)
+        for place, call in (
+            ("thread", lambda *given: executor.submit(*given).result()),
+            ("main", lambda function, size: function(size)),
+        )
+        for mebibytes in (40, 80)
+    }
+print(json.dumps(found))
 """
 
 
-@pytest.mark.parametrize("in_thread", [False, True], ids=["main", "thread"])
-@pytest.mark.parametrize("mebibytes", [40, 80])
-def test_what_an_update_frees_stays_with_the_process(mebibytes, in_thread):
-    def faults(is_tuned):
-        program = _PROGRAM.format(
-            is_tuned=is_tuned, mebibytes=mebibytes, in_thread=in_thread
-        )
-        return float(run_python("-c", program))
-
+def test_what_an_update_frees_stays_with_the_process():
+    plain, tuned = (
+        json.loads(run_python("-c", _PROGRAM, word)) for word in ("plain", "tuned")
+    )
+    assert list(plain) == ["40 thread", "80 thread", "40 main", "80 main"]
     # Every page is touched: 10,240 of 4 KiB, or fewer of larger ones.
-    assert faults(is_tuned=False) > 10
-    assert faults(is_tuned=True) < 5
+    assert all(faults > 10 for faults in plain.values()), plain
+    assert all(faults < 5 for faults in tuned.values()), tuned
 
 
 def test_the_heap_is_on_huge_pages_and_takes_no_memory_before_it_is_used():

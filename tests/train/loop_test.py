@@ -245,7 +245,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/hidden/bias" in words
-    windows, particles, *_ = session.draws[0](session.state, replay_then, np.int32(4))
+    draw = jax.jit(session.draws[0])
+    windows, particles, *_ = draw(session.state, replay_then, np.int32(4))
     assert {name for name in caught.value.batch if name.startswith("windows.")} == {
         *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
         "windows.extras.task",

@@ -15,6 +15,8 @@ from aps_jax.runs import checkpoints, machine, metrics
 from aps_jax.train import loop, preflight, recorders, stages
 from aps_jax.train import sums as sums_lib
 
+pytestmark = pytest.mark.usefixtures("few_states")
+
 SEEDS = (4, 5)
 
 pretrain_runs = functools.partial(stages.pretrain_runs, constructor=fakes.PlanesPool)
@@ -50,15 +52,6 @@ def make_config(**options):
     return config_lib.replace_options(config_lib.preset_config("smoke"), **options)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def few_states():
-    """Measures and draws fewer states at a row: they are most of a short run's time."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(loop, "_CALIBRATION_STATES", 64)
-        patch.setattr(loop, "_EMBEDDED_STATES", 16)
-        yield
-
-
 class StopAt:
     """Asks to stop after a number of looks."""
 
@@ -77,7 +70,7 @@ class StopAt:
 
 
 @pytest.fixture(scope="module")
-def runs(tmp_path_factory):
+def runs(tmp_path_factory, few_states):
     """Two seeds at once, stopped and continued, and the second alone."""
     folder = tmp_path_factory.mktemp("runs")
     config = make_config()
@@ -98,6 +91,7 @@ def runs(tmp_path_factory):
     return folder, at_once, dict(zip(at_once, alone, strict=True))
 
 
+@functools.cache
 def newest(workdir, stage, seeds):
     """Returns number and facts of the newest checkpoint, and its arrays."""
     checkpointer = checkpoints.Checkpointer(workdir / "checkpoints")

@@ -18,6 +18,8 @@ from aps_jax.agents import AGENTS, aps, base
 from aps_jax.runs import checkpoints, metrics
 from aps_jax.train import evaluation, loop, recorders, stages
 
+pytestmark = pytest.mark.usefixtures("few_states")
+
 pretrain = functools.partial(stages.pretrain, constructor=fakes.PlanesPool)
 finetune = functools.partial(stages.finetune, constructor=fakes.PlanesPool)
 
@@ -48,7 +50,7 @@ def assert_same(left, right):
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory):
+def run(tmp_path_factory, few_states):
     """A pretraining and a fine-tuning of it, each once for all tests."""
     folder = tmp_path_factory.mktemp("run")
     pretrained = pretrain(make_config(), folder / "pretrain")
@@ -113,7 +115,17 @@ def test_metrics_rows_stand_where_they_are_due(run):
     assert evaluated == [True, False, True]
 
 
-def test_finetuning_takes_over_all_that_was_learned(run):
+@pytest.fixture(scope="module")
+def frozen(run):
+    """A fine-tuning that learns nothing, evaluated at set steps."""
+    folder, _, _ = run
+    config = make_config(
+        finetune_learning_rate=0.0, target_period=10_000, eval_agent_steps="8, 90,100"
+    )
+    return finetune(config, folder / "frozen", folder / "pretrain")
+
+
+def test_finetuning_takes_over_all_that_was_learned(run, frozen):
     """Features and their scale stay bit for bit; psi and its target begin there."""
     folder, _, _ = run
     before = stages.load_pretrained(folder / "pretrain")
@@ -123,11 +135,10 @@ def test_finetuning_takes_over_all_that_was_learned(run):
     assert_same(before_stats.distance_scale, after_stats.distance_scale)
     assert_same(before_stats.calibrated, after_stats.calibrated)
     assert float(before_stats.distance_scale.mean) > 0.0
-    config = make_config(finetune_learning_rate=0.0, target_period=10_000)
-    finetune(config, folder / "frozen", folder / "pretrain")
-    frozen = stages.load_finetuned(folder / "frozen")
-    assert_same(before.state.params, frozen.state.params)
-    assert_same(before.state.target_params, frozen.state.target_params)
+    untaught = stages.load_finetuned(folder / "frozen")
+    assert int(untaught.state.num_updates) == frozen["updates"] > 0
+    assert_same(before.state.params, untaught.state.params)
+    assert_same(before.state.target_params, untaught.state.target_params)
 
 
 def test_the_checkpoint_holds_the_agent_that_was_trained(run):
@@ -153,15 +164,6 @@ def test_the_inferred_task_is_the_one_that_is_evaluated(run):
         constructor=fakes.PlanesPool,
     )
     np.testing.assert_array_equal(played.returns, finetuned["returns"])
-
-
-def test_the_same_seed_gives_the_same_metrics_file(run, tmp_path):
-    folder, _, _ = run
-    pretrain(make_config(), tmp_path / "again")
-    first = (folder / "pretrain" / "metrics.csv").read_bytes()
-    assert first == (tmp_path / "again" / "metrics.csv").read_bytes()
-    pretrain(make_config(seed=1), tmp_path / "other")
-    assert first != (tmp_path / "other" / "metrics.csv").read_bytes()
 
 
 def test_scratch_learns_from_reward_for_all_of_the_budget(run, tmp_path):
@@ -207,14 +209,27 @@ def read_rows(path):
         return list(csv.reader(file))
 
 
-def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(run, tmp_path):
-    folder, pretrained, _ = run
+@pytest.fixture(scope="module")
+def broken_off(tmp_path_factory, few_states):
+    """A pretraining that died: checkpoints of steps 72 and 144, a row of 160."""
+    workdir = tmp_path_factory.mktemp("broken") / "p"
     with pytest.raises(Stop):
-        # Dies at agent step 200; the last checkpoint is of step 120.
-        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
-    resumed = pretrain(make_config(), tmp_path / "p")
+        stages.pretrain(BROKEN_OFF, workdir, constructor=interrupted(42))
+    return workdir
+
+
+BROKEN_OFF = make_config(checkpoint_agent_steps=72, keep_checkpoints=9)
+
+
+def test_an_interrupted_pretraining_goes_on_from_its_checkpoint(
+    run, broken_off, tmp_path
+):
+    folder, pretrained, _ = run
+    workdir = shutil.copytree(broken_off, tmp_path / "p")
+    assert [row[0] for row in read_rows(workdir / "metrics.csv")[1:]] == ["80", "160"]
+    resumed = pretrain(BROKEN_OFF, workdir)
     assert resumed["updates"] == pretrained["updates"]
-    rows = read_rows(tmp_path / "p" / "metrics.csv")
+    rows = read_rows(workdir / "metrics.csv")
     whole = read_rows(folder / "pretrain" / "metrics.csv")
     # The chain's state is in the checkpoint, so that it is the same run.
     assert rows == whole
@@ -376,6 +391,7 @@ def test_a_folder_deleted_meanwhile_is_made_anew(run, tmp_path, monkeypatch, cap
             super().send(actions)
 
     result = stages.pretrain(make_config(), workdir, constructor=Deleting)
+    # The same seed gives the same files, to the bit.
     assert result["updates"] == pretrained["updates"]
     assert f"{workdir} was deleted, and has been made anew" in caplog.text
     assert (workdir / "metrics.csv").read_bytes() == (
@@ -414,23 +430,21 @@ def test_an_interrupted_finetuning_keeps_its_task(run, tmp_path):
     assert resumed["updates"] == 3  # (120 - 60) / 2 samples, 8 an update, rounded down.
 
 
-def test_an_unfinished_or_damaged_init_is_warned_of_and_named(run, tmp_path):
-    config = make_config(checkpoint_agent_steps=80, keep_checkpoints=9)
-    with pytest.raises(Stop):
-        stages.pretrain(config, tmp_path / "p", constructor=interrupted(50))
-    newest = tmp_path / "p" / "checkpoints" / "160" / "agent"
+def test_an_unfinished_or_damaged_init_is_warned_of_and_named(broken_off, tmp_path):
+    workdir = shutil.copytree(broken_off, tmp_path / "p")
+    newest = workdir / "checkpoints" / "144" / "agent"
     warnings = []
-    trained = stages.load_pretrained(tmp_path / "p", warn=warnings.append)
-    assert trained.step == 160
-    (text,) = warnings  # 640 of 960 frames.
-    assert "160" in text and "240" in text and str(tmp_path / "p") in text
+    trained = stages.load_pretrained(workdir, warn=warnings.append)
+    assert trained.step == 144
+    (text,) = warnings  # 576 of 960 frames.
+    assert "144" in text and "240" in text and str(workdir) in text
     damaged = max(newest.rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
     damaged.write_bytes(damaged.read_bytes()[:-1] + b"?")
     warnings.clear()
-    assert stages.load_pretrained(str(tmp_path / "p"), warn=warnings.append).step == 80
-    assert any("160" in text and "80" in text for text in warnings)
-    result = finetune(config, tmp_path / "f", tmp_path / "p")
-    assert result["init_agent_steps"] == 80 and result["pretrain_frames"] == 320
+    assert stages.load_pretrained(str(workdir), warn=warnings.append).step == 72
+    assert any("144" in text and "72" in text for text in warnings)
+    result = finetune(make_config(), tmp_path / "f", workdir)
+    assert result["init_agent_steps"] == 72 and result["pretrain_frames"] == 288
 
 
 def test_the_best_is_not_kept_where_it_would_be_chosen_by_a_hidden_reward(tmp_path):
@@ -479,15 +493,16 @@ def test_a_missing_checkpoint_says_what_is_there(run, tmp_path):
         stages.load_finetuned(folder / "pretrain")
 
 
-def test_all_zero_rewards_fall_back_to_a_random_task(tmp_path):
+def test_all_zero_rewards_fall_back_to_a_random_task(run, tmp_path):
+    folder, _, _ = run
+
     class Barren(fakes.PlanesPool):
         def recv(self):
             timestep = super().recv()
             return timestep._replace(reward=np.zeros_like(timestep.reward))
 
-    pretrain(make_config(), tmp_path / "p")
     result = stages.finetune(
-        make_config(), tmp_path / "f", tmp_path / "p", constructor=Barren
+        make_config(), tmp_path / "f", folder / "pretrain", constructor=Barren
     )
     assert result["adapted"]["is_fallback"] and result["adapted"]["num_nonzero"] == 0
     np.testing.assert_allclose(
@@ -551,12 +566,14 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     assert len(np.unique(played.extras["task"], axis=0)) == 3
 
 
-def test_evaluations_at_set_steps(run, tmp_path):
+def test_evaluations_at_set_steps(frozen):
     """Steps before inference is over are covered by zero-shot; 90 is rounded up."""
-    folder, _, _ = run
-    config = make_config(eval_agent_steps="8, 90,100")
-    result = finetune(config, tmp_path / "f", folder / "pretrain")
-    assert [e["agent_steps"] for e in result["evaluations"]] == [60, 92, 100, 120]
+    assert [e["agent_steps"] for e in frozen["evaluations"]] == [60, 92, 100, 120]
+
+
+def play_nothing(*_, **__):
+    """Stands for `evaluation.evaluate` where scores are given."""
+    return evaluation.Evaluation(*[np.zeros(2)] * 3, [], {})
 
 
 @pytest.mark.parametrize("best", [0, 1, 2])
@@ -574,6 +591,7 @@ def test_the_best_checkpoint_is_the_one_that_was_evaluated(
         score = scores[len(played) - 1]
         return summary(config, result) | {"eval_return_mean": score}
 
+    monkeypatch.setattr(stages.evaluation, "evaluate", play_nothing)
     monkeypatch.setattr(stages.evaluation, "summary", numbered)
     monkeypatch.setattr(stages, "_score", lambda *_: {})
     config = make_config(
@@ -594,6 +612,7 @@ def test_an_evaluation_without_a_score_is_saved_without_one(
     """NaN is no JSON: as a score it would keep every checkpoint from being written."""
     folder, _, _ = run
     summary = evaluation.summary
+    monkeypatch.setattr(stages.evaluation, "evaluate", play_nothing)
     monkeypatch.setattr(
         stages.evaluation,
         "summary",
@@ -650,10 +669,8 @@ def test_evaluations_of_a_player_compile_once(run):
     assert counts == [(1, 1), (1, 1)]
 
 
-def test_an_unfinished_pretraining_is_calibrated_too(tmp_path):
+def test_an_unfinished_pretraining_is_calibrated_too(broken_off):
     """Every checkpoint that may be evaluated has its features' moments."""
-    with pytest.raises(Stop):
-        stages.pretrain(make_config(), tmp_path / "p", constructor=interrupted(50))
-    trained = stages.load_pretrained(tmp_path / "p")
-    assert trained.facts["agent_steps"] == 120
+    trained = stages.load_pretrained(broken_off)
+    assert trained.facts["agent_steps"] == 144
     assert float(trained.state.stats.calibrated.weight) == 1.0
