@@ -9,6 +9,7 @@ A program of its own, because the number of devices is fixed when JAX starts.
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -24,9 +25,10 @@ from aps_jax.replay import buffer
 from aps_jax.train import loop, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
-NUM_UPDATES = 100
+NUM_UPDATES = 30
 # Of 8 particles one device encodes 3, 3 and 2; of eight devices each its one.
 buffer.CHUNK_SIZE = 3
+loop._CALIBRATION_STATES = 240
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
@@ -44,9 +46,12 @@ CONFIG = config_lib.replace_options(
     feature_learning_rate=1e-5,
     finetune_learning_rate=1e-5,
 )
+# Learning from reward differs from pretraining in no way that an image could show.
+FINETUNED = config_lib.replace_options(CONFIG, game=fakes.PLANES, encoder="mlp")
 DQN = config_lib.replace_options(
     config_lib.preset_config("smoke", "dqn"),
-    game="Chain",
+    game=fakes.PLANES,
+    encoder="mlp",
     target_period=10,
     learning_rate=1e-5,  # As that of the features: rounding is not amplified.
 )
@@ -75,14 +80,18 @@ def num_bytes(result):
     return total
 
 
-def random_replay(mesh, extras):
+def random_replay(mesh, observation, extras):
     """A full buffer that has gone around, in which games end and tasks change."""
     rng = np.random.default_rng(0)
     shape = (NUM_ENVS, LENGTH)
     task = rng.normal(size=(*shape, DIM)).astype(np.float32)
     task /= np.linalg.norm(task, axis=-1, keepdims=True)
     steps = buffer.Step(
-        frame=rng.integers(0, 255, (*shape, 84, 84)).astype(np.uint8),
+        frame=rng.integers(
+            256 if observation.is_image else 2,
+            size=(*shape, math.prod(observation.frame_shape)),
+            dtype=np.uint8,
+        ),
         action=rng.integers(0, 3, shape).astype(np.int32),
         reward=rng.normal(size=shape).astype(np.float32),
         terminated=rng.random(shape) < 0.1,
@@ -98,7 +107,7 @@ def random_replay(mesh, extras):
 def learned(config, num_devices, *, is_pretraining):
     """Makes updates; returns what they leave, and the collectives of one."""
     mesh = devices.make_mesh(num_devices)
-    agent = config.make_agent(3, atari.OBSERVATION)
+    agent = config.make_agent(3, config.observation)
     state = loop.init_state(agent, 0, mesh)
     plan = loop.finetune_plan(config, agent)
     if is_pretraining:
@@ -111,7 +120,8 @@ def learned(config, num_devices, *, is_pretraining):
     learn = loop.jit_learn(loop.make_learn(learner, draw, KEY), mesh)
     names = loop.names_of(learner.metrics)
     sums = devices.device_put(loop.init_sums(names), mesh)
-    replay = random_replay(mesh, loop.replayed_extras(plan.phase.policy, state))
+    extras = loop.replayed_extras(plan.phase.policy, state)
+    replay = random_replay(mesh, config.observation, extras)
     number = devices.device_put(np.int32(5), mesh)
     drawn = jax.jit(draw)(state, replay, number)
     start = jax.device_get(state.params)
@@ -264,12 +274,10 @@ def leave_stages(folder):
 def leave_steps(folder):
     """Leaves what updates and acting do on 1 and on 8 devices."""
     facts = {}
+    configs = {"pretrain": CONFIG, "finetune": FINETUNED, "dqn": DQN}
     for count in (1, 8):
-        for name, config, is_pretraining in (
-            ("pretrain", CONFIG, True),
-            ("finetune", CONFIG, False),
-            ("dqn", DQN, False),
-        ):
+        for name, config in configs.items():
+            is_pretraining = name == "pretrain"
             left, facts[f"{name}_{count}"] = learned(
                 config, count, is_pretraining=is_pretraining
             )
@@ -277,8 +285,10 @@ def leave_steps(folder):
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    params = CONFIG.make_agent(3, atari.OBSERVATION).init(KEY).params
-    facts["params_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
+    for name, config in configs.items():
+        params = config.make_agent(3, config.observation).init(KEY).params
+        facts[f"params_bytes_{name}"] = sum(x.nbytes for x in jax.tree.leaves(params))
+        facts[f"frame_bytes_{name}"] = math.prod(config.observation.frame_shape)
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
