@@ -25,7 +25,7 @@ from aps_jax.replay import buffer
 from aps_jax.train import loop, stages
 
 NUM_ENVS, LENGTH, DIM = 8, 30, 2
-NUM_UPDATES = 30
+NUM_UPDATES = 100
 # Of 8 particles one device encodes 3, 3 and 2; of eight devices each its one.
 buffer.CHUNK_SIZE = 3
 loop._CALIBRATION_STATES = 240
@@ -46,8 +46,7 @@ CONFIG = config_lib.replace_options(
     feature_learning_rate=1e-5,
     finetune_learning_rate=1e-5,
 )
-# Learning from reward differs from pretraining in no way that an image could show.
-FINETUNED = config_lib.replace_options(CONFIG, game=fakes.PLANES, encoder="mlp")
+ON_PLANES = config_lib.replace_options(CONFIG, game=fakes.PLANES, encoder="mlp")
 DQN = config_lib.replace_options(
     config_lib.preset_config("smoke", "dqn"),
     game=fakes.PLANES,
@@ -56,6 +55,8 @@ DQN = config_lib.replace_options(
     learning_rate=1e-5,  # As that of the features: rounding is not amplified.
 )
 KEY = jax.random.key(3)
+# Pretraining on images shows that from reward nothing but the update differs.
+LEARNED = {"pretrain": CONFIG, "finetune": ON_PLANES, "dqn": DQN}
 
 _COLLECTIVE = re.compile(
     r" = (\(?\w+\[.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|"
@@ -104,8 +105,9 @@ def random_replay(mesh, observation, extras):
     return devices.device_put(state, mesh, loop.REPLAY_SPECS)
 
 
-def learned(config, num_devices, *, is_pretraining):
+def learned(name, num_devices):
     """Makes updates; returns what they leave, and the collectives of one."""
+    config, is_pretraining = LEARNED[name], name == "pretrain"
     mesh = devices.make_mesh(num_devices)
     agent = config.make_agent(3, config.observation)
     state = loop.init_state(agent, 0, mesh)
@@ -274,21 +276,16 @@ def leave_stages(folder):
 def leave_steps(folder):
     """Leaves what updates and acting do on 1 and on 8 devices."""
     facts = {}
-    configs = {"pretrain": CONFIG, "finetune": FINETUNED, "dqn": DQN}
     for count in (1, 8):
-        for name, config in configs.items():
-            is_pretraining = name == "pretrain"
-            left, facts[f"{name}_{count}"] = learned(
-                config, count, is_pretraining=is_pretraining
-            )
+        for name in LEARNED:
+            left, facts[f"{name}_{count}"] = learned(name, count)
             np.savez(folder / f"{name}_{count}.npz", **flat(left))
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    for name, config in configs.items():
+    for name, config in LEARNED.items():
         params = config.make_agent(3, config.observation).init(KEY).params
         facts[f"params_bytes_{name}"] = sum(x.nbytes for x in jax.tree.leaves(params))
-        facts[f"frame_bytes_{name}"] = math.prod(config.observation.frame_shape)
     (folder / "facts.json").write_text(json.dumps(facts))
 
 
