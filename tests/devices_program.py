@@ -9,6 +9,7 @@ A program of its own, because the number of devices is fixed when JAX starts.
 import contextlib
 import functools
 import json
+import math
 import pathlib
 import re
 import sys
@@ -27,6 +28,7 @@ NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
 # Of 8 particles one device encodes 3, 3 and 2; of eight devices each its one.
 buffer.CHUNK_SIZE = 3
+loop._CALIBRATION_STATES = 240
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
@@ -44,13 +46,17 @@ CONFIG = config_lib.replace_options(
     feature_learning_rate=1e-5,
     finetune_learning_rate=1e-5,
 )
+ON_PLANES = config_lib.replace_options(CONFIG, game=fakes.PLANES, encoder="mlp")
 DQN = config_lib.replace_options(
     config_lib.preset_config("smoke", "dqn"),
-    game="Chain",
+    game=fakes.PLANES,
+    encoder="mlp",
     target_period=10,
     learning_rate=1e-5,  # As that of the features: rounding is not amplified.
 )
 KEY = jax.random.key(3)
+# Pretraining on images shows that from reward nothing but the update differs.
+LEARNED = {"pretrain": CONFIG, "finetune": ON_PLANES, "dqn": DQN}
 
 _COLLECTIVE = re.compile(
     r" = (\(?\w+\[.*?) (all-reduce|all-gather|all-to-all|reduce-scatter|"
@@ -75,14 +81,18 @@ def num_bytes(result):
     return total
 
 
-def random_replay(mesh, extras):
+def random_replay(mesh, observation, extras):
     """A full buffer that has gone around, in which games end and tasks change."""
     rng = np.random.default_rng(0)
     shape = (NUM_ENVS, LENGTH)
     task = rng.normal(size=(*shape, DIM)).astype(np.float32)
     task /= np.linalg.norm(task, axis=-1, keepdims=True)
     steps = buffer.Step(
-        frame=rng.integers(0, 255, (*shape, 84, 84)).astype(np.uint8),
+        frame=rng.integers(
+            256 if observation.is_image else 2,
+            size=(*shape, math.prod(observation.frame_shape)),
+            dtype=np.uint8,
+        ),
         action=rng.integers(0, 3, shape).astype(np.int32),
         reward=rng.normal(size=shape).astype(np.float32),
         terminated=rng.random(shape) < 0.1,
@@ -95,10 +105,11 @@ def random_replay(mesh, extras):
     return devices.device_put(state, mesh, loop.REPLAY_SPECS)
 
 
-def learned(config, num_devices, *, is_pretraining):
+def learned(name, num_devices):
     """Makes updates; returns what they leave, and the collectives of one."""
+    config, is_pretraining = LEARNED[name], name == "pretrain"
     mesh = devices.make_mesh(num_devices)
-    agent = config.make_agent(3, atari.OBSERVATION)
+    agent = config.make_agent(3, config.observation)
     state = loop.init_state(agent, 0, mesh)
     plan = loop.finetune_plan(config, agent)
     if is_pretraining:
@@ -111,7 +122,8 @@ def learned(config, num_devices, *, is_pretraining):
     learn = loop.jit_learn(loop.make_learn(learner, draw, KEY), mesh)
     names = loop.names_of(learner.metrics)
     sums = devices.device_put(loop.init_sums(names), mesh)
-    replay = random_replay(mesh, loop.replayed_extras(plan.phase.policy, state))
+    extras = loop.replayed_extras(plan.phase.policy, state)
+    replay = random_replay(mesh, config.observation, extras)
     number = devices.device_put(np.int32(5), mesh)
     drawn = jax.jit(draw)(state, replay, number)
     start = jax.device_get(state.params)
@@ -265,20 +277,15 @@ def leave_steps(folder):
     """Leaves what updates and acting do on 1 and on 8 devices."""
     facts = {}
     for count in (1, 8):
-        for name, config, is_pretraining in (
-            ("pretrain", CONFIG, True),
-            ("finetune", CONFIG, False),
-            ("dqn", DQN, False),
-        ):
-            left, facts[f"{name}_{count}"] = learned(
-                config, count, is_pretraining=is_pretraining
-            )
+        for name in LEARNED:
+            left, facts[f"{name}_{count}"] = learned(name, count)
             np.savez(folder / f"{name}_{count}.npz", **flat(left))
         left, facts[f"act_{count}"], facts[f"traces_{count}"] = acted(count)
         facts[f"where_{count}"] = left.pop("where")
         np.savez(folder / f"act_{count}.npz", **flat(left))
-    params = CONFIG.make_agent(3, atari.OBSERVATION).init(KEY).params
-    facts["params_bytes"] = sum(x.nbytes for x in jax.tree.leaves(params))
+    for name, config in LEARNED.items():
+        params = config.make_agent(3, config.observation).init(KEY).params
+        facts[f"params_bytes_{name}"] = sum(x.nbytes for x in jax.tree.leaves(params))
     (folder / "facts.json").write_text(json.dumps(facts))
 
 

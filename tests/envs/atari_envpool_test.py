@@ -407,14 +407,14 @@ def test_own_stacks_equal_envpools(game, num_envs, num_steps, max_frames):
         stack = frames.push_frame(stack, *step)
         return stack, stack
 
-    stack = frames.init_stack(atari.OBSERVATION, num_envs) + jnp.uint8(
-        7
-    )  # Overwritten by the reset.
+    # Overwritten by the reset.
+    stack = np.full((num_envs, *atari.OBSERVATION.shape), 7, np.uint8)
     _, stacks = jax.lax.scan(push, stack, (steps.frame, steps.is_first))
     np.testing.assert_array_equal(stacks, np.moveaxis(expected, 2, -1))
     # The same from a window of frames, as the replay looks them up.
+    stack_places = jax.jit(frames.stack_places, static_argnames="stack")
     for i in range(num_envs):
-        places = frames.stack_places(jnp.asarray(steps.is_first[:, i]), 4)
+        places = stack_places(steps.is_first[:, i], stack=4)
         np.testing.assert_array_equal(steps.frame[:, i][places], expected[3:, i])
 
 

@@ -183,9 +183,9 @@ def test_hashes_of_all_small_inputs_differ_in_every_lane():
 
 
 def test_an_environment_does_the_same_alone_and_among_others():
-    together = make_pool("minatar/Asterix", 3)
+    together = make_pool("minatar/Breakout", 3)
     actions = random_actions(together, 60)
-    alone = games.make_pool("minatar/Asterix", 1, seeds=[6])
+    alone = games.make_pool("minatar/Breakout", 1, seeds=[6])
     steps, single = play(together, actions), play(alone, actions[:, 1:2])
     chex.assert_trees_all_equal(jax.tree.map(lambda x: x[:, 1:2], steps), single)
     assert not np.array_equal(steps.frame[:, 0], steps.frame[:, 1])

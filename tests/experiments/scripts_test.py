@@ -51,8 +51,10 @@ def parsed_flags():
         yield
 
 
-def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys):
+def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys, monkeypatch):
     """run_aps, then evaluate and finetune from its folder with no other flag."""
+    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
+    monkeypatch.setattr(loop, "_EMBEDDED_STATES", 16)
     workdir = tmp_path / "run"
     with flagsaver.flagsaver():
         set_flags(workdir=str(workdir), arms=["pretrained", "scratch"], **TINY)
@@ -224,11 +226,10 @@ def test_pretrain_runs_alone(tmp_path, capsys, monkeypatch):
 def test_seeds_at_once_have_a_folder_each_and_meet_again_in_fine_tuning(
     tmp_path, capsys, monkeypatch
 ):
-    """On the real Pong: pretrain at once, then the stages that start from a seed."""
-    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
-    monkeypatch.setattr(loop, "_EMBEDDED_STATES", 16)
+    """In a maze: pretrain at once, then the stages that start from a seed."""
     with flagsaver.flagsaver():
-        set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, **TINY)
+        set_flags(workdir=str(tmp_path / "p"), seed=3, num_seeds=2, preset="smoke")
+        set_flags(game="maze/open", encoder="mlp", pretrain_frames=160)
         pretrain.main(["pretrain"])
     said = capsys.readouterr().out
     for seed in (3, 4):

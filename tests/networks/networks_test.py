@@ -43,17 +43,16 @@ def init(module, *operands):
     return jax.jit(module.init)(jax.random.key(0), *operands)
 
 
-def with_random_biases(params):
-    """Replaces the zeros that biases start with, so that tests can see them."""
+def random_params(module, *operands):
+    """Parameters of the size that they start with, and biases that tests can see."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *operands)
     rng = np.random.default_rng(5)
-    return jax.tree.map(
-        lambda x: (
-            x + np.float32(0.1) * rng.normal(size=x.shape).astype(np.float32)
-            if x.ndim == 1
-            else x
-        ),
-        params,
-    )
+
+    def draw(x):
+        scale = 0.1 if x.ndim == 1 else 1 / np.sqrt(np.prod(x.shape[:-1]))
+        return np.float32(scale * rng.normal(size=x.shape))
+
+    return jax.tree.map(draw, shapes)
 
 
 @pytest.mark.parametrize(
@@ -69,10 +68,8 @@ def with_random_biases(params):
 def test_encoder_matches_the_reference(name, leading):
     encoder, image_shape, reference = ENCODERS[name]
     images = make_images(name, leading)
-    params = with_random_biases(init(encoder(), images))
-    expected = reference(
-        jax.device_get(params["params"]), images.reshape(-1, *image_shape)
-    )
+    params = random_params(encoder(), images)
+    expected = reference(params["params"], images.reshape(-1, *image_shape))
     output = jax.jit(encoder().apply)(params, images)
     assert output.dtype == jnp.float32
     assert output.shape == (*leading, expected.shape[1])
@@ -97,7 +94,7 @@ def test_encoder_matches_the_reference(name, leading):
 def test_forms_agree_in_value_and_gradient(name, leading):
     encoder, _, _ = ENCODERS[name]
     images = make_images(name, leading)
-    params = with_random_biases(init(encoder(), images))
+    params = random_params(encoder(), images)
 
     def value_and_gradient(plan):
         module = encoder(plan=plan)
@@ -107,7 +104,7 @@ def test_forms_agree_in_value_and_gradient(name, leading):
             output, pull_back = jax.vjp(lambda p: module.apply(p, images), params)
             return output, pull_back(jnp.cos(output))
 
-        return apply(params)
+        return jax.device_get(apply(params))
 
     results = {key: value_and_gradient(plan) for key, plan in make_plans(name).items()}
     width = results["xla"][0].shape[-1]
@@ -120,7 +117,7 @@ def test_forms_agree_in_value_and_gradient(name, leading):
 def test_float_images_are_in_the_units_of_bytes():
     images = make_images("small", (2,))
     encoder = modules.SmallEncoder()
-    params, apply = init(encoder, images), jax.jit(encoder.apply)
+    params, apply = random_params(encoder, images), jax.jit(encoder.apply)
     np.testing.assert_allclose(
         apply(params, np.float32(images)), apply(params, images), rtol=1e-5, atol=1e-6
     )
@@ -153,7 +150,7 @@ def test_bfloat16_computes_the_same_roughly(name):
             output, pull_back = jax.vjp(lambda p: module.apply(p, images), params)
             return output, pull_back(jnp.cos(output))
 
-        return apply(params)
+        return jax.device_get(apply(params))
 
     exact, rough = value_and_gradient(jnp.float32), value_and_gradient(jnp.bfloat16)
     for one, other in zip(jax.tree.leaves(exact), jax.tree.leaves(rough)):
@@ -219,7 +216,7 @@ def test_plans_by_backend(name, num_windows, chunk_size):
 @pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
 def test_the_default_plan_is_that_of_the_platform_compiled_for(platform):
     images = make_images("small", (2,))
-    params = init(modules.SmallEncoder(), images)
+    params = random_params(modules.SmallEncoder(), images)
     traced = jax.jit(modules.SmallEncoder().apply).trace(params, images)
     text = traced.lower(lowering_platforms=(platform,)).as_text()
     # Its plan for CPUs has products of windows alone.
@@ -236,7 +233,7 @@ def test_the_default_plan_is_that_of_the_platform_compiled_for(platform):
 )
 def test_what_is_no_image_is_refused(observation, error):
     with pytest.raises(error):
-        modules.SmallEncoder().init(jax.random.key(0), observation)
+        jax.eval_shape(modules.SmallEncoder().init, jax.random.key(0), observation)
 
 
 def test_mlp_encoder_matches_by_hand():
@@ -253,17 +250,17 @@ def test_mlp_encoder_matches_by_hand():
 def test_minatar_encoder_sees_planes_as_they_are_and_has_the_papers_layers():
     planes = np.random.default_rng(0).integers(0, 2, (2, 10, 10, 4), dtype=np.uint8)
     encoder = modules.MinAtarEncoder()
-    params = with_random_biases(encoder.init(jax.random.key(0), planes))
+    params = random_params(encoder, planes)
     # By hand: 3x3x4 to 16, then 8x8x16 to 128.
     count = sum(leaf.size for leaf in jax.tree.leaves(params))
     assert count == (36 * 16 + 16) + (1024 * 128 + 128)
-    own = jax.device_get(params["params"])
+    own = params["params"]
     windows = np.lib.stride_tricks.sliding_window_view(planes, (3, 3), axis=(1, 2))
     conv = np.einsum("bijchw,hwco->bijo", windows, np.float64(own["conv_0"]["kernel"]))
     flat = np.maximum(conv + own["conv_0"]["bias"], 0).reshape(2, -1)
     expected = references_networks.relu(references_networks.dense(flat, own["hidden"]))
     np.testing.assert_allclose(
-        encoder.apply(params, planes), expected, rtol=1e-4, atol=1e-5
+        jax.jit(encoder.apply)(params, planes), expected, rtol=1e-4, atol=1e-5
     )
 
 
@@ -277,7 +274,7 @@ def make_maze_states(leading=(3,)):
 def test_features_lie_on_the_sphere(dim, leading):
     network = modules.FeatureNetwork(modules.MlpEncoder(8), feature_dim=dim)
     states = make_maze_states(leading)
-    features = network.apply(init(network, states), states)
+    features = jax.jit(network.apply)(random_params(network, states), states)
     assert features.h.shape == features.phi.shape == (*leading, dim)
     norm = np.linalg.norm(np.float64(features.h), axis=-1, keepdims=True)
     np.testing.assert_allclose(features.phi, features.h / norm, rtol=1e-5)
@@ -304,7 +301,7 @@ def test_black_images_keep_everything_finite(name):
 
 def test_one_broken_image_breaks_no_other():
     images = np.float32(make_images("small", (3,)))
-    params = init(modules.SmallEncoder(), images)
+    params = random_params(modules.SmallEncoder(), images)
     apply = jax.jit(modules.SmallEncoder(plan=make_plans("small")["mixed"]).apply)
     intact = apply(params, images)
     images[1, 3, 3, 0] = np.nan
@@ -353,9 +350,9 @@ def test_the_encoder_runs_once_for_all_tasks():
     calls = []
     network = make_successor(RecordingEncoder(calls.append))
     states, tasks = make_maze_states((5,)), make_tasks((5,), 11, 2)
-    params = network.init(jax.random.key(0), states, tasks)
+    params = random_params(network, states, tasks)
     calls.clear()
-    network.apply(params, states, tasks)
+    jax.eval_shape(network.apply, params, states, tasks)
     assert calls == [(5, 7, 1, 1)]
 
 
@@ -366,12 +363,12 @@ def test_successor_matches_the_reference(dim, num_tasks, leading):
     encoder = modules.MlpEncoder(6)
     network = make_successor(encoder, dim)
     states, tasks = make_maze_states(leading), make_tasks(leading, num_tasks, dim)
-    params = with_random_biases(init(network, states, tasks))
+    params = random_params(network, states, tasks)
     output = jax.jit(network.apply)(params, states, tasks)
     assert output.psi.shape == (*leading, num_tasks, 3, dim)
     assert output.exploration.shape == (*leading, num_tasks, 3)
 
-    params = jax.device_get(params["params"])
+    params = params["params"]
     for index in np.ndindex(*leading, num_tasks):
         encoded = references_networks.relu(
             references_networks.dense(
@@ -390,9 +387,11 @@ def test_successor_matches_the_reference(dim, num_tasks, leading):
 def test_without_the_head_there_is_no_exploration():
     network = make_successor(modules.MlpEncoder(6), exploration_head=False)
     states, tasks = make_maze_states(), make_tasks((3,), 2, 2)
-    params = init(network, states, tasks)
+    output, params = jax.eval_shape(
+        network.init_with_output, jax.random.key(0), states, tasks
+    )
     assert "exploration" not in params["params"]
-    assert network.apply(params, states, tasks).exploration is None
+    assert output.exploration is None
 
 
 @pytest.mark.parametrize(
@@ -408,13 +407,13 @@ def test_without_the_head_there_is_no_exploration():
 def test_tasks_are_checked(tasks):
     network = make_successor(modules.MlpEncoder(6))
     with pytest.raises(AssertionError):
-        network.init(jax.random.key(0), make_maze_states((3,)), tasks)
+        jax.eval_shape(network.init, jax.random.key(0), make_maze_states((3,)), tasks)
 
 
 def test_psi_depends_on_the_task():
     network = make_successor(modules.MlpEncoder(6))
     state, tasks = make_maze_states(()), make_tasks((), 2, 2)
-    psi = network.apply(init(network, state, tasks), state, tasks).psi
+    psi = jax.jit(network.apply)(init(network, state, tasks), state, tasks).psi
     assert np.abs(psi[0] - psi[1]).max() > 1e-3
 
 
@@ -423,7 +422,7 @@ def test_values_start_small_and_different(name):
     network = modules.SuccessorNetwork(ENCODERS[name][0](), 6, 5, exploration_head=True)
     images, tasks = make_images(name, (2,)), make_tasks((2,), 8, 5)
     output = jax.jit(network.apply)(init(network, images, tasks), images, tasks)
-    q = jnp.einsum("...kad,...kd->...ka", output.psi, tasks)
+    q = np.einsum("...kad,...kd->...ka", output.psi, tasks)
     for values in (q, output.exploration):
         assert np.abs(values).max() < 0.5
         assert np.std(values, axis=-1).min() > 1e-3

@@ -135,6 +135,13 @@ def test_neighbours_that_do_not_exist_are_infinitely_far(dim, tile_size):
     np.testing.assert_array_equal(distances[0, 2:], [np.inf] * 3)
 
 
+@jax.jit
+def entropy_rewards(distances):
+    scale = rewards.update_distance_scale(rewards.init_distance_scale(), distances)
+    reward = jax.vmap(rewards.particle_entropy_reward, in_axes=(0, None))
+    return reward(distances, scale.mean)
+
+
 @pytest.mark.parametrize("kind", references_knn.KINDS)
 @pytest.mark.parametrize(
     "dim, tile_size", [(5, None), (5, 96), (16, None), (48, None), (48, 96)]
@@ -146,15 +153,13 @@ def test_reward_error_is_below_1e_5(kind, dim, tile_size):
         particles, particles, k=12, query_ids=ids, particle_ids=ids
     )
     expected = references_knn.knn_distances(particles, particles, 12, ids, ids)
-    scale = rewards.update_distance_scale(rewards.init_distance_scale(), distances)
-    reward = jax.vmap(rewards.particle_entropy_reward, in_axes=(0, None))
     sigma = np.mean(expected)
     expected_reward = [
         references_rewards.particle_entropy_reward(row, sigma, 1.0, 1e-4)
         for row in expected
     ]
     np.testing.assert_allclose(
-        reward(distances, scale.mean), expected_reward, rtol=0, atol=1e-5
+        entropy_rewards(distances), expected_reward, rtol=0, atol=1e-5
     )
     # And so for each distance, which is what rewards of any other form need.
     np.testing.assert_allclose(distances, expected, rtol=5e-6)
@@ -276,7 +281,10 @@ def test_gradient_matches_that_of_plain_operations(dim, tile_size):
     gradients = jax.jit(
         jax.grad(lambda q, p: jnp.sum(tiled(tile_size)(q, p, k=3)), argnums=(0, 1))
     )(queries, particles)
-    expected = jax.grad(sum_of_nearest, argnums=(0, 1))(queries, particles, 3)
+    plain_gradients = jax.jit(
+        jax.grad(sum_of_nearest, argnums=(0, 1)), static_argnums=2
+    )
+    expected = plain_gradients(queries, particles, 3)
     for gradient, plain in zip(gradients, expected):
         np.testing.assert_allclose(gradient, plain, rtol=1e-5, atol=1e-6)
 
@@ -298,9 +306,8 @@ def test_gradient_by_hand_where_points_coincide_or_are_missing():
         )
         return jnp.sum(jnp.where(distances < jnp.inf, distances, 0.0))
 
-    query_gradient, particle_gradient = jax.grad(loss, argnums=(0, 1))(
-        queries, particles
-    )
+    gradients = jax.jit(jax.grad(loss, argnums=(0, 1)))
+    query_gradient, particle_gradient = gradients(queries, particles)
     np.testing.assert_allclose(query_gradient, [[-0.6, -0.8]], rtol=1e-6)
     np.testing.assert_allclose(
         particle_gradient, [[0.0, 0.0], [0.6, 0.8], [0.0, 0.0]], rtol=1e-6

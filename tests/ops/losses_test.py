@@ -304,7 +304,7 @@ def test_td_errors_teach_the_prediction_only(error, arguments):
         leaves = jax.tree.leaves(error(*arguments({**t, **floats})))
         return sum(jnp.sum(leaf) for leaf in leaves)
 
-    gradients = jax.grad(loss)({name: t[name] for name in names})
+    gradients = jax.jit(jax.grad(loss))({name: t[name] for name in names})
     taught = {"psi_tm1", "exploration_tm1"} & {
         name for name in names if np.any(gradients[name])
     }
@@ -336,11 +336,13 @@ def test_errors_vmap_over_tasks_and_actions_alone():
     t = make_transition()
     w = make_transition(num_actions=3, seed=1)["psi_t"]
     a_tm1 = np.int32([0, 3, 1])
-    batched = jax.vmap(
-        lambda w, a_tm1: losses.vector_td_error(
-            *vector_arguments({**t, "w": w, "a_tm1": a_tm1})
-        )
-    )(w, a_tm1)
+
+    @jax.jit
+    @jax.vmap
+    def errors(w, a_tm1):
+        return losses.vector_td_error(*vector_arguments({**t, "w": w, "a_tm1": a_tm1}))
+
+    batched = errors(w, a_tm1)
     for row, task, action in zip(batched, w, a_tm1):
         expected = references_losses.vector_td_error(
             *vector_arguments({**t, "w": task, "a_tm1": action})
@@ -438,6 +440,14 @@ def test_a_window_ends_with_its_first_cut(cut_t, horizon, weights, transform):
     assert window.weights.dtype == jnp.float32
 
 
+@jax.jit
+def padded_sum(cut_t, cumulant_t, discount_t):
+    window = losses.mask_after_cut(cut_t)
+    cumulant_t = window.weights[:, None] * cumulant_t
+    discount_t = jnp.where(window.weights > 0, discount_t, 1.0)
+    return losses.n_step_cumulant(cumulant_t, discount_t)
+
+
 @PROPERTY
 @hypothesis.given(
     seed=strategies.integers(0, 2**31),
@@ -448,14 +458,7 @@ def test_a_padded_window_sums_like_its_used_part(seed, cut_t):
     cumulant_t = rng.normal(size=(6, 2)).astype(np.float32)
     discount_t = rng.uniform(0.5, 1.0, size=6).astype(np.float32)
 
-    @jax.jit
-    def padded(cut_t, cumulant_t, discount_t):
-        window = losses.mask_after_cut(cut_t)
-        cumulant_t = window.weights[:, None] * cumulant_t
-        discount_t = jnp.where(window.weights > 0, discount_t, 1.0)
-        return losses.n_step_cumulant(cumulant_t, discount_t)
-
-    total, product = padded(np.array(cut_t), cumulant_t, discount_t)
+    total, product = padded_sum(np.array(cut_t), cumulant_t, discount_t)
     used = cut_t.index(True) + 1 if any(cut_t) else 6
     expected = references_losses.n_step_cumulant(cumulant_t[:used], discount_t[:used])
     np.testing.assert_allclose(total, expected[0], rtol=1e-5, atol=1e-6)

@@ -1,13 +1,16 @@
 """Tests that a run asked to stop saves what it has, and goes on from there."""
 
 import contextlib
+import io
 import os
 import pathlib
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from typing import NamedTuple
 
 import fakes
 import jax
@@ -53,63 +56,89 @@ def signalled(num_steps, number=signal.SIGTERM):
     return Signalled
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_pretraining_saves_at_the_step_of_the_request(tmp_path, number):
-    config = make_config()
-    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
-        stages.pretrain(config, tmp_path, constructor=signalled(31, number), stop=stop)
-    trained = stages.load_pretrained(tmp_path)
-    assert trained.facts["agent_steps"] == 31 * 4
-    # (124 - 60) steps, half a sample each, 8 samples an update.
-    assert int(trained.state.num_updates) == 4
-    done = stages.pretrain(config, tmp_path, constructor=fakes.PlanesPool)
-    assert done["updates"] == 11
-    columns = metrics.read_metrics(tmp_path / "metrics.csv")
-    assert columns["agent_steps"] == [80.0, 160.0, 240.0]
+def run_out(num_steps):
+    """A chain whose time limit is over after some steps of all environments."""
+    timers = []
+
+    class Limited(fakes.PlanesPool):
+        steps = 0
+
+        def send(self, actions):
+            Limited.steps += 1
+            if Limited.steps == num_steps:
+                (limit,) = (one for one in timers if one.interval == 600.0)
+                limit.function()
+            super().send(actions)
+
+    def start_timer(seconds, function):
+        timers.append(threading.Timer(seconds, function))
+        return timers[-1]
+
+    return Limited, start_timer
+
+
+class Limited(NamedTuple):
+    """A pretraining that its time limit stopped, and what was said of it."""
+
+    folder: pathlib.Path
+    printed: str
+    message: str
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A pretraining, and the result of a fine-tuning of it that nobody interrupted."""
-    root = tmp_path_factory.mktemp("whole")
-    stages.pretrain(make_config(), root / "init", constructor=fakes.PlanesPool)
-    return root / "init", stages.finetune(
-        make_config(), root / "whole", root / "init", constructor=fakes.PlanesPool
+def limited(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("limited")
+    pool, start_timer = run_out(31)
+    printed = io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stderr(printed),
+        pytest.raises(interrupts.Interrupted) as stopped,
+    ):
+        patch.setattr(interrupts, "_start_timer", start_timer)
+        with interrupts.StopRequests(max_minutes=10.0) as stop:
+            stages.pretrain(make_config(), folder, constructor=pool, stop=stop)
+    return Limited(folder, printed.getvalue(), str(stopped.value))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, limited):
+    """The result of a fine-tuning of it that nobody interrupted."""
+    return stages.finetune(
+        make_config(),
+        tmp_path_factory.mktemp("whole"),
+        limited.folder,
+        constructor=fakes.PlanesPool,
     )
 
 
-# Steps of 4 environments: 15 infer, then each evaluation plays 2 games of 20 at most.
-@pytest.mark.parametrize("num_steps", [9, 18, 45])
-def test_finetuning_goes_on_from_any_phase(tmp_path, whole, num_steps):
-    """While it infers (9), evaluates zero-shot (18) and learns or evaluates (45)."""
-    init, whole = whole
-    config, folder = make_config(), tmp_path / "parts"
-    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
-        stages.finetune(
-            config, folder, init, constructor=signalled(num_steps), stop=stop
-        )
-    assert not (folder / "result.json").exists()
-    resumed = stages.finetune(config, folder, init, constructor=fakes.PlanesPool)
-    for name in ("updates", "finetune_agent_steps"):
-        assert resumed[name] == whole[name]
-    assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
-    if num_steps > 15:
-        assert resumed["adapted"] == whole["adapted"]
-        assert resumed["evaluations"][0] == whole["evaluations"][0]
-    rows = metrics.read_metrics(folder / "metrics.csv")["agent_steps"]
-    assert rows == [60.0, 80.0, 120.0]
+def test_a_stage_ends_at_its_time_limit_and_can_be_fine_tuned(limited, whole):
+    said = "--max_minutes=10 are over: stopping at the next step\n"
+    assert limited.printed.endswith(said)
+    assert "a checkpoint of agent step 124 was saved" in limited.message
+    trained = stages.load_pretrained(limited.folder)
+    assert trained.facts["agent_steps"] == 31 * 4
+    # (124 - 60) steps, half a sample each, 8 samples an update.
+    assert int(trained.state.num_updates) == 4
+    # What was pretrained so far is fine-tuned, and the frames say how far that was.
+    assert whole["pretrain_frames"] == 4 * 124
+    assert whole["init_agent_steps"] == 124
 
 
-def test_what_is_saved_is_what_goes_on(tmp_path):
-    """Learning resumes exactly: the same updates from the same replay."""
-    config = make_config()
-    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
-        stages.pretrain(config, tmp_path, constructor=signalled(31), stop=stop)
-    first = jax.device_get(stages.load_pretrained(tmp_path).state)
-    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+def test_pretraining_goes_on_from_the_step_of_each_request(tmp_path, limited):
+    """It resumes exactly: the same updates from the same replay."""
+    config, folder = make_config(), tmp_path / "pretrain"
+    shutil.copytree(limited.folder, folder)
+    first = jax.device_get(stages.load_pretrained(folder).state)
+    # Another limit, or none, is still this run.
+    with (
+        pytest.raises(interrupts.Interrupted),
+        interrupts.StopRequests(max_minutes=99.0) as stop,
+    ):
         # Asked again before its first step is over: one step more, nothing lost.
-        stages.pretrain(config, tmp_path, constructor=signalled(1), stop=stop)
-    second = stages.load_pretrained(tmp_path)
+        pool = signalled(1, signal.SIGINT)
+        stages.pretrain(config, folder, constructor=pool, stop=stop)
+    second = stages.load_pretrained(folder)
     assert second.facts["agent_steps"] == 32 * 4
     for x, y in zip(
         jax.tree.leaves(first.params),
@@ -117,6 +146,45 @@ def test_what_is_saved_is_what_goes_on(tmp_path):
         strict=True,
     ):
         np.testing.assert_array_equal(x, y)
+    with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+        stages.pretrain(config, folder, constructor=signalled(9), stop=stop)
+    third = stages.load_pretrained(folder)
+    assert third.facts["agent_steps"] == 41 * 4
+    # (164 - 60) steps.
+    assert int(third.state.num_updates) == 6
+    done = stages.pretrain(config, folder, constructor=fakes.PlanesPool)
+    assert done["updates"] == 11
+    assert done["pretrain_frames"] == 4 * 240
+    columns = metrics.read_metrics(folder / "metrics.csv")
+    assert columns["agent_steps"] == [80.0, 160.0, 240.0]
+
+
+# Steps of 4 environments: 15 infer, then each evaluation plays 2 games of 20 at most.
+@pytest.mark.parametrize("stops", [(9,), (18, 45)])
+def test_finetuning_goes_on_from_any_phase(tmp_path, limited, whole, stops):
+    """While it infers (9), evaluates zero-shot (18) and learns or evaluates (45)."""
+    config, folder = make_config(), tmp_path / "parts"
+    for num_steps in stops:
+        with pytest.raises(interrupts.Interrupted), interrupts.StopRequests() as stop:
+            stages.finetune(
+                config,
+                folder,
+                limited.folder,
+                constructor=signalled(num_steps),
+                stop=stop,
+            )
+        assert not (folder / "result.json").exists()
+    resumed = stages.finetune(
+        config, folder, limited.folder, constructor=fakes.PlanesPool
+    )
+    for name in ("updates", "finetune_agent_steps"):
+        assert resumed[name] == whole[name]
+    assert [e["agent_steps"] for e in resumed["evaluations"]] == [60, 120]
+    if stops[0] > 15:
+        assert resumed["adapted"] == whole["adapted"]
+        assert resumed["evaluations"][0] == whole["evaluations"][0]
+    rows = metrics.read_metrics(folder / "metrics.csv")["agent_steps"]
+    assert rows == [60.0, 80.0, 120.0]
 
 
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
@@ -142,51 +210,6 @@ def test_hangups_stay_ignored_under_nohup():
             stop.check()
     finally:
         signal.signal(signal.SIGHUP, before)
-
-
-def run_out(num_steps):
-    """A chain whose time limit is over after some steps of all environments."""
-    timers = []
-
-    class Limited(fakes.PlanesPool):
-        steps = 0
-
-        def send(self, actions):
-            Limited.steps += 1
-            if Limited.steps == num_steps:
-                (limit,) = (one for one in timers if one.interval == 600.0)
-                limit.function()
-            super().send(actions)
-
-    def start_timer(seconds, function):
-        timers.append(threading.Timer(seconds, function))
-        return timers[-1]
-
-    return Limited, start_timer
-
-
-def test_a_stage_ends_at_its_time_limit_and_goes_on(tmp_path, monkeypatch, capsys):
-    pool, start_timer = run_out(31)
-    monkeypatch.setattr(interrupts, "_start_timer", start_timer)
-    config, folder = make_config(), tmp_path / "pretrain"
-    with (
-        pytest.raises(interrupts.Interrupted) as stopped,
-        interrupts.StopRequests(max_minutes=10.0) as stop,
-    ):
-        stages.pretrain(config, folder, constructor=pool, stop=stop)
-    said = "--max_minutes=10 are over: stopping at the next step\n"
-    assert capsys.readouterr().err.endswith(said)
-    assert "a checkpoint of agent step 124 was saved" in str(stopped.value)
-    # What was pretrained so far is fine-tuned, and the frames say how far that was.
-    result = stages.finetune(
-        config, tmp_path / "early", folder, constructor=fakes.PlanesPool
-    )
-    assert result["pretrain_frames"] == 4 * 124
-    assert result["init_agent_steps"] == 124
-    # Another limit, or none, is still this run.
-    with interrupts.StopRequests(max_minutes=99.0) as stop:
-        done = stages.pretrain(config, folder, constructor=fakes.PlanesPool, stop=stop)
-    assert done["pretrain_frames"] == 4 * 240
 
 
 def test_a_time_limit_is_a_request_to_stop():
