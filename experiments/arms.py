@@ -7,6 +7,7 @@ from typing import Any
 
 from aps_jax import config as config_lib
 from aps_jax.report import tables
+from aps_jax.runs import folders
 from aps_jax.scores import estimates
 from experiments import common_flags
 
@@ -21,6 +22,10 @@ ARMS: dict[str, dict[str, Any]] = {
     "permuted bonus": {"permuted": "entropy"},
     "permuted tasks": {"permuted": "task"},
 }
+
+
+Scores = Sequence[Mapping[str, Any]]  # of each seed, by column
+Found = Mapping[tuple[str, str], Scores]  # by world and arm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,16 +86,60 @@ def make_cells(
     return cells
 
 
-def estimate(runs: Sequence[Sequence[Mapping[str, Any]]], column: str) -> str:
-    """Returns the interquartile mean of all worlds' runs, with its 95 % interval."""
-    scores = [[row[column] for row in rows] for rows in runs]
-    found = estimates.bootstrap(estimates.interquartile_mean, scores, seed=0)
+def run(
+    workdir: pathlib.Path,
+    cells: Sequence[Cell],
+    run_cell: Callable[..., Scores],
+    make_tables: Callable[[Found], list[tables.Table]],
+) -> Found:
+    """Runs what is missing of a study, and reports in `WORKDIR/report`.
+
+    Args:
+      workdir: Of the study.
+      cells: Of `make_cells`.
+      run_cell: Runs one, watched by `common_flags.watched`, and returns its scores.
+      make_tables: Makes tables of all.
+
+    Returns:
+      What was found of each world and arm.
+    """
+    report, found = workdir / "report", {}
+    of_worlds: dict[str, dict[str, Scores]] = {}
+    with common_flags.watched() as watched:
+        for cell in cells:
+            print(f"{cell.world}, {cell.arm}:", flush=True)
+            scores = run_cell(cell, **watched)
+            found[cell.world, cell.arm] = scores
+            of_worlds.setdefault(cell.world, {})[cell.arm] = scores
+            report.mkdir(parents=True, exist_ok=True)
+            folders.write_json(report / "scores.json", of_worlds)
+    made = make_tables(found)
+    tables.show_tables(made)
+    lines = [line for one in made for line in (*tables.table_lines(one, "## {}"), "")]
+    (report / "report.md").write_text("\n".join(lines), encoding="utf-8")
+    print(f"Written to {report}.")
+    return found
+
+
+def make_table(
+    title: str, worlds: Sequence[str], columns: Mapping[str, str], found: Found
+) -> tables.Table:
+    """Makes a table of all arms in some worlds; "-" where an arm lacks a column."""
+    rows = []
+    for arm in dict.fromkeys(arm for _, arm in found):
+        runs = [found[world, arm] for world in worlds]
+        rows.append({"arm": arm})
+        for column, shown in columns.items():
+            rows[-1][shown] = "-"
+            if column in runs[0][0]:
+                scores = [[row[column] for row in of_seeds] for of_seeds in runs]
+                rows[-1][shown] = estimate(estimates.interquartile_mean, scores)
+    over = f"{len(worlds)} worlds and " if len(worlds) > 1 else ""
+    note = f"Interquartile means over {over}{len(runs[0])} seeds, 95 % intervals."
+    return tables.make_table(title, rows, note)
+
+
+def estimate(statistic: Callable[..., Any], *scores: Any) -> str:
+    """Returns a statistic of scores by world and run, with its 95 % interval."""
+    found = estimates.bootstrap(statistic, *scores, seed=0)
     return tables.format_estimate(found, lambda x: f"{x:.2f}")
-
-
-def nested(found: Mapping[tuple[str, str], Any]) -> dict[str, Any]:
-    """Returns what was found of each world and arm, as a file of JSON holds it."""
-    of_worlds: dict[str, Any] = {}
-    for (world, arm), rows in found.items():
-        of_worlds.setdefault(world, {})[arm] = rows
-    return of_worlds

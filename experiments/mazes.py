@@ -10,7 +10,7 @@ columns are.
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -44,20 +44,8 @@ def main(argv: Sequence[str]) -> None:
     """Runs what is missing, and reports."""
     common_flags.reject_words(argv)
     workdir = common_flags.workdir_from_flags()
-    report, found = workdir / "report", {}
-    with common_flags.watched() as watched:
-        for cell in make_cells(workdir):
-            found[cell.world, cell.arm] = run_cell(cell, **watched)
-            report.mkdir(parents=True, exist_ok=True)
-            folders.write_json(report / "scores.json", arms.nested(found))
-    made = make_tables(found)
-    tables.show_tables(made)
-    (report / "report.md").write_text(
-        "\n".join(
-            line for table in made for line in (*tables.table_lines(table, "## {}"), "")
-        ),
-        encoding="utf-8",
-    )
+    report = workdir / "report"
+    found = arms.run(workdir, make_cells(workdir), run_cell, make_tables)
     maze_pictures.save_heat_maps(
         report / "visits.png",
         {key: np.asarray(rows[0]["visits"]) for key, rows in found.items()},
@@ -67,7 +55,6 @@ def main(argv: Sequence[str]) -> None:
         {key: [row["curve"] for row in rows] for key, rows in found.items()},
         "skill_following",
     )
-    print(f"Written to {report}.")
 
 
 def make_cells(workdir: pathlib.Path) -> list[arms.Cell]:
@@ -92,7 +79,6 @@ def run_cell(cell: arms.Cell, **watched: Any) -> list[dict[str, Any]]:
       cell: The arm.
       **watched: As for `stages.pretrain_runs`; so are the errors.
     """
-    print(f"{cell.world}, {cell.arm}:", flush=True)
     runs = recorders.make_runs(cell.config, cell.folder, cell.seeds)
     # What is finished returns at once; a folder of other values is refused.
     results = stages.pretrain_runs(runs, **watched)
@@ -154,34 +140,16 @@ _COLUMNS = {
 }
 
 
-def make_tables(
-    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-) -> list[tables.Table]:
+def make_tables(found: arms.Found) -> list[tables.Table]:
     """Makes a table of arms for each group of mazes, and one for each maze."""
     mazes = list(dict.fromkeys(name for name, _ in found))
-    names_of_arms = list(dict.fromkeys(arm for _, arm in found))
     groups = {
         f"All {len(names)} {group} mazes": names
         for group, known in _GROUPS.items()
         if len(names := [name for name in mazes if name in known]) > 1
     }
     groups |= {name: [name] for name in mazes}
-    made = []
-    for title, names in groups.items():
-        rows = [
-            {
-                "arm": arm,
-                **{
-                    shown: arms.estimate([found[name, arm] for name in names], column)
-                    for column, shown in _COLUMNS.items()
-                },
-            }
-            for arm in names_of_arms
-        ]
-        num_seeds = len(found[names[0], names_of_arms[0]])
-        note = f"Interquartile means over mazes and {num_seeds} seeds, 95 % intervals."
-        made.append(tables.make_table(title, rows, note))
-    return made
+    return [arms.make_table(title, n, _COLUMNS, found) for title, n in groups.items()]
 
 
 if __name__ == "__main__":

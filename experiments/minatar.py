@@ -9,14 +9,13 @@ writes them and scores.json to WORKDIR/report. docs/worlds.md says what the colu
 """
 
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from absl import flags
 
 from aps_jax.envs import worlds
 from aps_jax.report import tables
-from aps_jax.runs import folders, metrics
 from aps_jax.scores import estimates
 from aps_jax.train import recorders, stages
 from experiments import arms, common_flags
@@ -44,17 +43,7 @@ def main(argv: Sequence[str]) -> None:
     """Runs what is missing, and reports."""
     common_flags.reject_words(argv)
     workdir = common_flags.workdir_from_flags()
-    report, found = workdir / "report", {}
-    with common_flags.watched() as watched:
-        for cell in make_cells(workdir):
-            found[cell.world, cell.arm] = run_cell(cell, **watched)
-            report.mkdir(parents=True, exist_ok=True)
-            folders.write_json(report / "scores.json", arms.nested(found))
-    made = make_tables(found)
-    tables.show_tables(made)
-    lines = [line for one in made for line in (*tables.table_lines(one, "## {}"), "")]
-    (report / "report.md").write_text("\n".join(lines), encoding="utf-8")
-    print(f"Written to {report}.")
+    arms.run(workdir, make_cells(workdir), run_cell, make_tables)
 
 
 def make_cells(workdir: pathlib.Path) -> list[arms.Cell]:
@@ -79,7 +68,6 @@ def run_cell(cell: arms.Cell, **watched: Any) -> list[dict[str, Any]]:
     Returns:
       For each seed what the tables show.
     """
-    print(f"{cell.world}, {cell.arm}:", flush=True)
     tuned = recorders.make_runs(cell.config, cell.folder / "finetune", cell.seeds)
     inits: list[pathlib.Path] | None = None
     shown: list[dict[str, Any]] = [{} for _ in tuned.configs]
@@ -90,11 +78,9 @@ def run_cell(cell: arms.Cell, **watched: Any) -> list[dict[str, Any]]:
         shown = [
             {
                 **{name: result["skill_following"][name] for name in _FOLLOWING},
-                "visited": metrics.read_metrics(folder / metrics.FILE_NAME)["visited"][
-                    -1
-                ],
+                "visited": result["last_metrics"]["visited"],
             }
-            for folder, result in zip(inits, results, strict=True)
+            for result in results
         ]
     for row, result in zip(
         shown, stages.finetune_runs(tuned, inits, **watched), strict=True
@@ -125,61 +111,29 @@ _COLUMNS = {
 }
 
 
-def make_tables(
-    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-) -> list[tables.Table]:
+def make_tables(found: arms.Found) -> list[tables.Table]:
     """Makes a table of each game, and one of what beats learning from scratch."""
     games = list(dict.fromkeys(game for game, _ in found))
+    made = [arms.make_table(game, [game], _COLUMNS, found) for game in games]
     names = list(dict.fromkeys(arm for _, arm in found))
-    made = []
-    for game in games:
-        rows = [
-            {
-                "arm": arm,
-                **{
-                    shown: arms.estimate([found[game, arm]], column)
-                    if column in found[game, arm][0]
-                    else "-"
-                    for column, shown in _COLUMNS.items()
-                },
-            }
-            for arm in names
-        ]
-        num_seeds = len(found[game, names[0]])
-        note = f"Interquartile means over {num_seeds} seeds, 95 % intervals."
-        made.append(tables.make_table(game, rows, note))
     others = [arm for arm in names if arm != _SCRATCH]
-    if _SCRATCH in names and others:
-        note = (
-            "That a run of the arm beats one from scratch in a game drawn at random, "
-            "with 95 % intervals."
-        )
-        rows = [
-            {
-                "arm": arm,
-                **{
-                    shown: _improvement(found, games, arm, column)
-                    for column, shown in _RETURNS.items()
-                },
-            }
-            for arm in others
-        ]
-        made.append(tables.make_table("P(improvement over scratch)", rows, note))
-    return made
+    if len(others) == len(names) or not others:
+        return made
 
+    def returns(arm: str, column: str) -> list[list[float]]:
+        return [[row[column] for row in found[game, arm]] for game in games]
 
-def _improvement(
-    found: Mapping[tuple[str, str], Sequence[Mapping[str, Any]]],
-    games: Sequence[str],
-    arm: str,
-    column: str,
-) -> str:
-    scores = [
-        [[row[column] for row in found[game, one]] for game in games]
-        for one in (arm, _SCRATCH)
-    ]
-    of_arm = estimates.bootstrap(estimates.probability_of_improvement, *scores, seed=0)
-    return tables.format_estimate(of_arm, lambda x: f"{x:.2f}")
+    rows = []
+    for arm in others:
+        rows.append({"arm": arm})
+        for column, shown in _RETURNS.items():
+            both = returns(arm, column), returns(_SCRATCH, column)
+            rows[-1][shown] = arms.estimate(estimates.probability_of_improvement, *both)
+    note = (
+        "That a run of the arm beats one from scratch in a game drawn at random, with "
+        "95 % intervals."
+    )
+    return [*made, tables.make_table("P(improvement over scratch)", rows, note)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Makes JAX strict and its programs cheap for every test, and short runs cheaper.
+"""Makes JAX strict and its programs cheap for every test; fixtures of several rooms.
 
 Warnings are errors by pyproject.toml. The settings are environment variables, so that
 the processes that tests start are as strict.
@@ -10,6 +10,8 @@ import pathlib
 import tempfile
 
 import pytest
+from absl import flags
+from absl.testing import flagsaver
 
 import experiments  # noqa: F401  Garbage is collected as seldom as in the scripts.
 
@@ -39,6 +41,14 @@ with warnings.catch_warnings():
     # Importing TensorFlow Probability (under Distrax) touches a deprecated name of JAX.
     warnings.simplefilter("ignore")
     import distrax  # noqa: F401
+
+
+@pytest.fixture
+def parsed_flags():
+    """Flags as after parsing an empty command line, restored after each test."""
+    with flagsaver.flagsaver():
+        flags.FLAGS(["test"])
+        yield
 
 
 @pytest.fixture(scope="module")

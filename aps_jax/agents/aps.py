@@ -278,16 +278,18 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         return state._replace(stats=state.stats._replace(calibrated=moments))
 
     def embed(state: AgentState, windows: Window) -> dict[str, jax.Array]:
+        return {
+            "phi": features(state, windows).phi,
+            "task": windows.extras["task"][:, 0],
+        }
+
+    def predict(state: AgentState, windows: Window) -> jax.Array:
         task = windows.extras["task"][:, 0]
         output = _for_one_task(
             networks, state.params["successor"], windows.observation[:, 0], task
         )
-        value = jnp.max(jax.vmap(losses.q_values)(output.psi, task), axis=-1)
-        return {
-            "phi": features(state, windows).phi,
-            "task": task,
-            "value": value / config.value_unit,
-        }
+        values = jax.vmap(losses.q_values)(output.psi, task)
+        return jnp.max(values, axis=-1) / config.value_unit
 
     def adapt(
         key: PRNGKey, state: AgentState, rollouts: base.Rollouts | None
@@ -352,6 +354,7 @@ def make(config: Config, num_actions: int, observation: ObservationSpec) -> base
         start_finetune=start_finetune,
         adapt=adapt,
         embed=embed,
+        predict=predict,
     )
 
 

@@ -251,9 +251,10 @@ class Agent(NamedTuple):
         [PRNGKey, AgentState, Rollouts | None], tuple[AgentState, dict[str, Any]]
     ]
     # What a picture of visited states shows, of windows of one state: by name [N, D].
-    # Agents with skills show phi, task and value, the [N] sum of phi^T w that greedy
-    # play of the task is predicted to meet, discounted.
     embed: Callable[[AgentState, Window], dict[str, jax.Array]] | None = None
+    # With skills: the discounted sum [N] of phi^T w that greedy play of a window's task
+    # is predicted to meet from its one state on.
+    predict: Callable[[AgentState, Window], jax.Array] | None = None
 
 
 class MakeAgent(Protocol):

@@ -7,7 +7,6 @@ compared with what is met. Letters: `T` time steps, `E` environments, `D` dimens
 features and tasks, `S` seeds.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -110,13 +109,14 @@ class Follower:
 
         Args:
           config: The run's values; `config.report.skill_steps` are played.
-          agent: One with skills, whose `embed` shows `phi`, `task` and `value`.
+          agent: One with skills that can `predict`; its `embed` shows `phi`, `task`.
           plan: Of pretraining.
           seeds: Of the session whose agents are measured.
           constructor: Makes the environments.
         """
-        assert agent.play_skills is not None and agent.embed is not None
-        shown_by = agent.embed
+        assert agent.play_skills is not None
+        assert agent.embed is not None and agent.predict is not None
+        shown_by, predicted_by = agent.embed, agent.predict
         self._steps = config.report.skill_steps
         self._discount = config.learner.discount
         policy = agent.play_skills(0.0)
@@ -137,20 +137,17 @@ class Follower:
         self._start = start
 
         def embed(state: base.AgentState, replay: buffer.Buffer) -> Played:
-            shown = buffer.map_all(
-                functools.partial(shown_by, state),
+            shown, value = buffer.map_all(
+                lambda windows: (
+                    shown_by(state, windows),
+                    predicted_by(state, windows),
+                ),
                 replay,
                 observation=policy.observation,
                 num_steps=self._steps,
             )
-            steps = replay.experience
-            return Played(
-                shown["phi"],
-                shown["task"],
-                shown["value"],
-                steps.is_first.T,
-                steps.terminated.T,
-            )
+            first, over = replay.experience.is_first, replay.experience.terminated
+            return Played(shown["phi"], shown["task"], value, first.T, over.T)
 
         self._embed = jax.jit(jax.vmap(embed) if len(seeds) > 1 else embed)
 

@@ -753,7 +753,7 @@ def test_greedy_actions_maximise_the_value(form, explore):
     windows = with_task(windows, memory.task[:, None])
     windows = windows._replace(observation=observation.frames[:, None])
     # In the unit of phi^T w itself.
-    predicted = agent.embed(state, windows)["value"]
+    predicted = agent.predict(state, windows)
     unit = config.learner.value_unit
     np.testing.assert_allclose(predicted, values.max(axis=1) / unit, rtol=1e-4)
     if form != "vector" and explore:

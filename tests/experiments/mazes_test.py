@@ -4,8 +4,6 @@ import json
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from scripts import set_flags
 
 from aps_jax import agents
@@ -13,14 +11,7 @@ from aps_jax.envs import maze
 from aps_jax.train import stages
 from experiments import arms, mazes
 
-
-@pytest.fixture(autouse=True)
-def own_flags():
-    with flagsaver.flagsaver():
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS(["test"])
-        set_flags(preset="paper")
-        yield
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 
 
 @pytest.fixture

@@ -5,21 +5,12 @@ import math
 
 import numpy as np
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from scripts import set_flags
 
 from aps_jax.train import stages
 from experiments import minatar
 
-
-@pytest.fixture(autouse=True)
-def own_flags():
-    with flagsaver.flagsaver():
-        if not flags.FLAGS.is_parsed():
-            flags.FLAGS(["test"])
-        set_flags(preset="paper")
-        yield
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 
 
 def test_it_writes_scores_and_tables_and_goes_on(tmp_path, monkeypatch, capsys):

@@ -56,13 +56,6 @@ def test_known_agents_stand_beside_their_published_scores(tmp_path, monkeypatch)
     assert "| outside |" in table and "Scores per game" not in table
 
 
-@pytest.fixture
-def parsed_flags():
-    with flagsaver.flagsaver():
-        pages.flags.FLAGS(["test"])
-        yield
-
-
 @pytest.mark.usefixtures("parsed_flags")
 def test_stale_pages_are_named_and_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(pages, "ROOT", tmp_path)

@@ -43,12 +43,7 @@ TINY = {
 }
 
 
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    """Flags as after parsing an empty command line, restored after each test."""
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 
 
 def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys, monkeypatch):

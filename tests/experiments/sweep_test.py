@@ -29,13 +29,9 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def parsed_flags(monkeypatch):
-    """Flags as after parsing an empty command line, restored after each test."""
+def no_updates_of_jax(parsed_flags, monkeypatch):
     # The suite's JAX is on the CPU already, and cannot be told so again once in use.
     monkeypatch.setattr("jax.config.update", lambda name, value: None)
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
 
 
 def run_sweep(*words):

@@ -3,18 +3,11 @@
 import json
 
 import pytest
-from absl import flags
-from absl.testing import flagsaver
 from scripts import set_flags
 
 from experiments import train
 
-
-@pytest.fixture(autouse=True)
-def parsed_flags():
-    with flagsaver.flagsaver():
-        flags.FLAGS(["test"])
-        yield
+pytestmark = pytest.mark.usefixtures("parsed_flags")
 
 
 def test_an_agent_learns_from_scratch_and_goes_on_where_it_stopped(tmp_path, capsys):
