@@ -71,14 +71,12 @@ class Tester:
         shown = environment.observe_all()
         shape = environment.observation.shape
         self._shown = shown.reshape(-1, *shape)  # [N, *observation.shape]
-        assert agent.pretrain is not None and agent.play_skills is not None
-        assert agent.embed is not None
+        assert agent.pretrain is not None and agent.embed is not None
         self._embed = jax.jit(agent.embed)
         self._start_finetune = jax.jit(agent.start_finetune)
         policies = {
             "adapted": agent.play_adapted(0.0),
             "alone": agent.play(0.0),
-            "skills": agent.play_skills(0.0),
             "exploring": agent.pretrain.policy,
         }
         self._play = {
@@ -150,14 +148,15 @@ class Tester:
         Args:
           state: Of the agent, after pretraining.
           rewards: Of reaching each state.
-          num_labels: Rewarded states that are shown, drawn from fresh play under
-            random tasks; None shows every state that can be reached once.
+          num_labels: Rewarded states that are shown, drawn from fresh play of the
+            behaviour of pretraining, as for inference; None shows every state that
+            can be reached once.
           seed: Of tasks, labels and candidates of GPI.
         """
         state = self._start_finetune(state)
         phi = self.features(state)
         keys = jax.random.split(jax.random.key(seed), len(rewards) + 1)
-        played = np.asarray(self._play["skills"](state, keys[-1], 32, self.horizon))
+        played = np.asarray(self._play["exploring"](state, keys[-1], 32, self.horizon))
         rng, found = np.random.default_rng(seed), []
         for key, reward in zip(keys[:-1], rewards, strict=True):
             labels = self.free

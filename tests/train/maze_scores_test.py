@@ -124,6 +124,22 @@ def test_few_labels_are_states_of_fresh_play(agent, state, tester, tables):
     assert of_none.zero_shot[0] == of_none.random_task[0]
 
 
+def test_labels_are_states_that_behaviour_reaches(agent, state, tables):
+    """Greedy skills alone stand still in a third of their steps."""
+    shown = []
+
+    def adapt(key, state, rollouts):
+        shown.append(set(rollouts.reward.astype(int)))
+        return agent.adapt(key, state, rollouts)
+
+    tester = maze_scores.Tester(f"maze/{NAME}", agent._replace(adapt=adapt))
+    reward = np.arange(100.0) * (tables.distance >= 0)
+    tester.scores(state, reward[None], num_labels=20_000, seed=0)
+    key = jax.random.split(jax.random.key(0), 2)[-1]
+    visits = tester.visits(state, key, num_steps=tester.horizon, num_envs=32)
+    assert shown[0] == set(np.flatnonzero(visits))
+
+
 def test_visits_count_every_step_of_every_environment(state, tester, tables):
     visits = tester.visits(state, jax.random.key(0), num_steps=90, num_envs=3)
     assert visits.shape == (100,) and visits.sum() == 90 * 3
