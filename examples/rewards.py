@@ -20,6 +20,11 @@ def pong_high(before, after):
     return after.ram[:, 51] < 80
 
 
+def pong_low(before, after):
+    """Pong: 1 while the player's paddle (byte 51, 38 to 203) is near the bottom."""
+    return after.ram[:, 51] > 160
+
+
 def pacman_left(before, after):
     """Ms. Pac-Man: 1 while she (byte 10, 18 to 160) is in the left third."""
     return after.ram[:, 10] < 60

@@ -30,7 +30,12 @@ from experiments import common_flags, summary
 _CHECKPOINT = flags.DEFINE_string(
     "checkpoint", None, "Folder of the run whose newest agent is evaluated."
 )
-_VIDEO = flags.DEFINE_bool("video", False, "Also write WORKDIR/game.gif of one game.")
+_VIDEO = flags.DEFINE_bool(
+    "video",
+    False,
+    "Also write WORKDIR/game.gif of one game, or rewards.gif with a game for each "
+    "reward function.",
+)
 _VIDEO_TASKS = flags.DEFINE_integer(
     "video_tasks",
     0,
@@ -40,6 +45,7 @@ _VIDEO_TASKS = flags.DEFINE_integer(
     upper_bound=64,
 )
 _SHORT = (*common_flags.SHORT, "reward")
+_CLIP_STEPS = evaluation.VIDEO_AGENT_STEPS // 3  # of each game in a grid
 
 
 def main(argv: Sequence[str]) -> None:
@@ -136,9 +142,12 @@ def _evaluate_rewards(
     summary.print_rewards(config, rewards)
     if _VIDEO.value:
         player = evaluation.make_player(config, trained.agent, adapted=True)
-        for result in results:
-            name = result.name.replace(":", "_")
-            summary.film(workdir / f"game_{name}.gif", config, player, result.state)
+        clips = [
+            summary.film(config, player, result.state, record_agent_steps=_CLIP_STEPS)
+            for result in results
+        ]
+        sheets = run_pictures.tile(clips, [result.name for result in results])
+        run_pictures.save_gif(workdir / "rewards.gif", sheets)
 
 
 def _write_result(
@@ -165,7 +174,7 @@ def _record_tasks(
             evaluation.Player(play(config.evaluation.eval_epsilon)),
             trained.state,
             record_games=count,
-            record_agent_steps=evaluation.VIDEO_AGENT_STEPS // 3,
+            record_agent_steps=_CLIP_STEPS,
             only_record=True,
             **watched,
         )

@@ -124,8 +124,7 @@ def _draw(
     if (workdir / "game.gif").exists():
         return
     trained = stages.load_finetuned(workdir / arms[0], warn=common_flags.warn)
-    summary.film(
-        workdir / "game.gif",
+    pictures = summary.film(
         config,
         evaluation.make_player(config, trained.agent),
         trained.state,
@@ -134,6 +133,7 @@ def _draw(
         ),
         **watched,
     )
+    run_pictures.save_gif(workdir / "game.gif", pictures)
 
 
 if __name__ == "__main__":

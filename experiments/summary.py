@@ -1,12 +1,13 @@
 """What scripts show of a result: its scores, how the games were played, a gif."""
 
-import pathlib
 import statistics
 from typing import Any
 
+import numpy as np
+
 from aps_jax import config as config_lib
 from aps_jax.envs import reward_functions
-from aps_jax.report import run_pictures, tables
+from aps_jax.report import tables
 from aps_jax.scores import protocol, scores
 from aps_jax.train import evaluation
 
@@ -63,11 +64,13 @@ def print_rewards(config: config_lib.Config, results: list[dict[str, Any]]) -> N
     rows = []
     for result in results:
         adapted, played = result["adapted"], result["zero_shot"]
+        skills = result.get("random_tasks")
         fallback = " (random w)" if adapted["is_fallback"] else ""
         rows.append(
             {
                 "reward": result["reward"] + fallback,
                 "zero-shot return": f"{played['return_mean']:,.1f}",
+                "random tasks": f"{skills['return_mean']:,.1f}" if skills else "-",
                 "random play": f"{result['random']['return_mean']:,.1f}",
                 "zero-shot score": f"{played['score_mean']:,.1f}",
                 "agent steps per game": f"{played['length_mean']:,.0f}",
@@ -85,13 +88,9 @@ def print_rewards(config: config_lib.Config, results: list[dict[str, Any]]) -> N
 
 
 def film(
-    path: pathlib.Path,
-    config: config_lib.Config,
-    player: evaluation.Player,
-    state: Any,
-    **options: Any,
-) -> None:
-    """Writes a gif of one game; `options` are those of `evaluation.evaluate`."""
+    config: config_lib.Config, player: evaluation.Player, state: Any, **options: Any
+) -> list[np.ndarray]:
+    """Returns the pictures of one game; `options` are of `evaluation.evaluate`."""
     played = evaluation.evaluate(
         config_lib.replace_options(config, eval_episodes=1),
         player,
@@ -100,4 +99,4 @@ def film(
         only_record=True,
         **options,
     )
-    run_pictures.save_gif(path, played.pictures[0])
+    return played.pictures[0]

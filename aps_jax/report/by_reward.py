@@ -19,6 +19,7 @@ from aps_jax.scores import estimates
 _NOTE = (
     "Returns of the reward function itself, in full games: mean over seeds [95 % "
     "bootstrap interval over seeds]. Zero-shot: no gradient step has seen a reward. "
+    "Random tasks: the same agent, each game for a task drawn at random. "
     "docs/rewards.md and examples/rewards.py explain the reward functions."
 )
 
@@ -52,6 +53,11 @@ def table(folder: str | os.PathLike) -> tables.Table | None:
                 "agent": agent,
                 "reward": reward.rpartition(":")[2],
                 "seeds": str(len(seeds)),
+                "random tasks": _over_seeds(
+                    [o["random_tasks"]["return_mean"] for o in ones]
+                    if all("random_tasks" in one for one in ones)
+                    else []
+                ),
                 "random play": _over_seeds([o["random"]["return_mean"] for o in ones]),
                 "zero-shot": _over_seeds([o["zero_shot"]["return_mean"] for o in ones]),
                 "after fine-tuning": _over_seeds(tuned_means),

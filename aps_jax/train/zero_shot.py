@@ -26,6 +26,8 @@ class RewardResult(NamedTuple):
     state: Any  # the adapted agent
     played: evaluation.Evaluation
     random: evaluation.Evaluation  # Uniformly random actions, the same protocol.
+    # Skills of random tasks, one a game; None for an agent without skills.
+    random_tasks: evaluation.Evaluation | None
 
 
 class _ManyRewardsPool(reward_functions.RewardPool):
@@ -95,6 +97,9 @@ def evaluate_rewards(
     player = evaluation.make_player(config, agent, adapted=True)
     at_random = config_lib.replace_options(config, eval_epsilon=1.0)
     random_player = evaluation.make_player(at_random, agent)
+    skills = agent.play_skills
+    if skills is not None:
+        skills_player = evaluation.Player(skills(config.evaluation.eval_epsilon))
     results = []
     for index, name in enumerate(names):
         seen = rollouts._replace(reward=rewards[:, index].reshape(-1))
@@ -108,7 +113,14 @@ def evaluate_rewards(
         }
         played = evaluation.evaluate(config, player, adapted_state, **games)
         random = evaluation.evaluate(at_random, random_player, adapted_state, **games)
-        results.append(RewardResult(name, adapted, adapted_state, played, random))
+        at_random_tasks = None
+        if skills is not None:
+            at_random_tasks = evaluation.evaluate(
+                config, skills_player, adapted_state, **games
+            )
+        results.append(
+            RewardResult(name, adapted, adapted_state, played, random, at_random_tasks)
+        )
     return results
 
 
@@ -123,9 +135,12 @@ def to_dict(result: RewardResult) -> dict[str, Any]:
             "length_mean": float(played.lengths.mean()),
         }
 
-    return {
+    found = {
         "reward": result.name,
         "adapted": result.adapted,
         "zero_shot": of(result.played),
         "random": of(result.random),
     }
+    if result.random_tasks is not None:
+        found["random_tasks"] = of(result.random_tasks)
+    return found

@@ -223,6 +223,11 @@ def test_each_reward_has_a_return_of_its_own_and_random_play_beside_it(chain):
     # The same random games, whatever is counted in them.
     for result in results:
         np.testing.assert_array_equal(result.random.score_returns, score.random.returns)
+        # And the same skills of random tasks, which no reward chose.
+        skills = result.random_tasks
+        np.testing.assert_array_equal(skills.score_returns, score.random_tasks.returns)
+        tasks = skills.extras["task"]
+        assert len(np.unique(tasks, axis=0)) == len(tasks)
     assert left.adapted["num_nonzero"] > 0
     assert left.random.returns.max() > 0
 

@@ -84,7 +84,7 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys, monkeypatch):
     (damaged / "metadata.json").write_text("{}")
     capsys.readouterr()
     with flagsaver.flagsaver():
-        set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir))
+        set_flags(workdir=str(tmp_path / "zero"), checkpoint=str(workdir), video=True)
         set_flags(reward="score, examples.rewards:pong_high", infer_agent_steps=40)
         evaluate.main(["evaluate"])
     shutil.rmtree(damaged)
@@ -93,6 +93,9 @@ def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys, monkeypatch):
     score, high = zero["rewards"]
     assert high["reward"] == "examples.rewards:pong_high"
     assert high["random"]["return_mean"] >= 0 > high["random"]["score_mean"] - 1
+    assert high["random_tasks"]["score_mean"] == score["random_tasks"]["score_mean"]
+    with Image.open(tmp_path / "zero" / "rewards.gif") as image:
+        assert image.width == 2 * 160 and image.n_frames > 10
     # What fine-tuning inferred and scored before it learned.
     first = result["evaluations"][0]
     assert score["zero_shot"]["return_mean"] == first["eval_return_mean"]
@@ -200,13 +203,14 @@ def test_a_row_per_reward_tells_all_of_it(capsys):
             "adapted": {**adapted, "is_fallback": True},
             "zero_shot": games,
             "random": {**games, "return_mean": 0.3},
+            "random_tasks": {**games, "return_mean": 0.4},
         }
     ]
     summary.print_rewards(config_lib.preset_config("paper"), results)
     said = capsys.readouterr().out
     (line,) = [line for line in said.splitlines() if "my.rewards:middle" in line]
     assert " ".join(line.split()) == (
-        "my.rewards:middle (random w) 1,234.5 0.3 2.0 600 0.301 1,592 (313)"
+        "my.rewards:middle (random w) 1,234.5 0.4 0.3 2.0 600 0.301 1,592 (313)"
     )
     assert "(Atari-100k protocol)" in said
 

@@ -22,6 +22,7 @@ def write_rewards(root, game, seed, **zero_shot):
             },
             "zero_shot": {"return_mean": value},
             "random": {"return_mean": 1.0},
+            **({"random_tasks": {"return_mean": 0.5}} if game != "Freeway" else {}),
         }
         for name, value in zero_shot.items()
     ]
@@ -35,8 +36,16 @@ def test_rows_are_means_over_seeds(tmp_path):
     write(tmp_path / "Pong/aps/seed_1/pretrained", {"return_mean": 7.0})
     write(tmp_path / "Pong/aps/seed_2/pretrained_survival", {"return_mean": 3.0})
     # (2 + 4 + 9) / 3. Fine-tuned on the reward itself: one seed has no interval.
-    of_score = ("1.0 [1.0, 1.0]", "5.0 [2.0, 9.0]", "7.0", "0.100", "100 (10)")
-    of_survival = ("1.0 [1.0, 1.0]", "1.0 [1.0, 1.0]", "3.0", "0.100", "100 (10)")
+    skills = "0.5 [0.5, 0.5]"
+    of_score = (skills, "1.0 [1.0, 1.0]", "5.0 [2.0, 9.0]", "7.0", "0.100", "100 (10)")
+    of_survival = (
+        skills,
+        "1.0 [1.0, 1.0]",
+        "1.0 [1.0, 1.0]",
+        "3.0",
+        "0.100",
+        "100 (10)",
+    )
     assert by_reward.table(tmp_path).rows == (
         ("Pong", "aps", "score", "3", *of_score),
         ("Pong", "aps", "survival", "3", *of_survival),
@@ -53,8 +62,8 @@ def test_words(tmp_path):
     write_rewards(tmp_path, "Freeway", 0, score=0.0)
     table = by_reward.table(tmp_path)
     assert table.rows == (
-        ("Freeway", "aps", "score", "1", "1.0", "0.0", "-", "0.000", "100 (0)"),
-        ("Pong", "aps", "left", "1", "1.0", "1,234.5", "-", "0.000", "100 (0)"),
+        ("Freeway", "aps", "score", "1", "-", "1.0", "0.0", "-", "0.000", "100 (0)"),
+        ("Pong", "aps", "left", "1", "0.5", "1.0", "1,234.5", "-", "0.000", "100 (0)"),
     )
     assert len(table.columns) == len(table.rows[0])
     title, _, header, *_ = tables.table_lines(table, "## {}")
