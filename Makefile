@@ -1,5 +1,5 @@
 # Two commands on a fresh machine that has Python 3.11 or newer and make:
-#   make demo    the main job on real Atari, about ten minutes on two cores
+#   make demo    the main job on real Atari, about six minutes on two cores
 #   make test    all tests, about 15 minutes on two cores
 # and, for those who change what a run survives:
 #   make test-faults    kills real processes, and watches a long run's memory
@@ -18,7 +18,9 @@ BIN := $(VENV)/bin
 .PHONY: demo test test-faults test-described docs pages results atari100k lint format clean
 
 demo: $(VENV)/installed
-	$(BIN)/python -m experiments.run_aps --game=Pong --preset=cpu --workdir=runs/demo
+	$(BIN)/python -m experiments.pretrain --game=Pong --preset=cpu --workdir=runs/demo/pretrain
+	$(BIN)/python -m experiments.evaluate --checkpoint=runs/demo/pretrain --workdir=runs/demo/told \
+	  --reward=examples.rewards:pong_high,examples.rewards:pong_low --video
 
 test: $(VENV)/installed
 	$(BIN)/python -m ruff check .

@@ -146,7 +146,8 @@ def _evaluate_rewards(
             summary.film(config, player, result.state, record_agent_steps=_CLIP_STEPS)
             for result in results
         ]
-        sheets = run_pictures.tile(clips, [result.name for result in results])
+        labels = [result.name.rpartition(":")[2] for result in results]
+        sheets = run_pictures.tile(clips, labels)
         run_pictures.save_gif(workdir / "rewards.gif", sheets)
 
 
