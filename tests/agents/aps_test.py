@@ -150,6 +150,8 @@ def trained_state(agent, seed=0):
         ("vector", (0.7, 0.3), {"unit_values": True}),
         ("scalar", (0.7, 0.3), {}),
         ("off_policy", (0.7, 0.3), {"whiten_features": True}),
+        ("off_policy", (0.7, 0.3), {"further_tasks": 2}),
+        ("scalar", (0.7, 0.3), {"further_tasks": 1}),
     ],
 )
 def test_update_minimises_the_objective_written_slowly(form, weights, options):
@@ -237,31 +239,38 @@ def test_update_minimises_the_objective_written_slowly(form, weights, options):
             if walk is None:
                 continue
             places, discounts, bootstrap, product = walk
-            w = window.extras["task"][start]
-            before = predict(state.params["successor"], window.observation[start], w)
-            after = predict(state.target_params, window.observation[bootstrap], w)
-            skills += [features.phi[b, p] @ w for p in places]
-            td_losses.append(
-                references_agent.td_loss_of_target(
-                    form,
-                    before.psi,
-                    before.exploration,
-                    window.action[start],
-                    sum(
-                        d * unit * np.float64(features.phi[b, p])
-                        for p, d in zip(places, discounts, strict=True)
-                    ),
-                    sum(
-                        d * unit * r_entropy[b, p]
-                        for p, d in zip(places, discounts, strict=True)
-                    ),
-                    product,
-                    after.psi,
-                    after.exploration,
-                    w,
-                    weights,
+            skills += [
+                features.phi[b, p] @ window.extras["task"][start] for p in places
+            ]
+            of_tasks = []
+            # Its own task, and those of the windows before it.
+            for other in range(1 + learner.further_tasks):
+                w = windows.extras["task"][b - other, start]
+                observation = window.observation
+                before = predict(state.params["successor"], observation[start], w)
+                after = predict(state.target_params, observation[bootstrap], w)
+                of_tasks.append(
+                    references_agent.td_loss_of_target(
+                        form,
+                        before.psi,
+                        before.exploration,
+                        window.action[start],
+                        sum(
+                            d * unit * np.float64(features.phi[b, p])
+                            for p, d in zip(places, discounts, strict=True)
+                        ),
+                        sum(
+                            d * unit * r_entropy[b, p]
+                            for p, d in zip(places, discounts, strict=True)
+                        ),
+                        product,
+                        after.psi,
+                        after.exploration,
+                        w,
+                        weights,
+                    )
                 )
-            )
+            td_losses.append(np.mean(of_tasks))
     assert 0 < len(td_losses) < learner.batch_size  # Some starts are no transitions.
     np.testing.assert_allclose(metrics["loss_td"], np.mean(td_losses), rtol=rtol)
     np.testing.assert_allclose(
