@@ -83,6 +83,7 @@ def test_an_encoder_that_does_not_fit_is_one_clear_line(game, encoder, fitting):
     "options, message",
     [
         ({"num_neighbors": 256}, "num_neighbors must be less than num_particles.*256"),
+        ({"further_tasks": 32}, "further_tasks must be less than batch_size / .* 32"),
         ({"num_neighbors": 0}, "num_neighbors must be at least 1, got 0"),
         ({"learning_rate": -0.1}, "learning_rate must be at least 0.0, got -0.1"),
         (

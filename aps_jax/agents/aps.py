@@ -164,6 +164,12 @@ class Config(base.Config):
                 f"no neighbour of itself; got {self.num_neighbors} and "
                 f"{self.num_particles}."
             )
+        num_windows = self.batch_size // self.window_targets
+        if self.further_tasks and self.further_tasks >= num_windows:
+            raise ValueError(
+                "further_tasks must be less than batch_size / window_targets, the "
+                f"windows of an update; got {self.further_tasks} and {num_windows}."
+            )
         if self.finetune_batch_size % self.window_targets:
             raise ValueError(
                 "finetune_batch_size must be a multiple of window_targets, got "
@@ -598,15 +604,13 @@ def _make_pretrain_learner(
 
         # Each state also for other windows' tasks: psi is off-policy, and may learn
         # from what another task did. The first also tells whether the task matters.
-        rolled = [
-            jnp.roll(w, i, axis=0) for i in range(1 + max(1, config.further_tasks))
-        ]
+        num_taught = 1 + config.further_tasks
+        rolled = [jnp.roll(w, i, axis=0) for i in range(max(2, num_taught))]
         every = jnp.stack(rolled, axis=2)  # [B, m, K, D]
         outputs = networks.successor(
             params["successor"], windows.observation[:, :m], every
         )
-        taught = every[:, :, : 1 + config.further_tasks]
-        output_tm1 = jax.tree.map(lambda x: x[:, :, : taught.shape[2]], outputs)
+        taught = every[:, :, :num_taught]
         output_t = networks.successor(
             state.target_params,
             take_states(windows.observation, targets.bootstrap),
@@ -617,12 +621,14 @@ def _make_pretrain_learner(
             functools.partial(_td_errors, config), in_axes=(0, *4 * (None,), 0, 0)
         )
         errors = jax.vmap(jax.vmap(td_errors))(
-            output_tm1, a_tm1, phi_t, r_t, discount_t, output_t, taught
+            jax.tree.map(lambda x: x[:, :, :num_taught], outputs),
+            *(a_tm1, phi_t, r_t, discount_t, output_t, taught),
         )
         squares = jnp.sum(jnp.square(errors), axis=-1)  # [B, m, K]
         loss_td = masked_mean(0.5 * jnp.mean(squares, axis=-1), targets.is_valid)
-        squares = squares[..., 0]
-        output_tm1 = jax.tree.map(lambda x: x[:, :, 0], outputs)
+        # The metrics are of the task that was obeyed.
+        own_error = jnp.sqrt(squares[:, :, 0])
+        own_output = jax.tree.map(lambda x: x[:, :, 0], outputs)
 
         values = jax.vmap(
             jax.vmap(jax.vmap(functools.partial(_behaviour_values, config)))
@@ -642,8 +648,8 @@ def _make_pretrain_learner(
                 (greedy[..., 0] != greedy[..., 1]).astype(jnp.float32)
             ),
             "mean_phi_norm": optax.tree.norm(jnp.mean(reached.phi[:, :m], axis=(0, 1))),
-            "td_error": masked_mean(jnp.sqrt(squares), targets.is_valid),
-            "q_value": masked_mean(_chosen_q(output_tm1, a_tm1, w), targets.is_valid),
+            "td_error": masked_mean(own_error, targets.is_valid),
+            "q_value": masked_mean(_chosen_q(own_output, a_tm1, w), targets.is_valid),
             "knn_distance": masked_mean(
                 jnp.where(exists, distances, 0.0), exists.astype(jnp.float32)
             ),
@@ -841,7 +847,6 @@ def _make_finetune_learner(
 _OBEYED = {"discount": 0.95, "further_tasks": 1}
 _WORLD = {
     **base.WORLD_VALUES,
-    **_OBEYED,
     "hidden_units": 128,
     "num_particles": 128,
     "task_steps": 40,
@@ -884,14 +889,14 @@ PRESETS = {
         "learning_rate": 3e-4,
         "feature_learning_rate": 3e-4,
     },
-    "minatar": {"encoder": "minatar", **_WORLD},
+    "minatar": {"encoder": "minatar", **_WORLD, **_OBEYED},
     # Chosen on four_rooms, seeds 100 and 101; further tasks change nothing there.
     "maze": {
         "encoder": "mlp",
         "feature_dim": 20,
         **_WORLD,
-        "further_tasks": 0,
         "n_steps": 5,
+        "discount": 0.95,
         "pretrain_epsilon": 0.2,
     },
 }

@@ -156,12 +156,15 @@ class Tester:
         state = self._start_finetune(state)
         phi = self.features(state)
         keys = jax.random.split(jax.random.key(seed), len(rewards) + 1)
-        played = np.asarray(self._play["exploring"](state, keys[-1], 32, self.horizon))
+        reached = self.free
+        if num_labels is not None:
+            played = self._play["exploring"](state, keys[-1], 32, self.horizon)
+            reached = np.asarray(played).ravel()
         rng, found = np.random.default_rng(seed), []
         for key, reward in zip(keys[:-1], rewards, strict=True):
-            labels = self.free
+            labels = reached
             if num_labels is not None:
-                labels = rng.choice(played.ravel(), num_labels)
+                labels = rng.choice(reached, num_labels)
             adapted, facts = self._adapt(key, state, phi[labels], reward[labels])
             # Without a reward the task is a random one.
             other, _ = self._adapt(key, state, phi[labels], 0.0 * reward[labels])

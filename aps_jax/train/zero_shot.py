@@ -97,9 +97,10 @@ def evaluate_rewards(
     player = evaluation.make_player(config, agent, adapted=True)
     at_random = config_lib.replace_options(config, eval_epsilon=1.0)
     random_player = evaluation.make_player(at_random, agent)
-    skills = agent.play_skills
-    if skills is not None:
-        skills_player = evaluation.Player(skills(config.evaluation.eval_epsilon))
+    skills_player = None
+    if agent.play_skills is not None:
+        skills = agent.play_skills(config.evaluation.eval_epsilon)
+        skills_player = evaluation.Player(skills)
     results = []
     for index, name in enumerate(names):
         seen = rollouts._replace(reward=rewards[:, index].reshape(-1))
@@ -113,13 +114,11 @@ def evaluate_rewards(
         }
         played = evaluation.evaluate(config, player, adapted_state, **games)
         random = evaluation.evaluate(at_random, random_player, adapted_state, **games)
-        at_random_tasks = None
-        if skills is not None:
-            at_random_tasks = evaluation.evaluate(
-                config, skills_player, adapted_state, **games
-            )
+        skilled = None
+        if skills_player is not None:
+            skilled = evaluation.evaluate(config, skills_player, adapted_state, **games)
         results.append(
-            RewardResult(name, adapted, adapted_state, played, random, at_random_tasks)
+            RewardResult(name, adapted, adapted_state, played, random, skilled)
         )
     return results
 
