@@ -1,5 +1,7 @@
 """Full games under a fixed policy, apart from training: the only source of scores."""
 
+import contextlib
+import itertools
 import math
 from typing import Any, NamedTuple
 
@@ -15,6 +17,10 @@ from aps_jax.scores import protocol, scores
 from aps_jax.train import loop
 
 VIDEO_AGENT_STEPS = 900  # one minute of play
+
+# Games of one pool of emulators. A pool steps all of its environments, those whose
+# game has ended with the others, until its last game has ended.
+_POOL_GAMES = 10
 
 
 class Evaluation(NamedTuple):
@@ -107,48 +113,84 @@ def evaluate(
       An `Evaluation`.
     """
     num_games = config.evaluation.eval_episodes
-    key = devices.device_put(loop.stream_key(config.seed, loop.Stream.EVALUATE))
-    actor = devices.device_put(player.init(num_games))
+    size = num_games if games.is_world(config.game) else _POOL_GAMES
     returns, score_returns = np.zeros(num_games), np.zeros(num_games)
     lengths = np.zeros(num_games, np.int64)
     is_playing = np.ones(num_games, bool)
     pictures: list[list[np.ndarray]] = [[] for _ in range(record_games)]
-    extras: dict[str, np.ndarray] | None = None
-    pool = loop.make_pool(config, num_games, loop.Stream.EVALUATE, constructor)
-    try:
+    extras: list[dict[str, np.ndarray]] = []
+    with contextlib.ExitStack() as open_pools:
         progress.start("evaluate", total=num_games, unit="games")
-        with loop.environment_errors():
-            timestep = pool.reset()
-        while is_playing.any():
+        tables = []
+        for part in _split(num_games, size):
+            pool = loop.make_pool(
+                config, num_games, loop.Stream.EVALUATE, constructor, part=part
+            )
+            open_pools.callback(pool.close)
+            tables.append(_Table(config.seed, player, pool, part))
+        while tables:
             if stop is not None:
                 stop.check()
             is_taking = False
-            for index, taken in enumerate(pictures):
-                if len(taken) < record_agent_steps and is_playing[index]:
-                    taken.append(pool.render(index))
-                    is_taking = True
+            for table in tables:
+                playing = is_playing[table.part]
+                for row, taken in enumerate(pictures[table.part]):
+                    if len(taken) < record_agent_steps and playing[row]:
+                        taken.append(table.pool.render(row))
+                        is_taking = True
             if only_record and not is_taking:
                 break
-            actor, decision = player.act(
-                key, state, actor, devices.device_put(timestep)
-            )
-            if extras is None:
-                extras = jax.device_get(dict(decision.extras))
-            action = jax.device_get(decision.action)
-            with loop.environment_errors():
-                pool.send(action)
-                timestep = pool.recv()
-            score = reward_functions.game_reward(pool, timestep)
-            returns += np.where(is_playing, timestep.reward, 0.0)
-            score_returns += np.where(is_playing, score, 0.0)
-            lengths += is_playing
-            is_playing &= ~(timestep.terminated | timestep.truncated)
+            decisions = [table.act(player, state) for table in tables]
+            if not extras:
+                extras = [jax.device_get(dict(chosen.extras)) for chosen in decisions]
+            for table, decision in zip(tables, decisions, strict=True):
+                action = jax.device_get(decision.action)
+                with loop.environment_errors():
+                    table.pool.send(action)
+            for table in tables:
+                with loop.environment_errors():
+                    table.timestep = timestep = table.pool.recv()
+                score = reward_functions.game_reward(table.pool, timestep)
+                rows, still = table.part, is_playing[table.part]
+                returns[rows] += np.where(still, timestep.reward, 0.0)
+                score_returns[rows] += np.where(still, score, 0.0)
+                lengths[rows] += still
+                is_playing[rows] &= ~(timestep.terminated | timestep.truncated)
+            tables = [table for table in tables if is_playing[table.part].any()]
             finished = returns[~is_playing]
             mean = float(finished.mean()) if finished.size else None
             progress.tick(num_games - int(is_playing.sum()), mean)
-    finally:
-        pool.close()
-    return Evaluation(returns, score_returns, lengths, pictures, extras or {})
+    together = {
+        name: np.concatenate([of_table[name] for of_table in extras])
+        for name in (extras[0] if extras else ())
+    }
+    return Evaluation(returns, score_returns, lengths, pictures, together)
+
+
+class _Table:
+    """Some of an evaluation's games: a pool of their own, and what acting remembers."""
+
+    def __init__(self, seed: int, player: Player, pool: loop.Pool, part: slice):
+        key = loop.stream_key(seed, loop.Stream.EVALUATE)
+        # The first acts as it would if there were no others.
+        key = jax.random.fold_in(key, part.start) if part.start else key
+        self.pool, self.part = pool, part
+        self._key = devices.device_put(key)
+        self._actor = devices.device_put(player.init(part.stop - part.start))
+        with loop.environment_errors():
+            self.timestep = pool.reset()
+
+    def act(self, player: Player, state: base.AgentState) -> base.Decision:
+        """Starts to choose the next actions."""
+        timestep = devices.device_put(self.timestep)
+        self._actor, decision = player.act(self._key, state, self._actor, timestep)
+        return decision
+
+
+def _split(count: int, size: int) -> list[slice]:
+    """Splits a range into parts of at most a size, which differ by one at most."""
+    ends = np.linspace(0, count, -(-count // size) + 1).astype(int)
+    return [slice(first, end) for first, end in itertools.pairwise(ends)]
 
 
 def protocol_of(config: config_lib.Config) -> dict[str, Any]:

@@ -171,19 +171,18 @@ def make_pool(
     num_envs: int,
     stream: Stream,
     constructor: MakePool = games.make_pool,
-    mesh: devices.Mesh = None,
     *,
+    part: slice = slice(None),
     run_seeds: Sequence[int] = (),
 ) -> Pool:
     """Starts the environments of one stage, with seeds of their own.
 
     Args:
       config: The run's values.
-      num_envs: `E`, environments of all processes together.
+      num_envs: `E`, environments of all processes and pools together.
       stream: The stage's acting stream: no stage replays the games of another.
       constructor: Makes the pool, with the arguments of `games.make_pool`.
-      mesh: The stage's devices. Of several processes each starts its share, with the
-        seeds that these environments would have in one process.
+      part: Which of the `E` this pool has, with the seeds that they have among all.
       run_seeds: Seeds of the runs that share the pool, one after the other `num_envs`
         environments of each; by default the config's alone.
 
@@ -194,7 +193,7 @@ def make_pool(
     seeds: list[int] = []
     for seed in run_seeds or (config.seed,):
         of_run = atari.environment_seeds(seed, num_envs, stream=int(stream))
-        seeds += of_run[devices.process_slice(num_envs, mesh)]
+        seeds += of_run[part]
     return constructor(
         config.game,
         len(seeds),

@@ -203,8 +203,9 @@ def _measure_rate(
     config, seeds = runs.config, runs.seeds
     mesh = devices.make_mesh(config.num_devices)
     plan = _plan(config, name)
+    part = devices.process_slice(plan.num_envs, mesh)
     pool = loop.make_pool(
-        config, plan.num_envs, plan.act_stream, constructor, mesh, run_seeds=seeds
+        config, plan.num_envs, plan.act_stream, constructor, part=part, run_seeds=seeds
     )
     try:
         agent = config.make_agent(pool.num_actions, pool.observation)

@@ -97,8 +97,9 @@ def pretrain_runs(
     mesh, warn = _check_machine(runs, progress, is_pretraining=True)
     with contextlib.ExitStack() as held:
         num_envs, stream = config.pretrain.num_envs, loop.Stream.PRETRAIN_ACT
+        part = devices.process_slice(num_envs, mesh)
         pool = loop.make_pool(
-            config, num_envs, stream, constructor, mesh, run_seeds=seeds
+            config, num_envs, stream, constructor, part=part, run_seeds=seeds
         )
         held.callback(pool.close)
         lock = _open(held, runs, warn, stage=PRETRAIN)
@@ -268,8 +269,9 @@ def finetune_runs(
     values = config.finetune
     with contextlib.ExitStack() as held:
         num_envs, stream = values.finetune_num_envs, loop.Stream.FINETUNE_ACT
+        part = devices.process_slice(num_envs, mesh)
         pool = loop.make_pool(
-            config, num_envs, stream, constructor, mesh, run_seeds=seeds
+            config, num_envs, stream, constructor, part=part, run_seeds=seeds
         )
         held.callback(pool.close)
         agent = config.make_agent(pool.num_actions, pool.observation)

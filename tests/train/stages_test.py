@@ -15,6 +15,7 @@ import pytest
 
 from aps_jax import config as config_lib
 from aps_jax.agents import AGENTS, aps, base
+from aps_jax.envs import atari
 from aps_jax.runs import checkpoints, metrics
 from aps_jax.train import evaluation, loop, recorders, stages
 
@@ -530,6 +531,38 @@ def test_evaluation_counts_the_first_game_of_each_environment(run):
     assert played.returns.shape == played.lengths.shape == (500,)
     assert played.lengths.max() == 20  # The chain's limit.
     assert played.pictures == []
+
+
+def test_ended_games_are_stepped_no_longer_than_their_pool(run):
+    """Twelve games are two pools of six, which end apart; rows keep their seeds."""
+    folder, _, _ = run
+    trained = stages.load_finetuned(folder / "finetune")
+    pools = []
+
+    class Counted(fakes.PlanesPool):
+        def __init__(self, *args, seeds, **options):
+            super().__init__(*args, seeds=seeds, **options)
+            # The second pool's games are the longer ones.
+            self._limit = 5 + 5 * len(pools)
+            self.seeds, self.num_sent = seeds, 0
+            pools.append(self)
+
+        def send(self, actions):
+            self.num_sent += 1
+            super().send(actions)
+
+    config = make_config(eval_episodes=12, eval_epsilon=1.0)
+    player = evaluation.make_player(config, trained.agent)
+    played = evaluation.evaluate(
+        config, player, trained.state, constructor=Counted, record_games=8
+    )
+    np.testing.assert_array_equal(played.lengths, [5] * 6 + [10] * 6)
+    assert [len(taken) for taken in played.pictures] == [5] * 6 + [10] * 2
+    assert [pool.num_sent for pool in pools] == [5, 10]
+    assert pools[0].seeds + pools[1].seeds == atari.environment_seeds(
+        config.seed, 12, stream=int(loop.Stream.EVALUATE)
+    )
+    assert player.act._cache_size() == 1
 
 
 def test_a_recorded_game_has_a_picture_per_step(run):
