@@ -9,7 +9,7 @@ frames; in a world an agent step is one), agent steps, or updates (gradient step
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 from absl import logging
 
@@ -361,7 +361,15 @@ class Config:
 
     def make_agent(self, num_actions: int, observation: ObservationSpec) -> base.Agent:
         """Makes the agent for a game of that many actions that is seen so."""
-        return self.entry.make(self.learner, num_actions, observation)
+        return _make_agent(
+            cast(Any, self.entry.make), self.learner, num_actions, observation
+        )
+
+
+# The same functions for the same values, so that their programs are compiled once.
+@functools.lru_cache(maxsize=8)
+def _make_agent(make: Callable[..., base.Agent], *values: Any) -> base.Agent:
+    return make(*values)
 
 
 _SECTIONS: dict[str, Any] = {

@@ -203,22 +203,19 @@ def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Progra
     rollout = jax.eval_shape(init_rollout, state)
     sums = jax.eval_shape(lambda: loop.init_sums(loop.names_of(learner.metrics)))
     timestep = _timestep(config, plan.num_envs)
-    key = jax.random.key(0)
-    act = loop.make_act(policy, key)
-    draw = loop.make_draw(plan.phase, key, reward_free=plan.reward_free, mesh=mesh)
-    learn = loop.make_learn(learner, draw, key)
-
+    key = on(jax.eval_shape(jax.random.key, 0))
     args = on(state), on(rollout, loop.ROLLOUT_SPECS), on(timestep, sharded)
-    # On one device the loop's own wrappers would name this machine's.
-    jit_act: Any = functools.partial(jax.jit, donate_argnums=1)
-    jit_learn: Any = functools.partial(jax.jit, donate_argnums=(0, 1))
     if mesh is not None:
-        jit_act = functools.partial(loop.jit_act, mesh=mesh)
-        jit_learn = functools.partial(loop.jit_learn, mesh=mesh)
-    yield Program("acting", jit_act(act), args, 1 / plan.num_envs)
+        act = loop.jit_act(policy, mesh=mesh)
+        learn = loop.jit_learn(plan.phase, reward_free=plan.reward_free, mesh=mesh)
+    else:  # The loop's own wrappers would name this machine's device.
+        draw = loop.make_draw(plan.phase, reward_free=plan.reward_free)
+        act = jax.jit(loop.make_act(policy), donate_argnums=2)
+        learn = jax.jit(loop.make_learn(learner, draw), donate_argnums=(1, 2))
+    yield Program("acting", act, (key, *args), 1 / plan.num_envs)
     replay = on(rollout.replay, loop.REPLAY_SPECS)
     updates = plan.samples_per_step / learner.batch.num_samples
-    yield Program("update", jit_learn(learn), (on(state), on(sums), replay), updates)
+    yield Program("update", learn, (key, on(state), on(sums), replay), updates)
     if world is None or mesh is not None:
         return
     keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(plan.num_envs, np.uint32))
@@ -226,7 +223,7 @@ def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Progra
     due = jax.ShapeDtypeStruct((loop.MOST_ITERATIONS,), np.int32)
     count = jax.ShapeDtypeStruct((), np.int32)
     run = loop.make_run(world, act, learn)
-    yield Program("loop", run, on((state, others, due, count)), 0.0)
+    yield Program("loop", run, ((key, key), *on((state, others, due, count))), 0.0)
 
 
 def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:

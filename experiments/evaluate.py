@@ -172,7 +172,7 @@ def _record_tasks(
     with common_flags.watched() as watched:
         played = evaluation.evaluate(
             config,
-            evaluation.Player(play(config.evaluation.eval_epsilon)),
+            evaluation.compile_player(play, config.evaluation.eval_epsilon),
             trained.state,
             record_games=count,
             record_agent_steps=_CLIP_STEPS,

@@ -144,8 +144,8 @@ def _update_errors(agent_name: str) -> dict[str, float]:
     if not agent.pretrain:
         state = jax.jit(agent.start_finetune)(state)
     key = jax.random.key(_SEED)
-    draw = loop.make_draw(plan.phase, key, reward_free=plan.reward_free)
-    batch = jax.jit(draw)(state, _random_replay(plan, state), jnp.int32(0))
+    draw = loop.make_draw(plan.phase, reward_free=plan.reward_free)
+    batch = jax.jit(draw)(key, state, _random_replay(plan, state), jnp.int32(0))
 
     def metrics(device: Any, precision: str) -> dict[str, float]:
         with jax.default_matmul_precision(precision):

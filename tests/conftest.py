@@ -55,6 +55,6 @@ def parsed_flags():
 def few_states():
     """Measures and draws fewer states at a row: they are most of a short run's time."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("aps_jax.train.loop._CALIBRATION_STATES", 64)
-        patch.setattr("aps_jax.train.loop._EMBEDDED_STATES", 16)
+        patch.setattr("aps_jax.train.loop.CALIBRATION_STATES", 64)
+        patch.setattr("aps_jax.train.loop.EMBEDDED_STATES", 16)
         yield

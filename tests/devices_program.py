@@ -28,7 +28,7 @@ NUM_ENVS, LENGTH, DIM = 8, 30, 2
 NUM_UPDATES = 100
 # Of 8 particles one device encodes 3, 3 and 2; of eight devices each its one.
 buffer.CHUNK_SIZE = 3
-loop._CALIBRATION_STATES = 240
+loop.CALIBRATION_STATES = 240
 CONFIG = config_lib.replace_options(
     config_lib.Config(),
     game="Chain",
@@ -118,20 +118,21 @@ def learned(name, num_devices):
         state, _ = agent.adapt(KEY, agent.start_finetune(state), None)
         state = devices.device_put(state, mesh)
     learner = plan.phase.learner
-    draw = loop.make_draw(plan.phase, KEY, reward_free=is_pretraining, mesh=mesh)
-    learn = loop.jit_learn(loop.make_learn(learner, draw, KEY), mesh)
+    kind = {"reward_free": is_pretraining, "mesh": mesh}
+    draw = loop.make_draw(plan.phase, **kind)
+    learn, key = loop.jit_learn(plan.phase, **kind), devices.device_put(KEY, mesh)
     names = loop.names_of(learner.metrics)
     sums = devices.device_put(loop.init_sums(names), mesh)
     extras = loop.replayed_extras(plan.phase.policy, state)
     replay = random_replay(mesh, config.observation, extras)
     number = devices.device_put(np.int32(5), mesh)
-    drawn = jax.jit(draw)(state, replay, number)
+    drawn = jax.jit(draw)(key, state, replay, number)
     start = jax.device_get(state.params)
-    learn = learn.lower(state, sums, replay).compile()
+    learn = learn.lower(key, state, sums, replay).compile()
     losses = []
     for _ in range(NUM_UPDATES):
         before = float(sums.totals["loss_td"])
-        state, sums, _ = learn(state, sums, replay)
+        state, sums, _ = learn(key, state, sums, replay)
         losses.append(float(sums.totals["loss_td"]) - before)
     left = {
         "ids": drawn.windows.id,
@@ -151,9 +152,10 @@ def learned(name, num_devices):
         },
     }
     if is_pretraining:
+        left = jax.device_get(left)  # Calibration destroys the state.
         left["particle_ids"] = drawn.particles.id
-        calibrate = jax.jit(loop.make_calibrate(agent, KEY, mesh))
-        left["calibrated"] = calibrate(state, replay).stats.calibrated
+        calibrate = loop.jit_calibrate(agent, loop.CALIBRATION_STATES, mesh=mesh)
+        left["calibrated"] = calibrate(key, state, replay).stats.calibrated
     return jax.device_get(left), collectives(learn)
 
 
@@ -163,7 +165,7 @@ def acted(num_devices):
     agent = CONFIG.make_agent(3, atari.OBSERVATION)
     policy = loop.pretrain_plan(CONFIG, agent).phase.policy
     state = loop.init_state(agent, 0, mesh)
-    act = loop.jit_act(loop.make_act(policy, KEY), mesh)
+    act = loop.jit_act(policy, mesh=mesh)
     session = loop.Session(
         pool=loop.make_pool(
             CONFIG, NUM_ENVS, loop.Stream.PRETRAIN_ACT, fakes.ChainPool
@@ -174,12 +176,16 @@ def acted(num_devices):
         ),
         sums=devices.device_put(loop.init_sums(["loss_td"]), mesh),
         act=act,
+        act_key=devices.device_put(KEY, mesh),
+        learn_key=devices.device_put(KEY, mesh),
         seeds=(0,),
         mesh=mesh,
     )
     session.step()
     timestep = devices.device_put(session.timestep, mesh, devices.SHARDED)
-    compiled = act.lower(session.state, session.rollout, timestep).compile()
+    compiled = act.lower(
+        session.act_key, session.state, session.rollout, timestep
+    ).compile()
     for _ in range(LENGTH - 2):
         session.step()
     rollouts = loop.play_rollouts(session)

@@ -1,8 +1,10 @@
 """Full games under a fixed policy, apart from training: the only source of scores."""
 
 import contextlib
+import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -46,23 +48,25 @@ def from_lists(values: dict[str, list[float]]) -> Evaluation:
     return Evaluation(**arrays, pictures=[], extras={})
 
 
-class Player:
+class Player(NamedTuple):
     """A policy to be evaluated, compiled once for all evaluations and seeds."""
 
-    def __init__(self, policy: base.Policy):
-        """Compiles a policy from `Agent.play` or one of its siblings.
+    init: Callable[[int], loop.ActorState]  # from the number of games
+    act: Callable[..., tuple[loop.ActorState, base.Decision]]
 
-        Args:
-          policy: The policy.
-        """
-        self.init = jax.jit(
-            lambda num_games: loop.init_actor(policy, num_games), static_argnums=0
-        )
 
-        def act(key, state, actor, timestep):
-            return loop.act_once(policy, key, state, actor, timestep)
+@functools.lru_cache(maxsize=8)
+def compile_player(play: Callable[[float], base.Policy], epsilon: float) -> Player:
+    """Compiles a policy.
 
-        self.act = jax.jit(act, donate_argnums=2)
+    Args:
+      play: `Agent.play` or one of its siblings.
+      epsilon: Probability of a random action.
+    """
+    policy = play(epsilon)
+    init = jax.jit(functools.partial(loop.init_actor, policy), static_argnums=0)
+    act = jax.jit(functools.partial(loop.act_once, policy), donate_argnums=2)
+    return Player(init, act)
 
 
 def make_player(
@@ -76,7 +80,7 @@ def make_player(
       adapted: Whether it has adapted and not yet learned from reward.
     """
     play = agent.play_adapted if adapted else agent.play
-    return Player(play(config.evaluation.eval_epsilon))
+    return compile_player(play, config.evaluation.eval_epsilon)
 
 
 def evaluate(

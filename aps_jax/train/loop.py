@@ -55,35 +55,36 @@ def stream_key(seed: int, stream: Stream) -> types.PRNGKey:
     return jax.random.fold_in(jax.random.key(seed), int(stream))
 
 
+def stream_keys(
+    seeds: Sequence[int], stream: Stream, mesh: devices.Mesh = None
+) -> types.PRNGKey:
+    """Returns the key of one seed, or keys `[S]` of many, on the devices."""
+    keys = [stream_key(seed, stream) for seed in seeds]
+    words = jax.device_get([jax.random.key_data(key) for key in keys])
+    return jax.random.wrap_key_data(stack_seeds(words, mesh))
+
+
 def map_seeds(
-    make: Callable[[types.PRNGKey], Callable[..., Any]],
-    seeds: Sequence[int],
-    stream: Stream,
-    *,
-    in_axes: Any = 0,
+    step: Callable[..., Any], num_seeds: int, *, in_axes: Any = 0
 ) -> Callable[..., Any]:
-    """Makes a step of one seed, or maps it over many (`jax.vmap`).
+    """Maps a step over `S` seeds (`jax.vmap`), each with a key of its own.
+
+    The keys are arguments, not constants: all seeds share a compiled program.
 
     Args:
-      make: Makes the step from a seed's key.
-      seeds: `S` seeds.
-      stream: Of which the keys are.
-      in_axes: Of the arguments, as `jax.vmap` takes them.
+      step: Its first argument is a key.
+      num_seeds: `S`.
+      in_axes: Of its arguments, as `jax.vmap` takes them.
 
     Returns:
       The step; for many seeds arguments and results have a leading axis `[S]`.
     """
-    if len(seeds) == 1:
-        return make(stream_key(seeds[0], stream))
-    keys = jnp.stack([stream_key(seed, stream) for seed in seeds])
+    return step if num_seeds == 1 else jax.vmap(step, in_axes=in_axes)
 
-    def all_steps(*args: Any) -> Any:
-        axes = in_axes if isinstance(in_axes, tuple) else (in_axes,) * len(args)
-        return jax.vmap(lambda key, args: make(key)(*args), in_axes=(0, axes))(
-            keys, args
-        )
 
-    return all_steps
+# Programs of each kind that are kept, so that a process makes each of them once: a run
+# that goes on, or another seed, finds it there.
+_PROGRAMS = 8
 
 
 def stack_seeds(parts: Sequence[Any], mesh: devices.Mesh = None) -> Any:
@@ -267,10 +268,11 @@ class RolloutState(NamedTuple):
 
 
 Act = Callable[
-    [base.AgentState, RolloutState, types.TimeStep], tuple[RolloutState, jax.Array]
+    [types.PRNGKey, base.AgentState, RolloutState, types.TimeStep],
+    tuple[RolloutState, jax.Array],
 ]
 Learn = Callable[
-    [base.AgentState, sums_lib.RunningSums, buffer_lib.Buffer],
+    [types.PRNGKey, base.AgentState, sums_lib.RunningSums, buffer_lib.Buffer],
     tuple[base.AgentState, sums_lib.RunningSums, priorities_lib.Priorities | None],
 ]
 
@@ -312,11 +314,23 @@ def init_rollout(
     num_seeds: int = 1,
 ) -> RolloutState:
     """Allocates a stage's rollout, the replay included, each part on its device."""
-    if num_seeds > 1:
-        agent_state = jax.eval_shape(_take, agent_state, np.int32(0))
-    extras = replayed_extras(policy, agent_state)
+    sizes = num_envs, replay_size, num_seeds
+    return _jit_init_rollout(policy, *sizes, is_prioritised, mesh)(agent_state)
 
-    def init() -> RolloutState:
+
+@functools.lru_cache(_PROGRAMS)
+def _jit_init_rollout(
+    policy: base.Policy,
+    num_envs: int,
+    replay_size: int,
+    num_seeds: int,
+    is_prioritised: bool,
+    mesh: devices.Mesh,
+) -> Callable[[base.AgentState], RolloutState]:
+    def init(agent_state: base.AgentState) -> RolloutState:
+        if num_seeds > 1:
+            agent_state = jax.eval_shape(_take, agent_state, np.int32(0))
+        extras = replayed_extras(policy, agent_state)
         rollout = RolloutState(
             actor=init_actor(policy, num_envs),
             replay=buffer_lib.init(
@@ -334,22 +348,22 @@ def init_rollout(
             lambda x: jnp.broadcast_to(x, (num_seeds, *x.shape)), rollout
         )
 
-    return jax.jit(init, out_shardings=devices.shardings(mesh, ROLLOUT_SPECS))()
+    return jax.jit(init, out_shardings=devices.shardings(mesh, ROLLOUT_SPECS))
 
 
-def make_act(policy: base.Policy, key: types.PRNGKey) -> Act:
-    """Makes the step that acts, stores and counts; jit it by `jit_act`.
-
-    Args:
-      policy: The policy that acts.
-      key: Key of the stage's acting stream.
+def make_act(policy: base.Policy) -> Act:
+    """Makes the step in which a policy acts, and that stores and counts.
 
     Returns:
-      `act(agent_state, rollout, timestep) -> rollout, action [E]`.
+      `act(key, agent_state, rollout, timestep) -> rollout, action [E]`, with the key of
+      the stage's acting stream.
     """
 
     def act(
-        agent_state: base.AgentState, rollout: RolloutState, timestep: types.TimeStep
+        key: types.PRNGKey,
+        agent_state: base.AgentState,
+        rollout: RolloutState,
+        timestep: types.TimeStep,
     ) -> tuple[RolloutState, jax.Array]:
         before = rollout.actor
         actor, decision = act_once(policy, key, agent_state, before, timestep)
@@ -374,19 +388,24 @@ def make_act(policy: base.Policy, key: types.PRNGKey) -> Act:
     return act
 
 
-def jit_act(act: Act, mesh: devices.Mesh = None) -> Act:
-    """Compiles a step of `make_act`; the rollout is donated."""
+@functools.lru_cache(_PROGRAMS)
+def jit_act(
+    policy: base.Policy, *, num_seeds: int = 1, mesh: devices.Mesh = None
+) -> Act:
+    """Compiles the step of `make_act`; the rollout is donated."""
     return jax.jit(
-        act,
-        donate_argnums=1,
+        map_seeds(make_act(policy), num_seeds),
+        donate_argnums=2,
         out_shardings=devices.shardings(mesh, (ROLLOUT_SPECS, devices.SHARDED)),
     )
 
 
 # -------------------------------------------------------------------------- learning
 
-# Draws the batch of an update: agent state, replay, number of the update.
-Draw = Callable[[base.AgentState, buffer_lib.Buffer, jax.Array], base.Batch]
+# Draws the batch of an update: key, agent state, replay, number of the update.
+Draw = Callable[
+    [types.PRNGKey, base.AgentState, buffer_lib.Buffer, jax.Array], base.Batch
+]
 
 
 def _on_each_device(
@@ -429,15 +448,11 @@ def make_draw_states(
 
 
 def make_draw(
-    phase: base.Phase,
-    key: types.PRNGKey,
-    *,
-    reward_free: bool,
-    mesh: devices.Mesh = None,
+    phase: base.Phase, *, reward_free: bool, mesh: devices.Mesh = None
 ) -> Draw:
     """Makes the function that draws the batch of an update, sharded over the devices.
 
-    The key is folded from the number of the update, so that its batch can be drawn
+    The number of the update is folded into the key, so that its batch can be drawn
     again. In a reward-free phase batches have no reward: an agent that touches it fails
     when it is traced.
     """
@@ -476,7 +491,10 @@ def make_draw(
     )
 
     def draw(
-        state: base.AgentState, replay: buffer_lib.Buffer, number: jax.Array
+        key: types.PRNGKey,
+        state: base.AgentState,
+        replay: buffer_lib.Buffer,
+        number: jax.Array,
     ) -> base.Batch:
         window_key = jax.random.fold_in(key, number)
         particles = None
@@ -510,24 +528,27 @@ def no_sums(names: Sequence[str], num_seeds: int, mesh: devices.Mesh = None) -> 
     return stack_seeds([init_sums(names)] * num_seeds, mesh)
 
 
-def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
-    """Makes the update: draw, learn, sum the metrics; jit it by `jit_learn`.
+def make_learn(learner: base.Learner, draw: Draw) -> Learn:
+    """Makes the update: draw, learn, sum the metrics.
 
     Args:
       learner: The agent's learner.
       draw: From `make_draw`.
-      key: Key of the stage's learning stream.
 
     Returns:
-      `learn(state, sums, replay) -> state, sums, priorities`; None without any.
+      `learn(key, state, sums, replay) -> state, sums, priorities`, with the key of the
+      stage's learning stream; no priorities are None.
     """
     wanted = learner.batch.priorities
 
     def learn(
-        state: base.AgentState, sums: sums_lib.RunningSums, replay: buffer_lib.Buffer
+        key: types.PRNGKey,
+        state: base.AgentState,
+        sums: sums_lib.RunningSums,
+        replay: buffer_lib.Buffer,
     ) -> tuple[base.AgentState, sums_lib.RunningSums, priorities_lib.Priorities | None]:
         number = state.num_updates
-        batch = draw(state, replay, number)
+        batch = draw(key, state, replay, number)
         # Another stream than the draw's, whose keys are folded once.
         update_key = jax.random.fold_in(jax.random.fold_in(key, number), 1)
         state, values, found = learner.update(state, batch, update_key)
@@ -544,9 +565,21 @@ def make_learn(learner: base.Learner, draw: Draw, key: types.PRNGKey) -> Learn:
     return learn
 
 
-def jit_learn(learn: Learn, mesh: devices.Mesh = None) -> Learn:
-    """Compiles an update of `make_learn`; state and sums are donated."""
-    return jax.jit(learn, donate_argnums=(0, 1), out_shardings=devices.sharding(mesh))
+@functools.lru_cache(_PROGRAMS)
+def jit_learn(
+    phase: base.Phase,
+    *,
+    reward_free: bool,
+    num_seeds: int = 1,
+    mesh: devices.Mesh = None,
+) -> Learn:
+    """Compiles the update of `make_learn`; state and sums are donated."""
+    draw = make_draw(phase, reward_free=reward_free, mesh=mesh)
+    return jax.jit(
+        map_seeds(make_learn(phase.learner, draw), num_seeds),
+        donate_argnums=(1, 2),
+        out_shardings=devices.sharding(mesh),
+    )
 
 
 class Schedule(NamedTuple):
@@ -569,43 +602,68 @@ def is_due(every: int, agent_steps: int, num_envs: int) -> bool:
 
 # States from which an agent's statistics are measured: means are then known to 3 % of
 # a standard deviation. And states of a picture.
-_CALIBRATION_STATES = 1024
-_EMBEDDED_STATES = 256
+CALIBRATION_STATES = 1024
+EMBEDDED_STATES = 256
 
 
-def make_calibrate(
-    agent: base.Agent, key: types.PRNGKey, mesh: devices.Mesh = None
-) -> Callable[[base.AgentState, buffer_lib.Buffer], base.AgentState]:
-    """Makes the measurement of an agent's statistics over the replay.
-
-    Returns:
-      `calibrate(state, replay) -> state`; it always draws the same places.
-    """
-    observation = agent.finetune.policy.observation
-    draw = make_draw_states(_CALIBRATION_STATES, observation, mesh)
-    return lambda state, replay: agent.calibrate(state, draw(replay, key))
-
-
-def make_embed(
-    agent: base.Agent, key: types.PRNGKey, mesh: devices.Mesh = None
-) -> Callable[[base.AgentState, buffer_lib.Buffer, jax.Array], dict[str, jax.Array]]:
-    """Makes the function that draws states for a picture of what was visited.
+@functools.lru_cache(_PROGRAMS)
+def jit_calibrate(
+    agent: base.Agent,
+    num_states: int,
+    *,
+    num_seeds: int = 1,
+    mesh: devices.Mesh = None,
+) -> Callable[..., base.AgentState]:
+    """Compiles the measurement of an agent's statistics over the replay.
 
     Returns:
-      `embed(state, replay, agent_steps)` returns arrays `[N, D]` float16 by name; the
-      steps number the draw.
+      `calibrate(key, state, replay) -> state`, which is donated; the same key draws the
+      same places.
     """
-    observation = agent.finetune.policy.observation
-    draw = make_draw_states(_EMBEDDED_STATES, observation, mesh)
+    draw = make_draw_states(num_states, agent.finetune.policy.observation, mesh)
+
+    def calibrate(
+        key: types.PRNGKey, state: base.AgentState, replay: buffer_lib.Buffer
+    ) -> base.AgentState:
+        return agent.calibrate(state, draw(replay, key))
+
+    return jax.jit(
+        map_seeds(calibrate, num_seeds),
+        donate_argnums=1,
+        out_shardings=devices.sharding(mesh),
+    )
+
+
+@functools.lru_cache(_PROGRAMS)
+def jit_embed(
+    agent: base.Agent,
+    num_states: int,
+    *,
+    num_seeds: int = 1,
+    mesh: devices.Mesh = None,
+) -> Callable[..., dict[str, jax.Array]]:
+    """Compiles the function that draws states for a picture of what was visited.
+
+    Returns:
+      `embed(key, state, replay, agent_steps)` returns arrays `[N, D]` float16 by name;
+      the steps number the draw.
+    """
+    draw = make_draw_states(num_states, agent.finetune.policy.observation, mesh)
 
     def embed(
-        state: base.AgentState, replay: buffer_lib.Buffer, agent_steps: jax.Array
+        key: types.PRNGKey,
+        state: base.AgentState,
+        replay: buffer_lib.Buffer,
+        agent_steps: jax.Array,
     ) -> dict[str, jax.Array]:
         windows = draw(replay, jax.random.fold_in(key, agent_steps))
         shown = agent.embed(state, windows) if agent.embed else {}
         return {name: x.astype(jnp.float16) for name, x in shown.items()}
 
-    return embed
+    return jax.jit(
+        map_seeds(embed, num_seeds, in_axes=(0, 0, 0, None)),
+        out_shardings=devices.sharding(mesh),
+    )
 
 
 # ------------------------------------------------------------------- on the device
@@ -614,7 +672,7 @@ def make_embed(
 MOST_ITERATIONS = 128
 
 
-@functools.lru_cache(maxsize=4)
+@functools.lru_cache(_PROGRAMS)
 def make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[..., Any]:
     """Makes the loop over a world: acting, the world's step and updates in one program.
 
@@ -624,22 +682,26 @@ def make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[...
       learn: From `jit_learn`; None while nothing is learned.
 
     Returns:
-      `run(state, others, due, count)` returns the agent's state and the others: sums,
-      rollout, world state and time step. `due[i]` updates follow the i-th of `count`
-      iterations.
+      `run(keys, state, others, due, count)` returns the agent's state and the others:
+      sums, rollout, world state and time step. The keys are those of acting and of
+      learning; `due[i]` updates follow the i-th of `count` iterations.
     """
 
-    def run(state: Any, others: Any, due: jax.Array, count: jax.Array) -> Any:
+    def run(
+        keys: Any, state: Any, others: Any, due: jax.Array, count: jax.Array
+    ) -> Any:
+        act_key, learn_key = keys
+
         def iterate(number: jax.Array, carry: Any) -> Any:
             state, (sums, rollout, world_state, timestep) = carry
-            rollout, action = act(state, rollout, timestep)
+            rollout, action = act(act_key, state, rollout, timestep)
             world_state, reached = world.step(world_state, action.reshape(-1))
             reached = jax.tree.map(lambda x, y: x.reshape(y.shape), reached, timestep)
             if learn is not None:
 
                 def update(_: jax.Array, carry: Any) -> Any:
                     state, sums, rollout = carry
-                    state, sums, found = learn(state, sums, rollout.replay)
+                    state, sums, found = learn(learn_key, state, sums, rollout.replay)
                     return state, sums, rollout.prioritised(found)
 
                 state, sums, rollout = jax.lax.fori_loop(
@@ -650,7 +712,7 @@ def make_run(world: worlds.World, act: Act, learn: Learn | None) -> Callable[...
         return jax.lax.fori_loop(0, count, iterate, (state, others))
 
     # What is not learned may belong to a caller.
-    return jax.jit(run, donate_argnums=1 if learn is None else (0, 1))
+    return jax.jit(run, donate_argnums=2 if learn is None else (1, 2))
 
 
 # --------------------------------------------------------------------------- session
@@ -674,11 +736,14 @@ class Session:
     rollout: RolloutState
     sums: sums_lib.RunningSums
     act: Act
+    act_key: types.PRNGKey
+    learn_key: types.PRNGKey
     seeds: tuple[int, ...]  # whose states these are; of many each state is `[S, ...]`
     learn: Learn | None = None  # None while nothing is learned
     schedule: Schedule | None = None
-    draws: tuple[Draw, ...] = ()  # what `learn` draws, by seed
-    calibrate: Callable[..., base.AgentState] | None = None  # before the agent is saved
+    draw: Draw | None = None  # what `learn` draws, of one seed
+    # State, replay -> state; before the agent is saved.
+    calibrate: Callable[..., base.AgentState] | None = None
     mesh: devices.Mesh = None  # on which all states lie
     iteration: int = 0
     timestep: types.TimeStep | None = None  # None before the first step and a resume
@@ -734,7 +799,9 @@ class Session:
             axes = (len(self.seeds), self.num_envs)
             shown = jax.tree.map(lambda x: x.reshape(*axes, *x.shape[1:]), shown)
         timestep = devices.device_put(shown, self.mesh, devices.SHARDED)
-        self.rollout, action = self.act(self.state, self.rollout, timestep)
+        self.rollout, action = self.act(
+            self.act_key, self.state, self.rollout, timestep
+        )
         sent = devices.local_rows(action).reshape(-1)
         before, self.iteration = self.agent_steps, self.iteration + 1
         reached: types.TimeStep | None = None
@@ -766,7 +833,10 @@ class Session:
         others = devices.device_put((self.sums, self.rollout, world_state, timestep))
         run = make_run(pool.world, self.act, self.learn)
         self.state, others = run(
-            self.state, others, *jax.device_put((due, np.int32(count)))
+            (self.act_key, self.learn_key),
+            self.state,
+            others,
+            *jax.device_put((due, np.int32(count))),
         )
         self.sums, self.rollout, world_state, timestep = others
         if len(self.seeds) > 1:
@@ -789,7 +859,7 @@ class Session:
         for _ in range(self._num_due(before)):
             assert self.learn is not None
             self.state, self.sums, found = self.learn(
-                self.state, self.sums, self.rollout.replay
+                self.learn_key, self.state, self.sums, self.rollout.replay
             )
             self.rollout = self.rollout.prioritised(found)
 
@@ -866,14 +936,14 @@ class Session:
         self, place: int, state: base.AgentState, bad: sums_lib.FirstBad
     ) -> dict[str, np.ndarray]:
         """Draws the batch of a seed's update again, as arrays by name."""
-        if not self.draws:
+        if self.draw is None:
             return {}
         # The replay as it stood then; the newest rows may be of later steps.
         replay = self.part(self.rollout.replay, place)
         then = replay._replace(**devices.device_put(bad.extras, self.mesh))
         number = devices.device_put(np.int32(bad.update), self.mesh)
-        draw = jax.jit(self.draws[place])
-        drawn = devices.fetch(draw(state, then, number), self.mesh)
+        key = self.part(self.learn_key, place)
+        drawn = devices.fetch(jax.jit(self.draw)(key, state, then, number), self.mesh)
         return {
             jax.tree_util.keystr(path, simple=True, separator="."): np.asarray(value)
             for path, value in jax.tree_util.tree_leaves_with_path(drawn)
@@ -1013,14 +1083,7 @@ def start(
     """
     seeds = tuple(seeds) or (config.seed,)
     policy, learner = plan.phase
-    make_draw_of = functools.partial(
-        make_draw, plan.phase, reward_free=plan.reward_free, mesh=mesh
-    )
-
-    def make_learn_of(key: types.PRNGKey) -> Learn:
-        return make_learn(learner, make_draw_of(key), key)
-
-    act = map_seeds(functools.partial(make_act, policy), seeds, plan.act_stream)
+    shape: Any = {"num_seeds": len(seeds), "mesh": mesh}
     return Session(
         pool=pool,
         state=state,
@@ -1030,17 +1093,16 @@ def start(
             num_envs=plan.num_envs,
             replay_size=plan.replay_size,
             is_prioritised=learner.batch.priorities is not None,
-            mesh=mesh,
-            num_seeds=len(seeds),
+            **shape,
         ),
         sums=no_sums(names_of(learner.metrics), len(seeds), mesh),
-        act=jit_act(act, mesh),
+        act=jit_act(policy, **shape),
+        act_key=stream_keys(seeds, plan.act_stream, mesh),
+        learn_key=stream_keys(seeds, plan.learn_stream, mesh),
         seeds=seeds,
-        learn=jit_learn(map_seeds(make_learn_of, seeds, plan.learn_stream), mesh),
+        learn=jit_learn(plan.phase, reward_free=plan.reward_free, **shape),
         schedule=plan.schedule(),
-        draws=tuple(
-            make_draw_of(stream_key(seed, plan.learn_stream)) for seed in seeds
-        ),
+        draw=make_draw(plan.phase, reward_free=plan.reward_free, mesh=mesh),
         mesh=mesh,
     )
 
@@ -1052,6 +1114,15 @@ def init_state(
     return devices.device_put(jax.jit(agent.init)(stream_key(seed, Stream.INIT)), mesh)
 
 
+@functools.partial(jax.jit, static_argnums=1)
+def _rewards_of(
+    replay: buffer_lib.Buffer, steps: int
+) -> tuple[types.Array, types.Array]:
+    """Returns rewards and first steps `[T, E]` of the oldest steps."""
+    held = replay.experience
+    return held.reward[:, :steps].T, held.is_first[:, :steps].T
+
+
 def play_rollouts(session: Session, place: int = 0) -> base.Rollouts:
     """Returns all that the seed at a place has played, for an agent to adapt to.
 
@@ -1060,12 +1131,7 @@ def play_rollouts(session: Session, place: int = 0) -> base.Rollouts:
     steps, mesh = session.iteration, session.mesh
     replay = session.part(session.rollout.replay, place)
 
-    @jax.jit
-    def rewards_of(replay: buffer_lib.Buffer) -> tuple[types.Array, types.Array]:
-        held = replay.experience
-        return held.reward[:, :steps].T, held.is_first[:, :steps].T
-
-    reward, is_first = devices.fetch(rewards_of(replay), mesh)
+    reward, is_first = devices.fetch(_rewards_of(replay, steps), mesh)
 
     def encode(function: Callable[..., Any], state: base.AgentState) -> Any:
         def of_all(state: base.AgentState, replay: buffer_lib.Buffer) -> Any:

@@ -247,7 +247,7 @@ def _play(session: loop.Session, seconds: float) -> float:
     session.learn = learn
     if schedule.samples_per_step > 0:
         session.state, session.sums, found = learn(
-            session.state, session.sums, session.rollout.replay
+            session.learn_key, session.state, session.sums, session.rollout.replay
         )
         session.rollout = session.rollout.prioritised(found)
     session.step()  # In a world this compiles the whole loop.

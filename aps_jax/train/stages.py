@@ -160,16 +160,14 @@ def _explore(
     num_envs, mesh, seeds = session.num_envs, session.mesh, session.seeds
     schedule = session.schedule
     assert schedule is not None
-    make_calibrate = functools.partial(loop.make_calibrate, agent, mesh=mesh)
-    session.calibrate = jax.jit(
-        loop.map_seeds(make_calibrate, seeds, loop.Stream.CALIBRATE),
-        donate_argnums=0,
-        out_shardings=devices.sharding(mesh),
+    shape: Any = {"num_seeds": len(seeds), "mesh": mesh}
+    session.calibrate = functools.partial(
+        loop.jit_calibrate(agent, loop.CALIBRATION_STATES, **shape),
+        loop.stream_keys(seeds, loop.Stream.CALIBRATE, mesh),
     )
-    make_embed = functools.partial(loop.make_embed, agent, mesh=mesh)
-    embed = jax.jit(
-        loop.map_seeds(make_embed, seeds, loop.Stream.EMBED, in_axes=(0, 0, None)),
-        out_shardings=devices.sharding(mesh),
+    embed = functools.partial(
+        loop.jit_embed(agent, loop.EMBEDDED_STATES, **shape),
+        loop.stream_keys(seeds, loop.Stream.EMBED, mesh),
     )
     total = -(-config.pretrain_agent_steps // num_envs)
     recorder.wait_for_refill(schedule, total)
@@ -438,10 +436,11 @@ def roll_out(
     total = -(-config.finetune.infer_agent_steps // session.num_envs)
     frames = session.num_envs * config.observation.frame_skip * len(session.seeds)
     progress.start("infer", total=total * frames, done=session.iteration * frames)
-    act, learn = session.act, session.learn
-    make_act = functools.partial(loop.make_act, policy)
-    playing = loop.map_seeds(make_act, session.seeds, loop.Stream.INFER_ACT)
-    session.act, session.learn = loop.jit_act(playing, session.mesh), None
+    seeds, mesh = session.seeds, session.mesh
+    act, act_key, learn = session.act, session.act_key, session.learn
+    session.act = loop.jit_act(policy, num_seeds=len(seeds), mesh=mesh)
+    session.act_key = loop.stream_keys(seeds, loop.Stream.INFER_ACT, mesh)
+    session.learn = None
     while session.iteration < total:
         session.step(1 if recorder is None else recorder.steps_to_go(total))
         if recorder is not None:
@@ -450,7 +449,7 @@ def roll_out(
             progress.tick(session.iteration * frames)
         if check is not None:
             check()
-    session.act, session.learn = act, learn
+    session.act, session.act_key, session.learn = act, act_key, learn
 
 
 def adapt(

@@ -99,8 +99,9 @@ def evaluate_rewards(
     random_player = evaluation.make_player(at_random, agent)
     skills_player = None
     if agent.play_skills is not None:
-        skills = agent.play_skills(config.evaluation.eval_epsilon)
-        skills_player = evaluation.Player(skills)
+        skills_player = evaluation.compile_player(
+            agent.play_skills, config.evaluation.eval_epsilon
+        )
     results = []
     for index, name in enumerate(names):
         seen = rollouts._replace(reward=rewards[:, index].reshape(-1))

@@ -133,7 +133,7 @@ class Setup:
         for _ in range(iterations):
             timestep = devices.device_put(session.timestep)
             session.rollout, action = session.act(
-                session.state, session.rollout, timestep
+                session.act_key, session.state, session.rollout, timestep
             )
             jax.device_get(action)
         jax.block_until_ready(session.rollout)
@@ -143,7 +143,7 @@ class Setup:
         session = self._session
         for _ in range(updates):
             session.state, session.sums, _ = self._learn_step(
-                session.state, session.sums, session.rollout.replay
+                session.learn_key, session.state, session.sums, session.rollout.replay
             )
         jax.block_until_ready(session.state)
 

@@ -118,13 +118,13 @@ def test_updates_keep_the_state_and_return_what_is_declared(case):
         if not reward_free:
             agent = make_agent(case)
             start, _ = agent.adapt(jax.random.key(2), agent.start_finetune(state), None)
-        draw = loop.make_draw(phase, jax.random.key(3), reward_free=reward_free)
+        draw = loop.make_draw(phase, reward_free=reward_free)
         traces = []
 
         @jax.jit
         def update(state, replay, draw=draw, learner=learner, traces=traces):
             traces.append(1)
-            batch = draw(state, replay, state.num_updates)
+            batch = draw(jax.random.key(3), state, replay, state.num_updates)
             return learner.update(state, batch, jax.random.key(4))
 
         after, metrics, _ = update(start, replay)
@@ -239,11 +239,9 @@ def test_every_preset_updates_a_state_of_its_own_shape(name, preset):
             ),
             extras,
         )
-        draw = loop.make_draw(phase, jax.random.key(0), reward_free=reward_free)
-        batch = jax.eval_shape(draw, start, replay, np.int32(0))
-        after, *_ = jax.eval_shape(
-            phase.learner.update, start, batch, jax.random.key(0)
-        )
+        draw, key = loop.make_draw(phase, reward_free=reward_free), jax.random.key(0)
+        batch = jax.eval_shape(draw, key, start, replay, np.int32(0))
+        after, *_ = jax.eval_shape(phase.learner.update, start, batch, key)
         assert shapes(after) == shapes(start)
 
 

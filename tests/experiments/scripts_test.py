@@ -48,8 +48,8 @@ pytestmark = pytest.mark.usefixtures("parsed_flags")
 
 def test_the_main_job_and_its_stages_run_on_pong(tmp_path, capsys, monkeypatch):
     """run_aps, then evaluate and finetune from its folder with no other flag."""
-    monkeypatch.setattr(loop, "_CALIBRATION_STATES", 16)
-    monkeypatch.setattr(loop, "_EMBEDDED_STATES", 16)
+    monkeypatch.setattr(loop, "CALIBRATION_STATES", 16)
+    monkeypatch.setattr(loop, "EMBEDDED_STATES", 16)
     workdir = tmp_path / "run"
     with flagsaver.flagsaver():
         set_flags(workdir=str(workdir), arms=["pretrained", "scratch"], **TINY)

@@ -40,13 +40,13 @@ def make_config(**options):
 def make_parts(config):
     agent = config.make_agent(fakes.PlanesPool.num_actions, config.observation)
     plan = loop.pretrain_plan(config, agent)
-    key = jax.random.key(7)
-    draw = loop.make_draw(plan.phase, key, reward_free=True)
-    act = loop.jit_act(loop.make_act(plan.phase.policy, key))
-    learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, key))
+    draw = loop.make_draw(plan.phase, reward_free=True)
+    act = loop.jit_act(plan.phase.policy)
+    learn = loop.jit_learn(plan.phase, reward_free=True)
     return agent, plan, act, learn, draw
 
 
+KEY = jax.random.key(7)
 SCHEDULE = loop.Schedule(start=60, samples_per_step=8 / 3, batch_size=8)
 
 
@@ -68,9 +68,11 @@ def make_session(config, *, learns=True):
             loop.init_sums(loop.names_of(plan.phase.learner.metrics))
         ),
         act=act,
+        act_key=devices.device_put(KEY),
+        learn_key=devices.device_put(KEY),
         learn=learn if learns else None,
         schedule=SCHEDULE,
-        draws=(draw,),
+        draw=draw,
         seeds=(0,),
     )
 
@@ -183,16 +185,16 @@ def test_a_reward_free_phase_is_traced_without_reward():
     rollout = loop.init_rollout(
         plan.phase.policy, state, num_envs=NUM_ENVS, replay_size=NUM_ENVS * 40
     )
-    batch = jax.eval_shape(draw, state, rollout.replay, np.int32(0))
+    batch = jax.eval_shape(draw, KEY, state, rollout.replay, np.int32(0))
     assert batch.windows.reward is None
     learner = plan.phase.learner._replace(
         update=lambda state, batch, key: base.Updated(
             state, {"loss": jnp.sum(batch.windows.reward)}
         )
     )
-    learn = loop.make_learn(learner, draw, jax.random.key(0))
+    learn = loop.make_learn(learner, draw)
     with pytest.raises(TypeError, match="NoneType"):
-        jax.eval_shape(learn, state, loop.init_sums(["loss"]), rollout.replay)
+        jax.eval_shape(learn, KEY, state, loop.init_sums(["loss"]), rollout.replay)
 
 
 def test_a_row_averages_the_updates_since_the_one_before():
@@ -245,8 +247,8 @@ def test_a_loss_that_is_not_finite_is_named_with_its_update_and_batch():
     # Spread over everything but the distances that do not exist.
     assert "loss_td" in words and "knn_distance" not in words
     assert "features/params/encoder/hidden/bias" in words
-    draw = jax.jit(session.draws[0])
-    windows, particles, *_ = draw(session.state, replay_then, np.int32(4))
+    draw = jax.jit(session.draw)
+    windows, particles, *_ = draw(KEY, session.state, replay_then, np.int32(4))
     assert {name for name in caught.value.batch if name.startswith("windows.")} == {
         *(f"windows.{name}" for name in windows._fields if name not in _OTHER),
         "windows.extras.task",
@@ -347,6 +349,25 @@ def test_the_loop_compiles_once_and_moves_nothing_unasked():
     assert (act._cache_size(), learn._cache_size()) == sizes
 
 
+def test_another_seed_finds_the_programs_of_the_first():
+    """Keys are arguments; else each seed of a sweep would compile everything anew."""
+    sessions = []
+    for seed in (0, 1):
+        config = make_config(seed=seed)
+        agent = config.make_agent(fakes.PlanesPool.num_actions, config.observation)
+        plan = loop.pretrain_plan(config, agent)
+        pool = loop.make_pool(config, plan.num_envs, plan.act_stream, fakes.PlanesPool)
+        session = loop.start(config, plan, pool, loop.init_state(agent, seed))
+        while not int(session.state.num_updates):
+            session.step()
+        sessions.append(session)
+    first, second = sessions
+    assert first.act is second.act and first.learn is second.learn
+    assert first.act._cache_size() == first.learn._cache_size() == 1
+    actions = [np.asarray(x.rollout.replay.experience.action) for x in sessions]
+    assert (actions[0] != actions[1]).any()
+
+
 def learn_shapes(config):
     """The update of a config, and the shapes that it takes."""
     agent, plan, _, learn, _ = make_parts(config)
@@ -363,7 +384,7 @@ def learn_shapes(config):
         ),
         extras,
     )
-    return learn, (state, sums, replay)
+    return learn, (KEY, state, sums, replay)
 
 
 def test_memory_of_an_update_does_not_grow_with_the_particles():
@@ -386,10 +407,10 @@ def test_particles_encoded_in_chunks_teach_the_same(monkeypatch):
     # Copies, because the update destroys what it is given.
     given = jax.tree.map(jnp.copy, (session.state, session.sums))
     _, plan, _, learn, draw = make_parts(config)
-    whole = learn(*given, session.rollout.replay)
+    whole = learn(KEY, *given, session.rollout.replay)
     monkeypatch.setattr(buffer, "CHUNK_SIZE", 3)  # Of 8 particles: 3, 3 and 2.
-    learn = loop.jit_learn(loop.make_learn(plan.phase.learner, draw, jax.random.key(7)))
-    chunked = learn(session.state, session.sums, session.rollout.replay)
+    learn = jax.jit(loop.make_learn(plan.phase.learner, draw))
+    chunked = learn(KEY, session.state, session.sums, session.rollout.replay)
     assert float(whole[1].totals["knn_distance"]) > 0.0
     jax.tree.map(
         functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6),

@@ -283,18 +283,20 @@ def test_an_update_that_is_not_finite_names_its_seed():
 
 
 def test_a_step_is_mapped_with_the_key_of_each_seed():
-    def make(key):
-        return lambda x, y: x + y * jax.random.uniform(key)
+    def step(key, x, y):
+        return x + y * jax.random.uniform(key)
 
-    draw = loop.map_seeds(make, SEEDS, loop.Stream.INIT, in_axes=(0, None))
-    drawn = draw(np.float32([0.0, 10.0]), np.float32(2.0))
+    keys = loop.stream_keys(SEEDS, loop.Stream.INIT)
+    draw = loop.map_seeds(step, 2, in_axes=(0, 0, None))
+    drawn = draw(keys, np.float32([0.0, 10.0]), np.float32(2.0))
     expected = [
         10.0 * i + 2.0 * jax.random.uniform(loop.stream_key(seed, loop.Stream.INIT))
         for i, seed in enumerate(SEEDS)
     ]
     np.testing.assert_allclose(drawn, expected, rtol=1e-6)
-    alone = loop.map_seeds(make, SEEDS[:1], loop.Stream.INIT)
-    np.testing.assert_allclose(alone(np.float32(0), np.float32(2)), expected[0])
+    key = loop.stream_keys(SEEDS[:1], loop.Stream.INIT)
+    alone = loop.map_seeds(step, 1)(key, np.float32(0), np.float32(2))
+    np.testing.assert_allclose(alone, expected[0])
 
 
 @pytest.mark.parametrize(

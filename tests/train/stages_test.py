@@ -587,7 +587,7 @@ def test_a_film_stops_when_its_pictures_are_taken(run):
     config = make_config(eval_episodes=3)
     played = evaluation.evaluate(
         config,
-        evaluation.Player(trained.agent.play_skills(0.0)),
+        evaluation.compile_player(trained.agent.play_skills, 0.0),
         trained.state,
         record_games=2,
         record_agent_steps=4,
