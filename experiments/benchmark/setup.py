@@ -151,7 +151,7 @@ class Setup:
         """Returns the compiled update."""
         session = self._session
         return self._learn_step.lower(
-            session.state, session.sums, session.rollout.replay
+            session.learn_key, session.state, session.sums, session.rollout.replay
         ).compile()
 
 
