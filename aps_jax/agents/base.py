@@ -207,7 +207,7 @@ class Learner(NamedTuple):
 
 
 class Phase(NamedTuple):
-    """An agent's policy and learner in one stage."""
+    """An agent's policy and learner in one stage; programs are kept by it, as a key."""
 
     policy: Policy
     learner: Learner

@@ -125,53 +125,53 @@ def evaluate(
     extras: list[dict[str, np.ndarray]] = []
     with contextlib.ExitStack() as open_pools:
         progress.start("evaluate", total=num_games, unit="games")
-        tables = []
+        groups = []
         for part in _split(num_games, size):
             pool = loop.make_pool(
                 config, num_games, loop.Stream.EVALUATE, constructor, part=part
             )
             open_pools.callback(pool.close)
-            tables.append(_Table(config.seed, player, pool, part))
-        while tables:
+            groups.append(_Group(config.seed, player, pool, part))
+        while groups:
             if stop is not None:
                 stop.check()
             is_taking = False
-            for table in tables:
-                playing = is_playing[table.part]
-                for row, taken in enumerate(pictures[table.part]):
+            for group in groups:
+                playing = is_playing[group.part]
+                for row, taken in enumerate(pictures[group.part]):
                     if len(taken) < record_agent_steps and playing[row]:
-                        taken.append(table.pool.render(row))
+                        taken.append(group.pool.render(row))
                         is_taking = True
             if only_record and not is_taking:
                 break
-            decisions = [table.act(player, state) for table in tables]
+            decisions = [group.act(player, state) for group in groups]
             if not extras:
                 extras = [jax.device_get(dict(chosen.extras)) for chosen in decisions]
-            for table, decision in zip(tables, decisions, strict=True):
+            for group, decision in zip(groups, decisions, strict=True):
                 action = jax.device_get(decision.action)
                 with loop.environment_errors():
-                    table.pool.send(action)
-            for table in tables:
+                    group.pool.send(action)
+            for group in groups:
                 with loop.environment_errors():
-                    table.timestep = timestep = table.pool.recv()
-                score = reward_functions.game_reward(table.pool, timestep)
-                rows, still = table.part, is_playing[table.part]
+                    group.timestep = timestep = group.pool.recv()
+                score = reward_functions.game_reward(group.pool, timestep)
+                rows, still = group.part, is_playing[group.part]
                 returns[rows] += np.where(still, timestep.reward, 0.0)
                 score_returns[rows] += np.where(still, score, 0.0)
                 lengths[rows] += still
                 is_playing[rows] &= ~(timestep.terminated | timestep.truncated)
-            tables = [table for table in tables if is_playing[table.part].any()]
+            groups = [group for group in groups if is_playing[group.part].any()]
             finished = returns[~is_playing]
             mean = float(finished.mean()) if finished.size else None
             progress.tick(num_games - int(is_playing.sum()), mean)
     together = {
-        name: np.concatenate([of_table[name] for of_table in extras])
+        name: np.concatenate([of_group[name] for of_group in extras])
         for name in (extras[0] if extras else ())
     }
     return Evaluation(returns, score_returns, lengths, pictures, together)
 
 
-class _Table:
+class _Group:
     """Some of an evaluation's games: a pool of their own, and what acting remembers."""
 
     def __init__(self, seed: int, player: Player, pool: loop.Pool, part: slice):
