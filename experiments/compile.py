@@ -278,7 +278,8 @@ def weigh(program: Program, device: Device, platform: str, *, is_half: bool) -> 
         )
         traced = jax.jit(program.function.__wrapped__).trace(*shapes)
         given = traced.lower(lowering_platforms=(platform,)).cost_analysis()
-        share = len(program.arguments[0].num_updates.sharding.device_set)
+        first, *_ = jax.tree.leaves(program.arguments)
+        share = len(first.sharding.device_set)
         flops = given["flops"] / share
     rate = device.half if is_half else device.single
     busy = max(flops / rate, listed.moved / device.bandwidth)

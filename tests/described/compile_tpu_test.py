@@ -1,14 +1,25 @@
-"""Compiles agents for a described TPU, which `libtpu` alone makes possible."""
+"""Compiles every agent for a described TPU, and for a GPU where its compiler is."""
+
+import importlib.util
 
 import pytest
 from scripts import run_script
 
+from aps_jax.agents import AGENTS
 
-@pytest.mark.parametrize("agent", ["aps", "spr"])
-def test_the_smallest_programs_compile_and_fit(agent):
+# `pip install '.[tpu]'` is small, and `make test-described` makes it; '.[cuda]' is not.
+DEVICES = {"tpu": "v5e:1x1"}
+if importlib.util.find_spec("jax_plugins"):
+    DEVICES["cuda"] = "h100"
+
+
+@pytest.mark.parametrize("platform", DEVICES)
+@pytest.mark.parametrize("agent", AGENTS)
+def test_the_smallest_programs_compile_and_fit(agent, platform):
     done = run_script(
         "compile",
-        *("--platform=tpu", "--topology=v5e:1x1", "--preset=smoke", f"--agent={agent}"),
+        *(f"--platform={platform}", f"--topology={DEVICES[platform]}"),
+        *("--preset=smoke", f"--agent={agent}"),
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
