@@ -327,6 +327,8 @@ def disconnect() -> None:
 def fail(code: int, text: str) -> NoReturn:
     """Ends this process, and the others, who repeat what has happened."""
     index = jax.process_index()
+    # JAX may notice the loss too, and abort with its page after what was said.
+    _print_if_killed(f"error: {text}")
     if _folder is not None:
         with contextlib.suppress(OSError):
             (_folder / f"failed_{index}.txt").write_text(
@@ -334,9 +336,9 @@ def fail(code: int, text: str) -> NoReturn:
             )
     if index == 0:
         time.sleep(_LINGER_SECONDS)
-    _print_if_killed(None)
     sys.stdout.flush()
     sys.stderr.flush()
+    _print_if_killed("")
     os._exit(code)
 
 
@@ -348,7 +350,7 @@ _watcher: subprocess.Popen[str] | None = None
 
 
 def _print_if_killed(text: str | None) -> None:
-    """Has a line printed if this process is killed; None takes it back.
+    """Has a line printed if this process is killed; "" takes it back, None for good.
 
     JAX aborts a process that loses another, with a page that does not say what to do
     and no chance for Python to (`test_a_process_that_hangs_ends_the_others` and
