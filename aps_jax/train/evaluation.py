@@ -131,7 +131,7 @@ def evaluate(
                 config, num_games, loop.Stream.EVALUATE, constructor, part=part
             )
             open_pools.callback(pool.close)
-            groups.append(_Group(config.seed, player, pool, part))
+            groups.append(_Group(config.seed, player, state, pool, part))
         while groups:
             if stop is not None:
                 stop.check()
@@ -144,7 +144,7 @@ def evaluate(
                         is_taking = True
             if only_record and not is_taking:
                 break
-            decisions = [group.act(player, state) for group in groups]
+            decisions = [group.act() for group in groups]
             if not extras:
                 extras = [jax.device_get(dict(chosen.extras)) for chosen in decisions]
             for group, decision in zip(groups, decisions, strict=True):
@@ -164,30 +164,36 @@ def evaluate(
             finished = returns[~is_playing]
             mean = float(finished.mean()) if finished.size else None
             progress.tick(num_games - int(is_playing.sum()), mean)
-    together = {
-        name: np.concatenate([of_group[name] for of_group in extras])
-        for name in (extras[0] if extras else ())
-    }
+    together = (
+        jax.tree.map(lambda *rows: np.concatenate(rows), *extras) if extras else {}
+    )
     return Evaluation(returns, score_returns, lengths, pictures, together)
 
 
 class _Group:
     """Some of an evaluation's games: a pool of their own, and what acting remembers."""
 
-    def __init__(self, seed: int, player: Player, pool: loop.Pool, part: slice):
+    def __init__(
+        self,
+        seed: int,
+        player: Player,
+        state: base.AgentState,
+        pool: loop.Pool,
+        part: slice,
+    ):
         key = loop.stream_key(seed, loop.Stream.EVALUATE)
         # The first acts as it would if there were no others.
         key = jax.random.fold_in(key, part.start) if part.start else key
         self.pool, self.part = pool, part
-        self._key = devices.device_put(key)
+        self._act = functools.partial(player.act, devices.device_put(key), state)
         self._actor = devices.device_put(player.init(part.stop - part.start))
         with loop.environment_errors():
             self.timestep = pool.reset()
 
-    def act(self, player: Player, state: base.AgentState) -> base.Decision:
+    def act(self) -> base.Decision:
         """Starts to choose the next actions."""
         timestep = devices.device_put(self.timestep)
-        self._actor, decision = player.act(self._key, state, self._actor, timestep)
+        self._actor, decision = self._act(self._actor, timestep)
         return decision
 
 
