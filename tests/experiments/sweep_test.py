@@ -313,6 +313,7 @@ def test_results_are_kept_with_their_commands_and_machine(tmp_path):
     assert len(made["git_commits"]) == 1
 
 
+@pytest.mark.usefixtures("hangup_is_noticed")
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_sweep_that_is_stopped_stops_its_runs(tmp_path, monkeypatch, number):
     (job,) = make_jobs(tmp_path, "done")

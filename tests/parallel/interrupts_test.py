@@ -187,6 +187,7 @@ def test_finetuning_goes_on_from_any_phase(tmp_path, limited, whole, stops):
     assert rows == [60.0, 80.0, 120.0]
 
 
+@pytest.mark.usefixtures("hangup_is_noticed")
 @pytest.mark.parametrize("name", ["TERM", "INT", "HUP", "USR1", "USR2", "XCPU"])
 def test_signals_that_end_jobs_are_requests_to_stop(name):
     number = getattr(signal, f"SIG{name}")
