@@ -80,7 +80,7 @@ def test_an_update_never_gathers_the_replay(left, name):
     sent = sum(num_bytes for _, num_bytes in facts[f"{name}_8"])
     assert 0 < sent < 2 * facts[f"params_bytes_{name}"]
     others = [size for kind, size in facts[f"{name}_8"] if kind != "all-reduce"]
-    assert sum(others) < (84 * 84 if name == "pretrain" else 30 * 5)
+    assert sum(others) < (36 * 36 if name == "pretrain" else 30 * 5)
 
 
 def test_acting_communicates_nothing(left):
