@@ -1,6 +1,6 @@
 # Two commands on a fresh machine that has Python 3.11 or newer and make:
 #   make demo    the main job on real Atari, about seven minutes on two cores, installation with it
-#   make test    all tests, about 15 minutes on two cores
+#   make test    all tests, about 13 minutes on two cores
 # and, for those who change what a run survives:
 #   make test-faults    kills real processes, and watches a long run's memory
 # and, for those who change what runs on accelerators:

@@ -322,7 +322,7 @@ _COLLECTIVE = re.compile(
 )
 # Larger arrays are the replay: a program reads and writes some rows of it, which are
 # counted on the other side.
-_LARGEST = 2**29
+_LARGEST = 2**28
 
 
 def list_kernels(text: str) -> Listed:
