@@ -85,7 +85,7 @@ class NoisyDense(nn.Module):
         if noise is None:
             return x @ kernel + _wide(bias, x)
         # Noise of each weight, as the equation has it, would be computed in each
-        # product and gradient again: a second product takes half of that time on CPUs.
+        # product and gradient again: on CPUs a second product takes less.
         noisy = (x * _wide(noise.inputs, x)) @ scale + _wide(bias_scale, x)
         return x @ kernel + _wide(bias, x) + noisy * _wide(noise.outputs, x)
 
