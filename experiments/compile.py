@@ -165,6 +165,7 @@ class Program(NamedTuple):
     function: Any
     arguments: tuple[Any, ...]
     per_step: float  # calls per agent step of one environment; 0 where not known
+    whole: Any  # the same for one device and not jitted, whose operations are counted
 
 
 def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Program]:
@@ -205,25 +206,28 @@ def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Progra
     timestep = _timestep(config, plan.num_envs)
     key = on(jax.eval_shape(jax.random.key, 0))
     args = on(state), on(rollout, loop.ROLLOUT_SPECS), on(timestep, sharded)
+    draw = loop.make_draw(plan.phase, reward_free=plan.reward_free)
+    whole = loop.make_act(policy), loop.make_learn(learner, draw)
     if mesh is not None:
         act = loop.jit_act(policy, mesh=mesh)
         learn = loop.jit_learn(plan.phase, reward_free=plan.reward_free, mesh=mesh)
     else:  # The loop's own wrappers would name this machine's device.
-        draw = loop.make_draw(plan.phase, reward_free=plan.reward_free)
-        act = jax.jit(loop.make_act(policy), donate_argnums=2)
-        learn = jax.jit(loop.make_learn(learner, draw), donate_argnums=(1, 2))
-    yield Program("acting", act, (key, *args), 1 / plan.num_envs)
+        act = jax.jit(whole[0], donate_argnums=2)
+        learn = jax.jit(whole[1], donate_argnums=(1, 2))
+    yield Program("acting", act, (key, *args), 1 / plan.num_envs, whole[0])
     replay = on(rollout.replay, loop.REPLAY_SPECS)
     updates = plan.samples_per_step / learner.batch.num_samples
-    yield Program("update", learn, (key, on(state), on(sums), replay), updates)
+    arguments = key, on(state), on(sums), replay
+    yield Program("update", learn, arguments, updates, whole[1])
     if world is None or mesh is not None:
         return
     keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(plan.num_envs, np.uint32))
     others = (sums, rollout, *jax.eval_shape(world.reset, keys))
     due = jax.ShapeDtypeStruct((loop.MOST_ITERATIONS,), np.int32)
     count = jax.ShapeDtypeStruct((), np.int32)
-    run = loop.make_run(world, act, learn)
-    yield Program("loop", run, ((key, key), *on((state, others, due, count))), 0.0)
+    run: Any = loop.make_run(world, act, learn)
+    arguments = (key, key), *on((state, others, due, count))
+    yield Program("loop", run, arguments, 0.0, run.__wrapped__)
 
 
 def _shape(x: Any, where: Any) -> jax.ShapeDtypeStruct:
@@ -276,7 +280,7 @@ def weigh(program: Program, device: Device, platform: str, *, is_half: bool) -> 
         shapes = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), program.arguments
         )
-        traced = jax.jit(program.function.__wrapped__).trace(*shapes)
+        traced = jax.jit(program.whole).trace(*shapes)
         given = traced.lower(lowering_platforms=(platform,)).cost_analysis()
         first, *_ = jax.tree.leaves(program.arguments)
         share = len(first.sharding.device_set)
