@@ -207,18 +207,18 @@ def programs(config: config_lib.Config, there: Sequence[Any]) -> Iterator[Progra
     key = on(jax.eval_shape(jax.random.key, 0))
     args = on(state), on(rollout, loop.ROLLOUT_SPECS), on(timestep, sharded)
     draw = loop.make_draw(plan.phase, reward_free=plan.reward_free)
-    whole = loop.make_act(policy), loop.make_learn(learner, draw)
+    whole_act, whole_learn = loop.make_act(policy), loop.make_learn(learner, draw)
     if mesh is not None:
         act = loop.jit_act(policy, mesh=mesh)
         learn = loop.jit_learn(plan.phase, reward_free=plan.reward_free, mesh=mesh)
     else:  # The loop's own wrappers would name this machine's device.
-        act = jax.jit(whole[0], donate_argnums=2)
-        learn = jax.jit(whole[1], donate_argnums=(1, 2))
-    yield Program("acting", act, (key, *args), 1 / plan.num_envs, whole[0])
+        act = jax.jit(whole_act, donate_argnums=2)
+        learn = jax.jit(whole_learn, donate_argnums=(1, 2))
+    yield Program("acting", act, (key, *args), 1 / plan.num_envs, whole_act)
     replay = on(rollout.replay, loop.REPLAY_SPECS)
     updates = plan.samples_per_step / learner.batch.num_samples
     arguments = key, on(state), on(sums), replay
-    yield Program("update", learn, arguments, updates, whole[1])
+    yield Program("update", learn, arguments, updates, whole_learn)
     if world is None or mesh is not None:
         return
     keys = jax.eval_shape(jax.vmap(jax.random.key), np.zeros(plan.num_envs, np.uint32))

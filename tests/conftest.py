@@ -36,8 +36,7 @@ os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), *_FLAGS]).s
 os.environ["JAX_COMPILATION_CACHE_DIR"] = str(_CACHE)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-# A worker of pytest keeps to one core, and XLA in it to one thread: a tenth of the
-# processor time less, as threads that wait for each other are awake.
+# A worker of pytest keeps to one core: a tenth of the processor time less.
 if _WORKER := os.environ.get("PYTEST_XDIST_WORKER", ""):
     _CORES = sorted(os.sched_getaffinity(0))
     os.sched_setaffinity(0, {_CORES[int(_WORKER.removeprefix("gw")) % len(_CORES)]})
@@ -52,7 +51,7 @@ with warnings.catch_warnings():
 
 @pytest.fixture
 def hangup_is_noticed():
-    """Under `nohup` SIGHUP is ignored, and so it stays (interrupts.py)."""
+    """SIGHUP arrives also under `nohup`, which has it ignored."""
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     yield
     signal.signal(signal.SIGHUP, before)

@@ -58,7 +58,7 @@ DQN = config_lib.replace_options(
 KEY = jax.random.key(3)
 # Pretraining on images shows that from reward nothing but the update differs.
 LEARNED = {"pretrain": CONFIG, "finetune": ON_PLANES, "dqn": DQN}
-# Smaller than Atari's: a sixth of the work.
+# Smaller than Atari's, for speed.
 IMAGES = types.ObservationSpec((36, 36), 4, 4)
 
 _COLLECTIVE = re.compile(

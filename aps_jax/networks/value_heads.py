@@ -76,23 +76,24 @@ class NoisyDense(nn.Module):
 
         kernel = self.param("kernel", mean, (p, q))
         bias = self.param("bias", mean, (q,))
+        y = x @ kernel + _wide(bias, x)
         if not self.sigma:
-            return x @ kernel + _wide(bias, x)
+            return y
         constant = nn.initializers.constant
         scale = self.param("kernel_sigma", constant(self.sigma * bound), (p, q))
         of_bias = constant(self.sigma / math.sqrt(q))
         bias_scale = self.param("bias_sigma", of_bias, (q,))
         if noise is None:
-            return x @ kernel + _wide(bias, x)
+            return y
         # Noise of each weight, as the equation has it, would be computed in each
         # product and gradient again: on CPUs a second product takes less.
         noisy = (x * _wide(noise.inputs, x)) @ scale + _wide(bias_scale, x)
-        return x @ kernel + _wide(bias, x) + noisy * _wide(noise.outputs, x)
+        return y + noisy * _wide(noise.outputs, x)
 
 
 def _wide(vector: jax.Array, x: jax.Array) -> jax.Array:
     """Gives a vector leading axes of size one, as many as `x` has."""
-    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+    return jnp.expand_dims(vector, tuple(range(x.ndim - 1)))
 
 
 class ValueHead(nn.Module):

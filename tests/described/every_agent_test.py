@@ -8,18 +8,19 @@ from scripts import run_script
 from aps_jax.agents import AGENTS
 
 # `pip install '.[tpu]'` is small, and `make test-described` makes it; '.[cuda]' is not.
-DEVICES = {"tpu": "v5e:1x1"}
+ONE, FOUR = {"tpu": "v5e:1x1"}, {"tpu": "v5e:2x2"}
 if importlib.util.find_spec("jax_plugins"):
-    DEVICES["cuda"] = "h100"
+    ONE["cuda"], FOUR["cuda"] = "h100", "h100:4"
+CASES = [(agent, *on, 1) for agent in AGENTS for on in ONE.items()]
+CASES += [("aps", *on, 4) for on in FOUR.items()]
 
 
-@pytest.mark.parametrize("platform", DEVICES)
-@pytest.mark.parametrize("agent", AGENTS)
-def test_the_smallest_programs_compile_and_fit(agent, platform):
+@pytest.mark.parametrize("agent, platform, topology, num_devices", CASES)
+def test_the_smallest_programs_compile_and_fit(agent, platform, topology, num_devices):
     done = run_script(
         "compile",
-        *(f"--platform={platform}", f"--topology={DEVICES[platform]}"),
-        *("--preset=smoke", f"--agent={agent}"),
+        *(f"--platform={platform}", f"--topology={topology}"),
+        *("--preset=smoke", f"--agent={agent}", f"--num_devices={num_devices}"),
         timeout=300,
     )
     assert done.returncode == 0, done.stderr
